@@ -1,0 +1,1 @@
+"""One process among many: process groups, DeepSpeed engines, stage loops, checkpoints, faults, Ray Train."""
