@@ -1,0 +1,359 @@
+"""Typed, closed settings of a run: YAML files that share bases, then `key.path=value` overrides.
+
+    configs/*.yaml ──load──▶ [Config] ──check──▶ workers
+
+Imports neither torch nor Ray, so that a mistake shows at once. Every fault is reported, one line each.
+What needs the dataset or the model's name is checked in `check.py`, also before any worker starts.
+"""
+
+import hashlib
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from yaml import YAMLError
+
+from cluster.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+RGB = tuple[float, float, float]
+SIDES = {"none": (), "camera": ("cameras",), "view": ("views",), "camera+view": ("cameras", "views")}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    dir: str = "runs/run"
+    """Run folder: a path or fsspec URL that every node sees. Relative paths start at the project's root."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes initial weights, data order and augmentation."""
+    resume: str = "auto"
+    """auto: go on from the newest complete checkpoint; never: refuse a folder that has one; or a checkpoint's path."""
+
+
+class DataSection(Section):
+    shards: str
+    """Folder or fsspec URL that `launch/pack.py build` wrote."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a corrupt record of a PK batch does: stop, or give its place to the identity's next image."""
+    locality: Literal["none", "node"] = "none"
+    """node: each virtual node fills its part of every batch from its own shards of the epoch."""
+    virtual_nodes: PositiveInt = 8
+    """Number of virtual nodes for `locality: node`; divides stage2.identities."""
+    sampler: Literal["identity", "camera_aware", "balanced"] = "identity"
+    balance_alpha: NonNegative = 0.5
+    """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
+    cache_dir: str | None = None
+    """Node-local folder for remote shards and feature banks; default: under the system's temporary folder."""
+    cache_gb: PositiveFloat = 50.0
+    """Size limit of that cache, GB."""
+    loaders: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per worker; 0 decodes in the worker itself."""
+    pixel_mean: RGB = (0.5, 0.5, 0.5)
+    pixel_std: RGB = (0.5, 0.5, 0.5)
+
+
+class ModelSection(Section):
+    arch: str = "ViT-B-16-quickgelu"
+    """open_clip model name, or the path of a JSON file in open_clip's model format."""
+    pretrained: str | None = "openai"
+    """open_clip weight tag, or a local file (TorchScript archive, state_dict, safetensors); null: random weights."""
+    image_size: tuple[PositiveInt, PositiveInt] = (256, 128)
+    """Height and width, pixels."""
+    stride: PositiveInt | None = None
+    """Stride of the ViT's patches, pixels (12 = overlapping patches, OLP); null: the patch size."""
+    sie: Literal["none", "camera", "view", "camera+view"] = "none"
+    sie_tokens: Literal["cls", "all"] = "cls"
+    sie_coefficient: float = 1.0
+    prompt_tokens: PositiveInt = 4
+    """M, learnable tokens per identity (Table 10)."""
+
+
+class Stage1Section(Section):
+    epochs: PositiveInt = 120
+    lr: PositiveFloat = 3.5e-4
+    batch: PositiveInt = 64
+    """Images in one global batch, over all workers."""
+    features: Literal["instance", "average"] = "instance"
+    """Image features as they are, or their mean over each identity (Table 8, Eq. 10)."""
+    weight_decay: NonNegative = 1e-4
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    warmup_lr: NonNegative = 1e-5
+    min_lr: NonNegative = 1e-6
+    result: str | None = None
+    """A finished stage 1 (stage1.safetensors) to start stage 2 from, for `stages: [2]`."""
+
+
+class Stage2Section(Section):
+    epochs: PositiveInt = 60
+    lr: PositiveFloat = 5e-6
+    weight_decay: NonNegative = 1e-4
+    bias_lr_factor: PositiveFloat = 2.0
+    identities: PositiveInt = 16
+    """P: identities in one global batch, over all workers."""
+    images_per_identity: Annotated[int, Field(ge=2)] = 4
+    """K. At least 2: the triplet loss needs a positive pair inside the batch."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    warmup_factor: Fraction = 0.1
+    milestones: tuple[PositiveInt, ...] = (30, 50)
+    gamma: PositiveFloat = 0.1
+    id_weight: NonNegative = 0.25
+    triplet_weight: NonNegative = 1.0
+    text_weight: NonNegative = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    text_loss: Literal["none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i"] = "i2tce"
+    """Image-to-text losses of stage 2 (Table 6)."""
+    triplet_levels: Literal[2, 3] = 3
+    """3, or 2 without the earlier layer (Table 9)."""
+    margin: NonNegative = 0.3
+
+
+class AugmentSection(Section):
+    flip: Fraction = 0.5
+    pad: Annotated[int, Field(ge=0)] = 10
+    """Pixels of black on each side before the random crop."""
+    erase: Fraction = 0.5
+    """Probability of random erasing."""
+
+
+class TrainSection(Section):
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast around the encoders; parameters, moments and losses stay float32."""
+    compile: bool = False
+    """torch.compile of the encoder with static shapes."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage. 3 is not offered: a model of 150 million parameters never needs it."""
+
+
+class EvalSection(Section):
+    every_epochs: Annotated[int, Field(ge=0)] = 0
+    """Also evaluate after every n-th epoch of stage 2; 0: only before training and at the end."""
+    descriptor: tuple[Literal["pre", "img", "proj"], ...] = ("img", "proj")
+    """Features concatenated for retrieval (Table 11)."""
+    rule: Literal["camera", "none", "camera_time"] = "camera"
+    """Gallery images of the query's identity that do not count: same camera, none, or same camera and time."""
+    batch: PositiveInt = 128
+    """Images per worker and forward pass."""
+    draws: PositiveInt = 10
+    """Random galleries of the VehicleID protocol."""
+    rerank: tuple[PositiveInt, PositiveInt, Fraction] | None = None
+    """k-reciprocal re-ranking as [k1, k2, lambda]; null: off."""
+
+
+class CheckpointSection(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Write a checkpoint after every n-th step as well; 0: only at the end of epochs."""
+    every_minutes: NonNegative = 10.0
+    """Write a checkpoint when the last one is older than this; 0: never for this reason."""
+    every_epochs: Annotated[int, Field(ge=0)] = 1
+    keep: PositiveInt = 2
+    """Newest complete checkpoints kept, beside the best by mAP."""
+
+
+class Elastic(Section):
+    min: PositiveInt
+    max: PositiveInt
+
+
+class ClusterSection(Section):
+    launcher: Literal["ray", "torchrun", "local"] = "ray"
+    workers: PositiveInt | Elastic = 1
+    """Number of workers, or {min, max} to go on with fewer and grow again. Ignored by torchrun and local."""
+    timeout_s: PositiveFloat = 120.0
+    """A collective that takes longer is a failure."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
+    """null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: PositiveInt | None = None
+    """null: one for the worker and one for each loader, as far as the cluster has them."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts by Ray Train after a lost worker or node; -1: without limit."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        if isinstance(self.workers, Elastic):
+            return self.workers.min, self.workers.max
+        return self.workers, self.workers
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    data: DataSection
+    model: ModelSection = ModelSection()
+    method: Literal["two_stage", "one_stage", "baseline"] = "two_stage"
+    """two_stage as published, one_stage (Table 5), or baseline: stage 2 alone without text (Table 4)."""
+    stages: tuple[Literal[1, 2], ...] = (1, 2)
+    stage1: Stage1Section = Stage1Section()
+    stage2: Stage2Section = Stage2Section()
+    augment: AugmentSection = AugmentSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        faults = [*self._stage_faults(), *self._batch_faults(), *self._cluster_faults()]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _stage_faults(self):
+        if self.stages not in ((1,), (2,), (1, 2)):
+            yield f"stages: {list(self.stages)} is none of [1], [2], [1, 2]"
+        if self.method != "two_stage" and self.stages != (2,):
+            yield f"stages: method {self.method} has stage 2 alone: set stages=[2]"
+        if self.method == "baseline" and self.stage2.text_loss != "none":
+            yield f"stage2.text_loss: {self.stage2.text_loss} needs text, which method baseline has not: set it to none"
+        if self.method == "two_stage" and self.stages == (2,) and not self.stage1.result:
+            yield "stage1.result: not given, but stages [2] starts from it: name a stage1.safetensors"
+        if self.stage1.result and 1 in self.stages:
+            yield f"stage1.result: {self.stage1.result} would be overwritten by stage 1: set stages=[2]"
+        if self.stage1.warmup_epochs and self.stage1.min_lr > self.stage1.lr:
+            yield f"stage1.min_lr: {self.stage1.min_lr} is above stage1.lr {self.stage1.lr}"
+
+    def _batch_faults(self):
+        identities, per = self.stage2.identities, self.stage2.images_per_identity
+        low, high = self.cluster.worker_range
+        if self.cluster.launcher == "ray" and 2 in self.stages and not any(
+            identities % n == 0 for n in range(low, high + 1)
+        ):
+            fits = [n for n in range(1, identities + 1) if identities % n == 0]
+            yield (
+                f"cluster.workers: {low if low == high else f'{low} to {high}'} does not divide the batch of "
+                f"{identities} identities x {per} images into whole identities (stage2.identities); possible: {fits}"
+            )
+        if self.data.locality == "node" and identities % self.data.virtual_nodes:
+            yield (
+                f"data.virtual_nodes: {self.data.virtual_nodes} does not divide stage2.identities {identities}"
+            )
+
+    def _cluster_faults(self):
+        low, high = self.cluster.worker_range
+        if low > high:
+            yield f"cluster.workers: min {low} is above max {high}"
+
+    @property
+    def batch_images(self) -> int:
+        """Images in one global PK batch, P x K."""
+        return self.stage2.identities * self.stage2.images_per_identity
+
+    def allowed_workers(self) -> list[int]:
+        """Numbers of workers in `cluster.workers` that divide the PK batch by whole identities."""
+        low, high = self.cluster.worker_range
+        if 2 not in self.stages:
+            return list(range(low, high + 1))
+        return [n for n in range(low, high + 1) if self.stage2.identities % n == 0]
+
+
+# Keys that may change between a run and its continuation: none of them changes what is computed.
+HARMLESS = (
+    "run.dir", "run.resume", "data.shards", "data.on_error", "data.cache_dir", "data.cache_gb", "data.loaders",
+    "model.pretrained", "stage1.epochs", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
+    "cluster",
+)  # fmt: skip
+
+
+def results_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's results, flat: {"stage2.lr": 5e-6, ...}. Epoch counts may grow later."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if not any((key + ".").startswith(h + ".") for h in HARMLESS)}
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file with its bases, apply `key.path=value` overrides, and validate.
+
+    Raises:
+        ConfigError: every fault, one line each, before anything heavy is imported.
+    """
+    tree = _read_yaml(Path(path), seen=())
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"{override!r} is not an override: write key.path=value, for example stage2.epochs=10")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise ConfigError(f"{override!r} cannot be applied: {_first_line(error)}") from None
+    return parse_config(OmegaConf.to_container(tree, resolve=True))
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a plain nested dictionary. Raises ConfigError with one line per fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [line for fault in error.errors() for line in _fault_lines(fault)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loading it gives the same settings."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]):
+    path = path.expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file" + (f" (base of {seen[-1]})" if seen else ""))
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base refers back to itself")
+    try:
+        tree = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{path}: holds a list, but settings are keys with values")
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    parents = [_read_yaml(path.parent / base, (*seen, path.resolve())) for base in bases]
+    return OmegaConf.merge(*parents, tree)
+
+
+def _fault_lines(fault: dict) -> list[str]:
+    """One pydantic error as lines that name the key, the value and what is accepted."""
+    place = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        return [_unknown_key(place)]
+    if fault["type"] == "missing":
+        return [f"{'.'.join(place)}: not given, and it has no default"]
+    if not place:
+        return str(fault["ctx"]["error"]).split("\n")
+    message = fault["msg"][0].lower() + fault["msg"][1:].replace("Input should be", "should be")
+    message = message.replace("input should be", "should be")
+    key = ".".join(part for part in place if part not in ("constrained-int", "Elastic", "int", "str", "float"))
+    return [f"{key}: {fault['input']!r} {message}"]
+
+
+def _unknown_key(place: list[str]) -> str:
+    section: type[BaseModel] = Config
+    for part in place[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    known = sorted(section.model_fields)
+    close = get_close_matches(place[-1], known, n=1)
+    hint = f"did you mean {'.'.join([*place[:-1], close[0]])}? " if close else ""
+    return f"{'.'.join(place)}: unknown key; {hint}known here: {', '.join(known)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
