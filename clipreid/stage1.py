@@ -1,0 +1,114 @@
+"""Stage 1: only the identities' prompt tokens learn, against image features computed once.
+
+    feature bank -> batches -> [step: texts of the batch, contrastive losses] -> prompt tokens
+                                            prompt tokens -> [all_text_features] -> stage 2
+
+A step works on identities: each of the batch's U distinct ones is encoded once over all ranks. Images are
+split over ranks in contiguous parts that may be unequal or empty; every rank joins every gather all the
+same.
+
+b = images of this rank, B = images of the global batch, U = distinct identities of the batch, N = all
+identities, D = feature width
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipreid.gather import Gather, alone, gather_parts
+from clipreid.losses import image_to_text, text_to_image, widened
+
+
+def batches(num_images: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers (int64) of an epoch's global batches: a fresh permutation, cut; the last may be partial.
+
+    A pure function of its arguments. Epochs count from 1.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    return [order[start : start + batch] for start in range(0, num_images, batch)]
+
+
+def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
+    """This rank's contiguous part of a batch; sizes differ by at most one, and are 0 where ranks
+    outnumber images."""
+    return slice(num_images * rank // world_size, num_images * (rank + 1) // world_size)
+
+
+def step(
+    text: nn.Module,
+    images_local: Tensor,
+    labels_local: Tensor,
+    labels_global: Tensor,
+    rank: int,
+    world_size: int,
+    gather: Gather = alone,
+) -> dict[str, Tensor]:
+    """Losses of one global batch (Eq. 2, 4, 5), scaled so that their mean over ranks is the global value.
+
+    text: int64 labels [n] -> text features [n, D], differentiable in the tokens.
+    images_local: float [b, D], the rows `rank_slice(B, rank, world_size)` of the batch; b may be 0.
+    labels_global: int64 [B]; may stay on the CPU, where finding the distinct ones does not halt a GPU.
+    Returns scalars `i2t`, `t2i` and their sum `loss`: local sum x ranks / B.
+    """
+    parts = [rank_slice(len(labels_global), r, world_size) for r in range(world_size)]
+    own = parts[rank]
+    identities, place = labels_global.unique(return_inverse=True)
+    device = images_local.device
+    identity_texts = encode_identities(text, identities.to(device), rank, world_size, gather)
+    texts = identity_texts[place.to(device)]
+    images = gather_parts(images_local, [part.stop - part.start for part in parts], gather)
+
+    i2t = image_to_text(images_local, texts[own], texts)
+    t2i = text_to_image(texts[own], labels_local, images, labels_global.to(device))
+    scale = world_size / len(labels_global)
+    losses = {"i2t": i2t.sum() * scale, "t2i": t2i.sum() * scale}
+    return {**losses, "loss": losses["i2t"] + losses["t2i"]}
+
+
+def encode_identities(
+    text: nn.Module, identities: Tensor, rank: int, world_size: int, gather: Gather = alone
+) -> Tensor:
+    """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64)
+    [U, D].
+
+    Ranks take contiguous equal parts of ceil(U / R), filled up with repeats of the last identity, which
+    are cut after the gather: so no rank is without a forward pass.
+    """
+    share = -(-len(identities) // world_size)
+    own = torch.arange(rank * share, (rank + 1) * share, device=identities.device).clamp(
+        max=len(identities) - 1
+    )
+    return gather(widened(text(identities[own])))[: len(identities)]
+
+
+@torch.no_grad()
+def all_text_features(
+    text: nn.Module,
+    num_identities: int,
+    rank: int,
+    world_size: int,
+    gather: Gather = alone,
+    device: torch.device | str = "cpu",
+    batch: int = 1024,
+) -> Tensor:
+    """The bridge to stage 2: text features of identities 0 … N-1, frozen, on every rank. Returns float32
+    [N, D].
+
+    batch: identities encoded at a time over all ranks, which bounds the memory.
+    """
+    chunks = torch.arange(num_identities, device=device).split(batch)
+    return torch.cat([encode_identities(text, chunk, rank, world_size, gather) for chunk in chunks])
+
+
+def identity_means(features: Tensor, labels: Tensor, num_identities: int) -> Tensor:
+    """The `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
+
+    features: float [n, D], labels: int64 [n] holding each of 0 … N-1 -> features' dtype [N, D].
+    """
+    sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64, device=features.device)
+    for rows in torch.arange(len(labels), device=features.device).split(
+        8192
+    ):  # a memory-mapped bank stays on disk
+        sums.index_add_(0, labels[rows], features[rows].double())
+    counts = labels.bincount(minlength=num_identities)
+    return (sums / counts[:, None]).to(features.dtype)

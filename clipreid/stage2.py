@@ -1,0 +1,117 @@
+"""Stage 2: the image encoder learns from PK batches; here a batch's features become its loss parts.
+
+    PK batch -> ReIDModel -> [losses] -> engine.backward
+
+Local images are the anchors; what they are compared with (features for the triplet, labels, image and
+text features for the contrastive variants) is gathered from all ranks. All ranks hold equally many
+images, so every part is a mean over the local ones, and its mean over ranks is the value of the global
+batch.
+
+b = images of this rank, B = images of the global batch, N = identities, D = width of the projected feature
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from clipreid.errors import ModelError
+from clipreid.gather import Gather, alone
+from clipreid.losses import batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image, widened
+
+if TYPE_CHECKING:
+    from clipreid.model import ReIDOutput
+
+TEXT_LOSSES = ("none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Eq. 9 and its variants (Tables 4, 5, 6, 9)."""
+
+    id_weight: float = 1.0
+    triplet_weight: float = 1.0
+    text_weight: float = 1.0
+    label_smoothing: float = 0.1
+    """Of the ID losses and of i2tce."""
+    margin: float = 0.3
+    """Of the triplet loss, a Euclidean distance."""
+    text_loss: str = "i2tce"
+    """One of TEXT_LOSSES."""
+    triplet_levels: int = 3
+    """3: pre, img, proj; 2: without pre."""
+
+    def __post_init__(self):
+        if self.text_loss not in TEXT_LOSSES:
+            raise ModelError(f"text_loss is {self.text_loss!r}; known: {', '.join(TEXT_LOSSES)}.")
+        if self.triplet_levels not in (2, 3):
+            raise ModelError(f"triplet_levels is {self.triplet_levels}; give 3, or 2 for no earlier layer.")
+
+
+def losses(
+    output: "ReIDOutput",
+    labels: Tensor,
+    text_features: Tensor | None,
+    gather: Gather = alone,
+    settings: LossSettings = LossSettings(),
+    own_texts: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Loss parts of this rank's part of a PK batch; their means over ranks are those of the global batch.
+
+    labels: int64 [b], same b on every rank. text_features: frozen float [N, D]; None where text_loss is
+    none. own_texts: the one-stage method (text_loss i2t+t2i) hands in the text features of the local
+    images' identities, float [b, D] with gradient (`batch_texts`), in place of text_features. Returns
+    scalars: `id_img id_proj`, `tri_pre tri_img tri_proj` and those of `i2tce i2t t2i` in use, then the
+    sums `id triplet text` and the weighted total `loss`.
+    """
+    wanted = settings.text_loss.split("+")
+    levels = ("pre", "img", "proj")[3 - settings.triplet_levels :]
+    with torch.autocast(labels.device.type, enabled=False):
+        local = {level: widened(getattr(output.features, level)) for level in levels}
+        if "i2t" in wanted or "t2i" in wanted:
+            local["text"] = text_features[labels] if own_texts is None else widened(own_texts)
+        batch = _gather_columns(local, gather)
+        labels_batch = gather(labels)
+
+        parts = {
+            f"id_{name}": smoothed_cross_entropy(scores, labels, settings.label_smoothing)
+            for name, scores in zip(("img", "proj"), output.scores, strict=True)
+        }
+        for level in levels:
+            parts[f"tri_{level}"] = batch_hard_triplet(
+                local[level], labels, batch[level], labels_batch, settings.margin
+            )
+        if "i2tce" in wanted:
+            similarity = local["proj"] @ text_features.T
+            parts["i2tce"] = smoothed_cross_entropy(similarity, labels, settings.label_smoothing)
+        if "i2t" in wanted:
+            parts["i2t"] = image_to_text(local["proj"], local["text"], batch["text"]).mean()
+        if "t2i" in wanted:
+            parts["t2i"] = text_to_image(local["text"], labels, batch["proj"], labels_batch).mean()
+    return _with_totals(parts, settings)
+
+
+def batch_texts(text: nn.Module, labels: Tensor, images_per_identity: int) -> Tensor:
+    """Text features [b, D] of a PK batch's local images, each identity encoded once (the one-stage method).
+
+    labels: int64 [b], the K images of an identity side by side.
+    """
+    return text(labels[::images_per_identity]).repeat_interleave(images_per_identity, dim=0)
+
+
+def _gather_columns(local: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
+    """{name: [b, D_i]} -> {name: [B, D_i]} in one gather, side by side."""
+    gathered = gather(torch.cat(list(local.values()), dim=1))
+    return dict(zip(local, gathered.split([x.shape[1] for x in local.values()], dim=1), strict=True))
+
+
+def _with_totals(parts: dict[str, Tensor], settings: LossSettings) -> dict[str, Tensor]:
+    identity = parts["id_img"] + parts["id_proj"]
+    triplet = sum(value for name, value in parts.items() if name.startswith("tri_"))
+    loss = settings.id_weight * identity + settings.triplet_weight * triplet
+    totals = {"id": identity, "triplet": triplet}
+    if settings.text_loss != "none":
+        totals["text"] = sum(parts[name] for name in settings.text_loss.split("+"))
+        loss = loss + settings.text_weight * totals["text"]
+    return {**parts, **totals, "loss": loss}
