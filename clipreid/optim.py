@@ -1,32 +1,33 @@
 """Parameter groups for Adam: which parameter learns how fast.
 
-    ReIDModel -> [parameter_groups] -> torch.optim.Adam (L2 decay, not AdamW) -> engine
-                 schedules -> [set_learning_rate], at the start of every epoch
+    model, prompt tokens -> [parameter_groups] -> torch.optim.Adam (L2 decay, not AdamW) in the engine
 
-Decay goes through the gradient (`torch.optim.Adam(weight_decay=…)`), so every trained parameter moves at
-every step, also the tokens of identities that are not in the batch.
+The caller gives a group schedules.stage1_lr or stage2_lr times its `lr_factor`. Decay goes through the
+gradient (`torch.optim.Adam(weight_decay=…)`), so every trained parameter moves at every step, also the
+tokens of identities that are not in the batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import nn
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
-    lr: float,
     weight_decay: float,
     bias_lr_factor: float = 1.0,
-) -> list[dict]:
+    lr_factor: float = 1.0,
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: those without "bias" in their name and those with, in model order.
 
-    Each group has `params`, `names`, `lr`, `base_lr` (what schedules scale: bias_lr_factor x lr for
-    biases) and `weight_decay`. Frozen parameters and empty groups are left out.
+    Each group has `params`, `names`, `weight_decay` and `lr_factor`, by which the scheduled learning rate
+    is multiplied: `lr_factor`, for biases times `bias_lr_factor`. Frozen parameters and empty groups are
+    left out. The one-stage method adds the groups of its tokens, whose lr_factor is stage1.lr / stage2.lr.
     """
-    groups = [
-        {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": weight_decay}
-        for rate in (lr, lr * bias_lr_factor)
+    groups: list[dict[str, Any]] = [
+        {"params": [], "names": [], "weight_decay": weight_decay, "lr_factor": factor}
+        for factor in (lr_factor, lr_factor * bias_lr_factor)
     ]
     for name, parameter in named_parameters:
         if parameter.requires_grad:
@@ -34,9 +35,3 @@ def parameter_groups(
             group["params"].append(parameter)
             group["names"].append(name)
     return [group for group in groups if group["params"]]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Callable[[float], float]) -> None:
-    """Give every group the learning rate that the schedule makes of its `base_lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(group["base_lr"])

@@ -1,6 +1,6 @@
 """Learning rates of both stages as pure functions of the epoch (1, 2, …); nothing to save, nothing to step.
 
-config -> [schedules] -> optim.set_learning_rate, at the start of every epoch
+config -> [schedules] -> the engine's learning rate, times each group's lr_factor
 """
 
 import math
