@@ -1,0 +1,172 @@
+"""The image encoders: CLIP's towers, re-wired to give the three features that re-identification learns from.
+
+    augment -> [encoders] -> model (necks, classifiers) -> losses
+                          -> descriptor -> retrieval
+
+In:  float images [B, 3, H, W], normalised; for a ViT maybe side information, one vector per image.
+Out: Features per image: `pre` (before the last stage), `img` (after it) and `proj` (in the space shared with
+text).
+
+The layers are open_clip's own, adopted under their own names: our parts are the stride, the resized position
+embedding, the side information and the points where features are taken. Parameter names below an encoder
+equal those of OpenAI's `visual`. Weights are loaded before, at the tower's native size (`pretrained.py`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# B = images, L = tokens (1 + rows * columns), W = width of the tower, C = channels
+
+
+class Features(NamedTuple):
+    """The three features of a batch of images, each float [B, *]."""
+
+    pre: Tensor
+    """Before the last stage: class token after block n-1 of a ViT (W), spatial mean of a ResNet's layer 3 (16
+    w)."""
+    img: Tensor
+    """After it: class token after the last block and `ln_post` (W), spatial mean of layer 4 (32 w)."""
+    proj: Tensor
+    """The same projected into the space of the text features (embed_dim)."""
+
+
+class ImageEncoder(nn.Module):
+    """Common face of the two kinds of tower. `widths` are those of the features (pre, img, proj)."""
+
+    widths: tuple[int, int, int]
+
+    def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
+        """Float images [B, 3, H, W], and `sie` [B, W] or None (ViT only), to Features."""
+        raise NotImplementedError
+
+
+class ViTEncoder(ImageEncoder):
+    """A CLIP vision transformer at any image size and stride, with side information (TransReID's SIE)."""
+
+    def __init__(self, visual: nn.Module, grid: tuple[int, int], stride: int, sie_tokens: str) -> None:
+        """`visual` is an open_clip VisionTransformer, whose layers are adopted (it must not be used
+        afterwards).
+
+        `grid` is (rows, columns) of patches, `stride` the pixels between them, `sie_tokens` "cls" or "all".
+        """
+        super().__init__()
+        self.sie_tokens = sie_tokens
+        self.conv1 = visual.conv1
+        self.conv1.stride = (stride, stride)
+        self.class_embedding = visual.class_embedding
+        self.positional_embedding = nn.Parameter(resize_positions(visual.positional_embedding.detach(), grid))
+        self.ln_pre = visual.ln_pre
+        self.transformer = visual.transformer
+        self.ln_post = visual.ln_post
+        self.proj = visual.proj
+        width, projected = self.proj.shape
+        self.widths = (width, width, projected)
+
+    def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
+        """Float images [B, 3, H, W] to Features; `sie` [B, W] is added before the position embedding."""
+        x_BLW = self.ln_pre(self._embed(images, sie))
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x_BLW = block(x_BLW)
+        pre = x_BLW[:, 0]
+        img = self.ln_post(_class_token_after(last, x_BLW))
+        return Features(pre, img, img @ self.proj)
+
+    def _embed(self, images: Tensor, sie: Tensor | None) -> Tensor:
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        if sie is not None:
+            sie = sie.to(patches.dtype).unsqueeze(1)
+            class_token = class_token + sie
+            if self.sie_tokens == "all":
+                patches = patches + sie
+        return torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+
+
+def _class_token_after(block: nn.Module, x_BLW: Tensor) -> Tensor:
+    """The class token [B, W] after a transformer block: the other tokens serve as keys and values only.
+
+    Nothing else of the last block is used, and its queries and MLP are a twelfth of a ViT-B's work.
+    """
+    keys_BLW = block.ln_1(x_BLW)
+    token = x_BLW[:, :1]
+    token = token + block.ls_1(block.attention(keys_BLW[:, :1], keys_BLW, keys_BLW))
+    token = token + block.ls_2(block.mlp(block.ln_2(token)))
+    return token[:, 0]
+
+
+class ResNetEncoder(ImageEncoder):
+    """CLIP's ModifiedResNet with stride 1 in the last stage, so that its last map is H/16 x W/16."""
+
+    def __init__(self, visual: nn.Module, grid: tuple[int, int]) -> None:
+        """`visual` is an open_clip ModifiedResNet, whose layers are adopted; `grid` is (H / 16, W / 16)."""
+        super().__init__()
+        for name in ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3", "avgpool"):
+            setattr(self, name, getattr(visual, name))
+        self.layer1, self.layer2 = visual.layer1, visual.layer2
+        self.layer3, self.layer4 = visual.layer3, visual.layer4
+        self.attnpool = visual.attnpool
+        # open_clip strides by average pooling before a convolution of stride 1: without the pool the stride
+        # is 1.
+        self.layer4[0].avgpool = nn.Identity()
+        self.layer4[0].downsample[0] = nn.Identity()
+        positions = resize_positions(self.attnpool.positional_embedding.detach(), grid)
+        self.attnpool.positional_embedding = nn.Parameter(positions)
+        width = self.attnpool.c_proj.in_features
+        self.widths = (width // 2, width, self.attnpool.c_proj.out_features)
+
+    def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
+        """Float images [B, 3, H, W] to Features. There is no side information for a ResNet: `sie` must be
+        None."""
+        assert sie is None, "ModelSpec refuses side information for a ResNet"
+        x = self.act1(self.bn1(self.conv1(images)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.act3(self.bn3(self.conv3(x)))
+        x = self.layer2(self.layer1(self.avgpool(x)))
+        layer3 = self.layer3(x)
+        layer4 = self.layer4(layer3)
+        return Features(layer3.mean(dim=(2, 3)), layer4.mean(dim=(2, 3)), self._attention_pool(layer4))
+
+    def _attention_pool(self, x_BCHW: Tensor) -> Tensor:
+        """Output of the attention pool at its mean token, [B, embed_dim]: the only query that is used."""
+        pool = self.attnpool
+        x_LBC = x_BCHW.flatten(2).permute(2, 0, 1)
+        x_LBC = torch.cat([x_LBC.mean(dim=0, keepdim=True), x_LBC])
+        x_LBC = x_LBC + pool.positional_embedding[:, None, :].to(x_LBC.dtype)
+        pooled, _ = F.multi_head_attention_forward(
+            *(x_LBC[:1], x_LBC, x_LBC, x_LBC.shape[-1], pool.num_heads),
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=pool.c_proj.weight,
+            out_proj_bias=pool.c_proj.bias,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=pool.q_proj.weight,
+            k_proj_weight=pool.k_proj.weight,
+            v_proj_weight=pool.v_proj.weight,
+        )
+        return pooled[0]
+
+
+def resize_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding [1 + g*g, W] resized to [1 + rows*columns, W]; the class row is kept.
+
+    Bilinear, half-pixel centres, no antialiasing: open_clip's own resizing (bicubic, antialiased) is 5e-2
+    off.
+    """
+    class_row, cells = embedding[:1], embedding[1:]
+    side = math.isqrt(len(cells))
+    assert side * side == len(cells), "towers are built at their native size, which is square"
+    if (side, side) == grid:
+        return embedding.clone()
+    cells = cells.T.reshape(1, -1, side, side)
+    cells = F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([class_row, cells[0].flatten(1).T])

@@ -1,0 +1,145 @@
+"""Checkpoints of CLIP-ReID's authors (`ViT-B-16_60.pth`, `RN50_120.pth`), in and out.
+
+    ViT-B-16_60.pth -> [official] -> model -> evaluation, or stage 2
+    model.safetensors -> load_model -> [official] -> a checkpoint that loads into the authors' model
+
+A flat state dict. Our names are the same, but for the prompts' tokens, which are `prompt_learner.cls_ctx`
+there. It holds no settings: image size, stride and kind of side information come from the configuration, and
+where its shapes contradict them it is refused.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clipreid.errors import ModelError
+from clipreid.pretrained import read_state_dict
+from clipreid.prompts import PREFIX_POSITIONS, PromptedText
+from clipreid.spec import ModelSpec
+
+_TOKENS = ("prompt_learner.cls_ctx", "prompt_learner.tokens")
+_TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
+
+
+@dataclass(frozen=True)
+class OfficialShapes:
+    """What a checkpoint's shapes tell about the dataset it was trained on."""
+
+    identities: int
+    sie_rows: int
+    """Rows of its side information table; 0 without one."""
+    prompt_tokens: int | None
+    """M; None where it holds no prompts (a baseline's checkpoint)."""
+
+
+def official_shapes(path: str | Path) -> OfficialShapes:
+    """Read what the configuration need not know. Raises ModelError where `path` is no such checkpoint."""
+    state = read_state_dict(Path(path))
+    if "classifier.weight" not in state:
+        raise ModelError(f"{path}: has no classifier.weight: not a checkpoint of CLIP-ReID's authors")
+    tokens = state.get(_TOKENS[0])
+    return OfficialShapes(
+        identities=len(state["classifier.weight"]),
+        sie_rows=len(state["cv_embed"]) if "cv_embed" in state else 0,
+        prompt_tokens=None if tokens is None else tokens.shape[1],
+    )
+
+
+def load_official(
+    model: nn.Module, text: PromptedText, state: dict[str, Tensor], spec: ModelSpec, source: str
+) -> PromptedText | None:
+    """Fill `model` and `text`, built for `spec`, from a checkpoint's state dict.
+
+    Returns `text`, or None where the checkpoint holds no text side, as a baseline's does. Raises ModelError,
+    one line with both shapes, where position rows, side information, identities or widths do not fit `spec`.
+    """
+    _check_activation(spec, source)
+    state = dict(state)
+    if spec.is_resnet:
+        state.pop("cv_embed", None)  # made by the authors' code when asked for, but never used by its ResNet
+    if _TOKENS[0] in state:
+        state[_TOKENS[1]] = state.pop(_TOKENS[0])
+    text_state = {name: state.pop(name) for name in list(state) if name.startswith(_TEXT_PREFIXES)}
+    _load(model, state, spec, source)
+    if not text_state:
+        return None
+    _load(text, text_state, spec, source)
+    _check_end(text, spec, source)
+    return text
+
+
+def save_official(path: str | Path, model: nn.Module, text: PromptedText | None, spec: ModelSpec) -> None:
+    """Write a checkpoint that loads into the authors' model: float32, complete before it appears under its
+    name.
+
+    Without `text` it holds the image side only, which is all that their evaluation uses.
+    """
+    _check_activation(spec, str(path))
+    state = model.state_dict() | (text.state_dict() if text is not None else {})
+    state = {name: value.detach().cpu() for name, value in state.items()}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    if _TOKENS[1] in state:
+        state[_TOKENS[0]] = state.pop(_TOKENS[1])
+    partial = Path(f"{path}.partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
+    wanted = module.state_dict()
+    for name, value in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.zeros_like(value))  # counts batches for nobody; older files lack it
+    for name in sorted(wanted.keys() | state.keys()):
+        here = tuple(wanted[name].shape) if name in wanted else None
+        there = tuple(state[name].shape) if name in state else None
+        if here != there:
+            raise ModelError(
+                f"{source}: {name} is {there or 'missing'}, the configuration needs {here or 'none'}: "
+                f"{_remedy(name, spec)}"
+            )
+    module.load_state_dict(state)
+
+
+def _remedy(name: str, spec: ModelSpec) -> str:
+    height, width = spec.image_size
+    if name.startswith("image_encoder") and name.endswith("positional_embedding"):
+        rows, columns = spec.grid
+        return (
+            f"model.image_size {height}x{width} with stride {spec.stride or spec.patch_size} is a grid of "
+            f"{rows}x{columns}; set both as they were in training"
+        )
+    if name == "cv_embed":
+        return (
+            f"model.sie is {spec.sie} for {spec.cameras} cameras and {spec.views} views; "
+            "set it as it was in training"
+        )
+    if name.startswith("classifier") or name == _TOKENS[1]:
+        return (
+            f"it is for other training data than the {spec.identities} identities (and model.prompt_tokens "
+            f"{spec.prompt_tokens}) configured here"
+        )
+    return f"it is of another architecture than model.arch {spec.arch}"
+
+
+def _check_activation(spec: ModelSpec, source: str) -> None:
+    if not spec.arch_config.get("quick_gelu") and not spec.arch.endswith(".json"):
+        raise ModelError(
+            f"{source}: the authors' model computes QuickGELU, model.arch {spec.arch} computes GELU: "
+            f"use model.arch={spec.arch}-quickgelu"
+        )
+
+
+def _check_end(text: PromptedText, spec: ModelSpec, source: str) -> None:
+    """The noun is not in the file, but its length is: behind the end token all rows are the padding's."""
+    suffix = text.prompt_learner.token_suffix[0]
+    words = int((suffix != suffix[-1]).any(dim=1).sum())
+    end = PREFIX_POSITIONS + spec.prompt_tokens + words - 1
+    if end != text.prompt_learner.length - 1:
+        raise ModelError(
+            f"{source}: its prompts end at position {end}, those for noun {spec.noun!r} at position "
+            f"{text.prompt_learner.length - 1}: pack the dataset with the noun of the training (pack.py --noun)"
+        )

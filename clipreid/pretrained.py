@@ -1,0 +1,185 @@
+"""CLIP weights in: an open_clip tag, or a local file, to a state dict in OpenAI's names.
+
+    tag or file -> [pretrained] -> model (towers filled at their native size, then re-wired)
+
+In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a TorchScript archive, a pickled
+`state_dict`
+     (bare, or under "state_dict" or "model", with or without "module." before its names), or a safetensors
+     file.
+Out: {name: Tensor} with names such as `visual.conv1.weight`. Files are read without running any code of
+theirs.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clipreid.errors import ModelError
+
+OFFICIAL_PREFIX = "image_encoder."
+"""Begins names in the checkpoints of CLIP-ReID's authors, and in ours; CLIP's own say `visual.`."""
+
+# Settings that OpenAI's archives carry as tensors beside the weights.
+_OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
+# Parameters of CLIP that are no part of re-identification: similarities are unscaled dot products.
+_UNUSED = ("logit_scale", "logit_bias")
+
+
+def read_pretrained(pretrained: str, arch: str, quick_gelu: bool) -> dict[str, Tensor]:
+    """The state dict behind `model.pretrained`: a local file, or a tag that open_clip knows for `arch`.
+
+    Raises ModelError, one line, for an unknown tag, a failed download, an unreadable file, and for weights
+    that are known to belong to another activation function than `arch` has (`quick_gelu`), which is an error
+    of 1e-2.
+    """
+    if Path(pretrained).is_file():
+        state = read_state_dict(Path(pretrained))
+        _check_activation(pretrained, arch, quick_gelu, True if _is_openai(state) else quick_gelu)
+        return state
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    entry = get_pretrained_cfg(arch, pretrained)
+    if not entry:
+        tags = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
+        raise ModelError(
+            f"model.pretrained {pretrained!r} is no file, and no tag of {arch} in open_clip; tags: {tags}"
+        )
+    _check_activation(pretrained, arch, quick_gelu, bool(entry.get("quick_gelu")))
+    try:
+        path = download_pretrained(entry)
+    except Exception as error:  # open_clip and its hub client raise whatever their transports raise
+        raise ModelError(
+            f"model.pretrained {pretrained!r}: the weights of {arch} could not be downloaded "
+            f"({type(error).__name__}: {_first_line(error)}); without a network give the path of a local file"
+        ) from None
+    return read_state_dict(Path(path))
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a TorchScript archive, a pickled state dict or a safetensors file, without "module."
+    prefixes.
+
+    Raises ModelError where the file is none of these. Dtypes are as stored.
+    """
+    with _unreadable(path):
+        if path.suffix == ".safetensors":
+            loaded = load_file(path)
+        elif _is_torchscript(path):
+            loaded = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(value, Tensor) for value in loaded.values())
+    ):
+        raise ModelError(
+            f"{path}: holds no state dict (names with tensors); give a CLIP or CLIP-ReID checkpoint"
+        )
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def is_official(state: dict[str, Tensor]) -> bool:
+    """Whether the names are those of a re-identification checkpoint rather than of CLIP."""
+    return any(name.startswith(OFFICIAL_PREFIX) for name in state)
+
+
+def load_clip(clip: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Fill an open_clip CLIP, at its native size, with `state`; every weight must be there, in its shape.
+
+    A square position embedding of another size is taken over as it is: the encoders resize it once, to their
+    grid. Raises ModelError naming the weight and both shapes, or the names that are missing or unknown.
+    """
+    state = {name.removeprefix("text."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if name not in (*_OPENAI_MARKS, *_UNUSED)}
+    for module, name in (
+        (clip.visual, "visual."),
+        (getattr(clip.visual, "attnpool", None), "visual.attnpool."),
+    ):
+        rows = state.get(f"{name}positional_embedding")
+        if module is not None and rows is not None and _is_square_grid(rows):
+            module.positional_embedding = nn.Parameter(torch.empty_like(rows, dtype=torch.float32))
+    wanted = {name: value for name, value in clip.state_dict().items() if name not in _UNUSED}
+    check_fit(state, wanted, source)
+    clip.load_state_dict(state, strict=False)
+
+
+def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
+    """Raise ModelError unless `state` has exactly the names of `wanted`, in the same shapes."""
+    for name, value in wanted.items():
+        if name in state and state[name].shape != value.shape:
+            raise ModelError(
+                f"{source}: {name} is {tuple(state[name].shape)}, the configured model needs "
+                f"{tuple(value.shape)}: choose the model.arch that these weights belong to"
+            )
+    for problem, names in (
+        ("lacks", wanted.keys() - state.keys()),
+        ("has unknown", state.keys() - wanted.keys()),
+    ):
+        if names:
+            first, *others = sorted(names)
+            more = f" and {len(others)} more" if others else ""
+            raise ModelError(
+                f"{source}: {problem} {first}{more}: these weights are not of the configured model.arch"
+            )
+
+
+def _is_square_grid(rows: Tensor) -> bool:
+    return round((len(rows) - 1) ** 0.5) ** 2 == len(rows) - 1
+
+
+def _is_openai(state: dict[str, Tensor]) -> bool:
+    return all(mark in state for mark in _OPENAI_MARKS)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _check_activation(pretrained: str, arch: str, model: bool, weights: bool) -> None:
+    if model == weights:
+        return
+    kinds = {True: "QuickGELU", False: "GELU"}
+    other = arch.removesuffix("-quickgelu") if model else f"{arch}-quickgelu"
+    raise ModelError(
+        f"model.pretrained {pretrained!r} was trained with {kinds[weights]}, but model.arch {arch} computes "
+        f"{kinds[model]}: use model.arch={other} (or quick_gelu in a JSON configuration)"
+    )
+
+
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise ModelError(
+            f"{path}: cannot be read as weights ({type(error).__name__}: {_first_line(error)}); "
+            "give a TorchScript archive, a state dict saved by torch.save, or a .safetensors file"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence or two: loaders append whole paragraphs of advice."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if len(line) <= 160 else f"{line[:160]}…"
