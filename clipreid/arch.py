@@ -89,7 +89,7 @@ def check_arch_config(config: dict[str, Any], arch: str) -> None:
     _check_sizes(arch, config)
 
 
-_REMEDY = "use a model with a class-token ViT or ModifiedResNet and CLIP's causal text tower, such as ViT-B-16-quickgelu"
+_REMEDY = "use one with a class-token ViT or ModifiedResNet and CLIP's causal text tower (ViT-B-16-quickgelu)"
 
 
 def is_resnet(config: dict[str, Any]) -> bool:

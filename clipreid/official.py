@@ -8,7 +8,6 @@ there. It holds no settings: image size, stride and kind of side information com
 where its shapes contradict them it is refused.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
         state[_TOKENS[0]] = state.pop(_TOKENS[1])
     partial = Path(f"{path}.partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
@@ -140,6 +139,6 @@ def _check_end(text: PromptedText, spec: ModelSpec, source: str) -> None:
     end = PREFIX_POSITIONS + spec.prompt_tokens + words - 1
     if end != text.prompt_learner.length - 1:
         raise ModelError(
-            f"{source}: its prompts end at position {end}, those for noun {spec.noun!r} at position "
+            f"{source}: its prompts end at position {end}, those for noun {spec.noun!r} at "
             f"{text.prompt_learner.length - 1}: pack the dataset with the noun of the training (pack.py --noun)"
         )

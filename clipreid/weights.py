@@ -9,7 +9,6 @@ authors).
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def save_model(path: str | Path, model: ReIDModel, card: ModelCard, text: Prompt
     partial = Path(f"{path}.partial")
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(contiguous, partial, metadata={_CARD: json.dumps(fields)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_card(path: str | Path) -> ModelCard:
