@@ -139,6 +139,6 @@ def _check_end(text: PromptedText, spec: ModelSpec, source: str) -> None:
     end = PREFIX_POSITIONS + spec.prompt_tokens + words - 1
     if end != text.prompt_learner.length - 1:
         raise ModelError(
-            f"{source}: its prompts end at position {end}, those for noun {spec.noun!r} at "
-            f"{text.prompt_learner.length - 1}: pack the dataset with the noun of the training (pack.py --noun)"
+            f"{source}: its prompts end at position {end}, those for noun {spec.noun!r} at position "
+            f"{text.prompt_learner.length - 1}: pack the dataset with the noun it was trained with"
         )

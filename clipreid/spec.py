@@ -64,8 +64,8 @@ class ModelSpec:
                 raise ModelError(f"{name} is {value}, it must be at least 1")
         if self.sie != "none" and self.sie_rows < 1:
             raise ModelError(
-                f"model.sie is {self.sie}, the dataset has {self.cameras} cameras and {self.views} views: set "
-                "model.sie=none or pack the dataset with them"
+                f"model.sie is {self.sie}, the dataset has {self.cameras} cameras and {self.views} views: "
+                "set model.sie=none or pack the dataset with them"
             )
         (self._check_resnet if self.is_resnet else self._check_vit)()
 
