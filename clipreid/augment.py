@@ -191,7 +191,8 @@ def _integers(uniform: Tensor, count: Tensor | int) -> Tensor:
     return (uniform * count).long()
 
 
-# Counter-based random numbers: SplitMix64 (Steele, Lea, Flood 2014), whose n-th output is a hash of seed + n * gamma.
+# Counter-based random numbers: SplitMix64 (Steele, Lea, Flood 2014), whose n-th output is a hash of
+# seed + n * gamma.
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
