@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from yaml import YAMLError
 
 from cluster.errors import ConfigError
@@ -222,8 +230,10 @@ class Config(Section):
     def _batch_faults(self):
         identities, per = self.stage2.identities, self.stage2.images_per_identity
         low, high = self.cluster.worker_range
-        if self.cluster.launcher == "ray" and 2 in self.stages and not any(
-            identities % n == 0 for n in range(low, high + 1)
+        if (
+            self.cluster.launcher == "ray"
+            and 2 in self.stages
+            and not any(identities % n == 0 for n in range(low, high + 1))
         ):
             fits = [n for n in range(1, identities + 1) if identities % n == 0]
             yield (
@@ -231,9 +241,7 @@ class Config(Section):
                 f"{identities} identities x {per} images into whole identities (stage2.identities); possible: {fits}"
             )
         if self.data.locality == "node" and identities % self.data.virtual_nodes:
-            yield (
-                f"data.virtual_nodes: {self.data.virtual_nodes} does not divide stage2.identities {identities}"
-            )
+            yield (f"data.virtual_nodes: {self.data.virtual_nodes} does not divide stage2.identities {identities}")
 
     def _cluster_faults(self):
         low, high = self.cluster.worker_range

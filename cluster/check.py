@@ -1,0 +1,63 @@
+"""What can be known to be wrong before any worker starts: paths, dataset, model name, sizes, earlier checkpoints.
+
+    Config ──▶ [check] ──▶ launcher
+
+Reads the dataset's index and the model's name, but loads neither weights nor torch.
+"""
+
+from clipreid.errors import ModelError
+from clipreid.spec import ModelSpec
+from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.manifest import check_may_continue
+from cluster.model_spec import model_spec
+from shards.errors import DataError
+from shards.index import ShardIndex
+from shards.storage import exists
+
+
+def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
+    """Raises ConfigError with every fault found, one line each."""
+    index = _open_index(config)
+    faults = [*_split_faults(index, config), *_batch_faults(index, config)]
+    spec = None
+    try:
+        spec = model_spec(config, index)
+    except ModelError as error:
+        faults.append(str(error))
+    result = config.stage1.result
+    if result and not exists(result):
+        faults.append(f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    check_may_continue(config, index.fingerprint)
+    return index, spec
+
+
+def _open_index(config: Config) -> ShardIndex:
+    try:
+        return ShardIndex.open(config.data.shards, config.data.cache_dir)
+    except DataError as error:
+        raise ConfigError(f"data.shards: {error}") from None
+
+
+def _split_faults(index: ShardIndex, config: Config):
+    wanted = ["train"]
+    if 2 in config.stages:
+        wanted += ["test"] if "test" in index.splits else ["query", "gallery"]
+    for split in wanted:
+        if not index.splits.get(split, {}).get("images"):
+            yield f"data.shards: {config.data.shards} has no images in split {split}: pack the dataset with it"
+
+
+def _batch_faults(index: ShardIndex, config: Config):
+    train = index.splits.get("train", {})
+    identities, images = train.get("identities", 0), train.get("images", 0)
+    if 2 in config.stages and 0 < identities < config.stage2.identities:
+        yield (
+            f"stage2.identities: {config.stage2.identities} identities per batch, but {index.name} has {identities} "
+            f"for training: set stage2.identities to at most {identities}"
+        )
+    least = min(config.allowed_workers(), default=1) if config.cluster.launcher == "ray" else 1
+    if 1 in config.stages and 0 < images < least:
+        yield f"cluster.workers: {least} workers, but {index.name} has only {images} training images"

@@ -1,0 +1,211 @@
+"""Checkpoints that any number of workers can go on from, written beside training.
+
+    engine ── fragments ──▶ [save: copy now, write in a thread] ──▶ storage ──▶ [load] ──▶ engine
+
+Every rank writes its own pieces. Rank 0 waits for all of them, writes the manifest last, and only then removes
+older checkpoints. Training waits for the copy, and for the write before if that has not ended.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor, nn
+
+from cluster.engine import MOMENTS, Engine
+from cluster.errors import TrainingError
+from cluster.manifest import FOLDER, Manifest, Position, find_fault, read_manifests
+from cluster.storage import Storage
+from cluster.team import Team
+
+log = logging.getLogger(__name__)
+KEYS = ("value", *MOMENTS)
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one rank sees them."""
+
+    def __init__(self, run: Storage, team: Team, *, settings: dict, fingerprint: str, keep: int, timeout_s: float):
+        self.run = run
+        self.source = run
+        """Where the checkpoint to go on from lies: the run itself, unless run.resume names another one's."""
+        self.team = team
+        self.settings = settings
+        self.fingerprint = fingerprint
+        self.keep = keep
+        self.timeout_s = timeout_s
+        self.attempt = team.from_first(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
+        self.newest_name: str | None = None
+        """Newest checkpoint known to be complete (rank 0 only)."""
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(self, position: Position, engine: Engine, *, mAP: float | None = None, extras: dict | None = None) -> None:
+        """Copy this rank's state and write it in the background. All ranks call this together.
+
+        Raises:
+            TrainingError: the write before this one failed.
+        """
+        self.finish()
+        name = f"stage{position.stage}-{position.total:08d}-{self.attempt}"
+        tensors, starts = {}, {}
+        for piece in engine.fragments(self.team.rank):
+            starts[piece.name] = piece.start
+            # On a GPU the copies queue behind the step, and the thread below waits for them.
+            tensors |= {f"{key}/{piece.name}": _copy_to_host(getattr(piece, key)) for key in KEYS}
+        if self.team.is_first:
+            tensors |= {f"buffer/{n}": _copy_to_host(b) for n, b in _kept_buffers(engine.module)}
+        if self.team.device.type == "cuda":
+            torch.cuda.synchronize()
+        manifest = Manifest(
+            name, position, self.team.world_size, engine.zero_stage, self.settings, self.fingerprint, {}, mAP,
+            extras or {},
+        )  # fmt: skip
+        self._writer = threading.Thread(target=self._write, args=(manifest, tensors, starts), daemon=True)
+        self._writer.start()
+
+    def finish(self) -> None:
+        """Wait for the write under way. Raises TrainingError if it failed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the background's failure, if there is one, as a TrainingError that names the remedy."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise TrainingError(
+                f"the checkpoint could not be written to {self.run.url}/{FOLDER} ({failure}); the one before it "
+                f"({self.newest_name or 'none'}) is intact: make room or mend the storage, then repeat the command"
+            ) from failure
+
+    def _write(self, manifest: Manifest, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
+        try:
+            folder = f"{FOLDER}/{manifest.name}"
+            mine = _file_name(self.team.rank, self.team.world_size)
+            content = dump_safetensors(tensors, {"starts": json.dumps(starts)})
+            self.run.write(f"{folder}/{mine}", content)
+            facts = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            self.run.write_json(f"{folder}/{mine}.json", facts)
+            if self.team.is_first:
+                manifest.files = self._facts_of_all_ranks(folder)
+                self.run.write_json(f"{folder}/manifest.json", manifest.dump())
+                self.newest_name = manifest.name
+                self._remove_old()
+        except Exception as error:
+            self._failure = error
+
+    def _facts_of_all_ranks(self, folder: str) -> dict[str, dict]:
+        files = [_file_name(rank, self.team.world_size) for rank in range(self.team.world_size)]
+        until = time.monotonic() + self.timeout_s
+        while missing := [f for f in files if f"{f}.json" not in self.run.names(folder)]:
+            if time.monotonic() > until:
+                raise TimeoutError(f"after {self.timeout_s:g} s these files are missing: {', '.join(missing)}")
+            time.sleep(0.02)
+        return {f: self.run.read_json(f"{folder}/{f}.json") for f in files}
+
+    def _remove_old(self) -> None:
+        """Keep the newest `keep` and the best by mAP; folders of interrupted writes go as well."""
+        manifests, _ = read_manifests(self.run)
+        keep = {m.name for m in manifests[-self.keep :]}
+        scored = [m for m in manifests if m.mAP is not None]
+        if scored:
+            keep.add(max(scored, key=lambda m: (m.mAP, m.position)).name)
+        for name in self.run.names(FOLDER):
+            if name not in keep:
+                self.run.remove(f"{FOLDER}/{name}")
+
+    def newest(self, chosen: str = "auto") -> Manifest | None:
+        """The newest complete and undamaged checkpoint, or the one whose path is `chosen`; the same on every rank."""
+        if chosen not in ("auto", "never"):
+            self.source = Storage(chosen.rstrip("/").rsplit(f"/{FOLDER}/", 1)[0])
+        found = None
+        if self.team.is_first:
+            manifests, damaged = read_manifests(self.source)
+            if self.source is not self.run:
+                manifests = [m for m in manifests if m.name == chosen.rstrip("/").rsplit("/", 1)[-1]]
+            for line in damaged:
+                log.warning("%s", line)
+            for manifest in reversed(manifests):
+                fault = find_fault(self.source, manifest)
+                if fault is None:
+                    found, self.newest_name = manifest, manifest.name
+                    break
+                log.warning("%s: checkpoint %s is skipped", fault, manifest.name)
+        return self.team.from_first(found, "choose a checkpoint")
+
+    def load(self, manifest: Manifest, engine: Engine) -> None:
+        """Put a checkpoint of any world size into this rank's engine: values, moments, step count and buffers.
+
+        Raises:
+            TrainingError: it is of another model, or its pieces do not cover a parameter.
+        """
+        engine.load(self.read(manifest, engine.module), manifest.position.total, self.team.rank)
+
+    @torch.no_grad()
+    def read(self, manifest: Manifest, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """All ranks' pieces put together, per trained parameter and key flat float32; buffers go into the module."""
+        parameters = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
+        full = {n: {key: torch.full((numel,), torch.nan) for key in KEYS} for n, numel in parameters.items()}
+        buffers = dict(_kept_buffers(module))
+        for name in manifest.files:
+            content = self.source.read(f"{FOLDER}/{manifest.name}/{name}")
+            starts = _metadata(content)["starts"]
+            for key, tensor in parse_safetensors(content).items():
+                kind, parameter = key.split("/", 1)
+                if kind == "buffer":
+                    buffers[parameter].copy_(tensor)
+                elif parameter in full:
+                    start = starts[parameter]
+                    full[parameter][kind][start : start + tensor.numel()] = tensor
+        return full
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)
+
+
+def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Running statistics and their like: the buffers that a state_dict holds."""
+    state = module.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in state]
+
+
+def _file_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank}-of-{world_size}.safetensors"
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    return {key: json.loads(value) for key, value in metadata.items()}
+
+
+class Due:
+    """Says after each step whether a checkpoint is wanted, by steps on every rank and by the clock on rank 0."""
+
+    def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float] = time.monotonic):
+        self.every_steps = every_steps
+        self.every_s = every_minutes * 60
+        self.clock = clock
+        self.last_s = clock()
+
+    def by_steps(self, total: int) -> bool:
+        return bool(self.every_steps) and total % self.every_steps == 0
+
+    def by_clock(self) -> bool:
+        return bool(self.every_s) and self.clock() - self.last_s > self.every_s
+
+    def saved(self) -> None:
+        self.last_s = self.clock()

@@ -1,0 +1,100 @@
+"""Evaluation on many workers: features once, then exact CMC and mAP from each rank's blocks of the gallery.
+
+    encoder ──▶ features of query and gallery (or VehicleID's test) ──▶ [evaluate] ──▶ metrics
+
+The distances are counted by `clipreid.retrieval`; here the counts of the ranks are added up.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipreid.augment import normalise
+from clipreid.model import ReIDModel, descriptor
+from clipreid.protocols import vehicleid
+from clipreid.rerank import evaluate_reranked
+from clipreid.retrieval import Labels, retrieve
+from cluster.config import Config
+from cluster.features import extract
+from cluster.team import Team
+from shards.index import ShardIndex, SplitIndex
+
+
+def evaluate(
+    model: ReIDModel,
+    index: ShardIndex,
+    config: Config,
+    team: Team,
+    on_images: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Metrics as fractions, the same on every rank: mAP, mINP, R1, R5, R10, queries, valid_queries; for VehicleID
+    `small`, `medium`, `large`, each with mean and std over the draws. The model is left in evaluation mode.
+
+    Raises:
+        DataError: an image cannot be read.
+        ModelError: no query has a valid match in the gallery.
+    """
+    model.eval()
+
+    def features(split: str) -> np.ndarray:
+        return encode_split(model, index, split, config, team, on_images)
+
+    if "test" in index.splits:
+        return _evaluate_vehicleid(features("test"), index.split("test"), config)
+    query, gallery = index.split("query"), index.split("gallery")
+    query_features = torch.from_numpy(np.array(features("query"))).to(team.device)
+    gallery_features = features("gallery")
+    metrics = retrieve(
+        query_features, labels_of(query), gallery_features, labels_of(gallery), rule=config.eval.rule,
+        part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
+    ).metrics()  # fmt: skip
+    if config.eval.rerank:
+        k1, k2, weight = config.eval.rerank
+        metrics["rerank"] = evaluate_reranked(
+            query_features.cpu(), labels_of(query), torch.from_numpy(np.array(gallery_features)), labels_of(gallery),
+            rule=config.eval.rule, k1=k1, k2=k2, lam=weight,
+        )  # fmt: skip
+    return metrics
+
+
+def encode_split(
+    model: ReIDModel,
+    index: ShardIndex,
+    split: str,
+    config: Config,
+    team: Team,
+    on_images: Callable[[int], None],
+) -> np.ndarray:
+    """Descriptors of a split, float32 [n, D], L2-normalised, with the side information of each image."""
+    rows_of = index.split(split)
+    cameras = torch.from_numpy(rows_of.cameras).to(team.device)
+    views = torch.from_numpy(rows_of.views).to(team.device)
+
+    def encode(images: Tensor, rows: Tensor) -> Tensor:
+        pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            features = model.features(pixels, cameras[rows], views[rows])
+        return descriptor(features, config.eval.descriptor)
+
+    return extract(
+        encode, index, split, team, image_size=config.model.image_size, batch=config.eval.batch,
+        loaders=config.data.loaders, cache_dir=config.data.cache_dir, on_images=on_images,
+    )  # fmt: skip
+
+
+def labels_of(split: SplitIndex) -> Labels:
+    return Labels(split.identity_codes, split.cameras, split.times)
+
+
+def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: team.sum(tensor.to(team.device), "merge evaluation").to(tensor.device)
+
+
+def _evaluate_vehicleid(features: np.ndarray, test: SplitIndex, config: Config) -> dict[str, Any]:
+    return vehicleid(
+        torch.from_numpy(np.array(features)), test.identity_codes, test.lists, draws=config.eval.draws,
+        seed=config.run.seed,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""A run seen from outside, from the status that rank 0 keeps in the run folder: progress bar, or a line now and then.
+
+run.dir/status.json ──▶ [live view] ──▶ the terminal of whoever started the run; `launch/status.py`
+"""
+
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.run_folder import STATUS
+from cluster.storage import Storage
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def follow(run_dir: str, images: dict[str, int]):
+    """Show a run's progress while the block runs. `images`: number of images per split, for sequential passes."""
+    done = threading.Event()
+    viewer = threading.Thread(target=_watch, args=(Storage(run_dir), images, done), daemon=True)
+    viewer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        viewer.join(timeout=5)
+
+
+def read_status(run: Storage) -> dict[str, Any]:
+    """The newest status, or nothing where there is none yet."""
+    try:
+        return run.read_json(STATUS)
+    except (OSError, ValueError):
+        return {}
+
+
+def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, int | None, str]:
+    """(what is going on, units done, units in all, speed) of a status."""
+    speed = f"{status['images_per_s']:.0f} images/s" if status.get("images_per_s") else ""
+    phase = status.get("phase", "waiting for workers")
+    if phase.startswith("stage "):
+        done, total = step_and_steps(status)
+        return (
+            f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}",
+            done,
+            total,
+            speed,
+        )
+    total = images.get("train", 0) if "training images" in phase else images.get("evaluation", 0)
+    return phase, min(status.get("images", 0), total), total or None, speed
+
+
+def step_and_steps(status: dict[str, Any]) -> tuple[int, int]:
+    """Steps of the stage done, and in all (estimated from this epoch's: PK epochs differ by a few steps)."""
+    done, per_epoch = status["step"], status["steps_per_epoch"]
+    return done, max(done, round(done + per_epoch * (status["epochs"] - status["epoch"]) + _left(status)))
+
+
+def _left(status: dict[str, Any]) -> int:
+    return max(status["steps_per_epoch"] - status.get("step_of_epoch", status["steps_per_epoch"]), 0)
+
+
+def _watch(run: Storage, images: dict[str, int], done: threading.Event) -> None:
+    started = time.time()
+    if sys.stderr.isatty():
+        _draw_bar(run, images, done, started)
+    else:
+        _print_lines(run, images, done, started)
+
+
+def _fresh(run: Storage, started: float) -> dict[str, Any]:
+    """The status, unless it is one that an earlier start left."""
+    status = read_status(run)
+    return status if status.get("updated", 0) >= started else {}
+
+
+def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task, phase = progress.add_task("waiting for workers", total=None, speed=""), None
+        while not done.wait(0.3):
+            status = _fresh(run, started)
+            text, count, total, speed = describe(status, images)
+            if status.get("phase") != phase:
+                phase = status.get("phase")
+                progress.stop_task(task)
+                task = progress.add_task(text, total=total, completed=count, speed=speed)
+            progress.update(task, description=text, completed=count, total=total, speed=speed)
+
+
+def _print_lines(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
+    phase, printed_at, first = None, 0.0, (0, 0.0)
+    while not done.wait(0.5):
+        status = _fresh(run, started)
+        text, count, total, speed = describe(status, images)
+        if status.get("phase") != phase:
+            phase, first = status.get("phase"), (count, time.monotonic())
+        elif time.monotonic() - printed_at < LINE_EVERY_S:
+            continue
+        printed_at = time.monotonic()
+        line = [text, f"{count}/{total}" if total else "", speed, _time_left(count, total, first)]
+        print(" | ".join(part for part in line if part), file=sys.stderr, flush=True)
+
+
+def _time_left(count: int, total: int | None, first: tuple[int, float]) -> str:
+    if not total or count <= first[0]:
+        return ""
+    seconds = (time.monotonic() - first[1]) / (count - first[0]) * (total - count)
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"

@@ -1,0 +1,195 @@
+"""The training loop, the same for both stages: batch, losses, finite?, backward, step, log, checkpoint.
+
+    stage (stage1.py, stage2.py) ──▶ [loop] ──▶ log, checkpoints
+                                       ▲
+                    SIGTERM, the clock ┘
+
+One small all-reduce a step carries the loss parts and the wishes of the ranks (a checkpoint by the clock, a stop),
+so that all ranks log, save and stop at the same step.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint import Checkpoints, Due
+from cluster.engine import Engine
+from cluster.errors import TrainingError
+from cluster.manifest import Position
+from cluster.team import Team
+
+
+class Preempted(Exception):
+    """The run was asked to stop; a checkpoint of this very step is written."""
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage."""
+
+    number: int
+    epochs: int
+    engine: Engine
+    global_images: int
+    """Images in one full batch over all ranks (the last one of a stage 1 epoch may hold fewer)."""
+
+    def lr(self, epoch: int) -> float: ...
+    def num_steps(self, epoch: int) -> int: ...
+    def batches(self, epoch: int, first_step: int) -> Iterator[Any]: ...
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Scalars whose means over ranks are the global batch's; "loss" is the one that trains."""
+
+    def identities(self, batch: Any) -> list[str]:
+        """This rank's identities in the batch, for messages."""
+
+
+class Reporter(Protocol):
+    """Where the loop's news go; rank 0 has a run folder behind it, the others nothing."""
+
+    def step(self, entry: dict[str, Any], *, epochs: int, steps: int) -> None: ...
+    def saved(self, name: str) -> None: ...
+    def epoch(self, stage: int, epoch: int) -> float | None:
+        """Called by every rank at the end of an epoch, before its checkpoint; mAP, where it was evaluated."""
+
+    def should_stop(self) -> bool: ...
+
+
+def run_stage(
+    stage: Stage,
+    team: Team,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    due: Due,
+    start: Position,
+    every_epochs: int,
+) -> None:
+    """Train from `start` (what is done already) to the stage's last epoch.
+
+    Raises:
+        Preempted: a stop was asked for; the checkpoint is complete.
+        TrainingError: a loss is not finite, or a checkpoint could not be written.
+    """
+    step, total = (0 if start.epoch_done else start.step), start.total
+    for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
+        stage.engine.set_lr(stage.lr(epoch))
+        steps = stage.num_steps(epoch)
+        meter = _Meter()
+        for batch in stage.batches(epoch, step + 1):
+            here = Position(stage.number, epoch, step + 1, total + 1, False)
+            entry, save, stop = _train_step(stage, team, checkpoints, reporter, due, batch, here)
+            step, total = step + 1, total + 1
+            entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
+            reporter.step(entry, epochs=stage.epochs, steps=steps)
+            if (save or stop) and step < steps:
+                _save(checkpoints, stage, reporter, due, here, None)
+            if stop:
+                if step == steps:
+                    _save(checkpoints, stage, reporter, due, here._replace(epoch_done=True), None)
+                checkpoints.finish()
+                raise Preempted(f"stopped after stage {stage.number}, epoch {epoch}, step {total}")
+        mAP = reporter.epoch(stage.number, epoch)
+        if mAP is not None or epoch == stage.epochs or (every_epochs and epoch % every_epochs == 0):
+            _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, step, total, True), mAP)
+        step = 0
+    checkpoints.finish()
+
+
+def _train_step(
+    stage: Stage,
+    team: Team,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    due: Due,
+    batch: Any,
+    here: Position,
+) -> tuple[dict[str, Any], bool, bool]:
+    """One optimizer step. The log entry, and whether a checkpoint or a stop is wanted by any rank."""
+    team.on_operation(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}")
+    stage.engine.remember_buffers()
+    losses = stage.losses(batch)
+    wishes = torch.tensor([float(team.is_first and due.by_clock()), float(reporter.should_stop())])
+    news = _NewsOfStep(team, losses, wishes)
+    stage.engine.backward(losses["loss"])
+    # The news was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
+    means, wants_save, wants_stop = news.arrived()
+    _check_finite(means, stage, team, checkpoints, batch, here)
+    stage.engine.step()
+    entry = {
+        "stage": here.stage,
+        "epoch": here.epoch,
+        "step": here.total,
+        **means,
+        "lr": stage.lr(here.epoch),
+    }
+    return entry, due.by_steps(here.total) or wants_save, wants_stop
+
+
+class _NewsOfStep:
+    """Loss parts averaged over ranks and the ranks' wishes, on their way from the device to the host."""
+
+    def __init__(self, team: Team, losses: dict[str, Tensor], wishes: Tensor):
+        self.names = list(losses)
+        parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
+        total = team.sum(torch.cat([parts, wishes.to(parts, non_blocking=True)]), "average losses")
+        self.event = None
+        self.values = total
+        if total.device.type == "cuda":
+            self.values = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+            self.values.copy_(total, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def arrived(self) -> tuple[dict[str, float], bool, bool]:
+        if self.event is not None:
+            self.event.synchronize()
+        *means, save, stop = self.values.tolist()
+        return dict(zip(self.names, means, strict=True)), save > 0, stop > 0
+
+
+def _check_finite(
+    means: dict[str, float], stage: Stage, team: Team, checkpoints: Checkpoints, batch: Any, here: Position
+) -> None:
+    """Stop before a loss that is not finite moves a parameter; the state before the step is saved first."""
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    names = sorted({i for part in team.collect(stage.identities(batch), "name identities") for i in part})
+    stage.engine.restore_buffers()
+    checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
+    checkpoints.finish()
+    team.wait("save the state before the step")
+    raise TrainingError(
+        f"stage {here.stage}, epoch {here.epoch}, step {here.total}: {', '.join(bad)} is not finite "
+        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}. The state before "
+        "this step is saved; a smaller learning rate or train.precision=float32 may help, "
+        "and `launch/pack.py verify` tells whether the images are sound"
+    )
+
+
+def _save(
+    checkpoints: Checkpoints,
+    stage: Stage,
+    reporter: Reporter,
+    due: Due,
+    position: Position,
+    mAP: float | None,
+) -> None:
+    checkpoints.save(position, stage.engine, mAP=mAP)
+    due.saved()
+    reporter.saved(f"stage {position.stage}, epoch {position.epoch}, step {position.total}")
+
+
+class _Meter:
+    """Images per second over the last steps of this epoch."""
+
+    WINDOW = 20
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def rate(self, images: int) -> float:
+        self.times = [*self.times[-self.WINDOW :], time.perf_counter()]
+        return images * (len(self.times) - 1) / (self.times[-1] - self.times[0])

@@ -1,0 +1,35 @@
+"""From settings and dataset to the model's specification; no weights, no torch."""
+
+from pathlib import Path
+
+from clipreid.arch import check_arch
+from clipreid.spec import ModelSpec
+from cluster.config import Config
+from shards.index import ShardIndex
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def model_spec(config: Config, index: ShardIndex) -> ModelSpec:
+    """Raises ModelError where architecture, sizes or side information do not fit."""
+    m = config.model
+    return ModelSpec(
+        arch=m.arch,
+        arch_config=check_arch(_place_of(m.arch)),
+        image_size=m.image_size,
+        stride=m.stride,
+        sie=m.sie,
+        sie_tokens=m.sie_tokens,
+        sie_coefficient=m.sie_coefficient,
+        cameras=index.cameras,
+        views=index.views,
+        identities=index.split("train").num_identities,
+        prompt_tokens=m.prompt_tokens,
+        noun=index.noun,
+    )
+
+
+def _place_of(arch: str) -> str:
+    """A JSON file's path starts at the working folder or, for the files shipped in configs/, at the project's root."""
+    shipped = ROOT / arch
+    return str(shipped) if arch.endswith(".json") and not Path(arch).exists() and shipped.exists() else arch

@@ -1,0 +1,89 @@
+"""What a run leaves behind, written by rank 0: settings, log, metrics, live status and TensorBoard events.
+
+run.dir/  config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
+          stage1.safetensors  model.safetensors  checkpoints/
+"""
+
+import json
+import time
+from typing import Any
+
+from cluster.config import Config, dump_config
+from cluster.manifest import Position
+from cluster.storage import Storage
+
+LOG = "log.jsonl"
+METRICS = "metrics.json"
+STATUS = "status.json"
+
+
+class RunFolder:
+    """The folder as rank 0 writes it. On a local disk a log line is on disk when its step ends; elsewhere the log
+    is written whole with every checkpoint."""
+
+    def __init__(self, config: Config):
+        self.storage = Storage(config.run.dir)
+        self.storage.write("config.yaml", dump_config(config).encode())
+        self._lines: list[str] = []
+        self._file = None
+        self._events = None
+        self._status: dict[str, Any] = {}
+        self._status_at_s = 0.0
+
+    def go_on_from(self, position: Position | None) -> None:
+        """Drop what was logged after the position, so that the log has neither gap nor repetition."""
+        kept = []
+        if position is not None and self.storage.exists(LOG):
+            for line in self.storage.read(LOG).decode().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # A last line that the kill cut short.
+                    continue
+                if (entry["stage"], entry["step"]) <= (position.stage, position.total):
+                    kept.append(line)
+        self._lines = kept
+        self.storage.write(LOG, "".join(line + "\n" for line in kept).encode())
+        if self.storage.local_root is not None:
+            self._file = (self.storage.local_root / LOG).open("a", buffering=1)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`."""
+        line = json.dumps(entry)
+        if self._file is not None:
+            self._file.write(line + "\n")
+        else:
+            self._lines.append(line)
+        for name, value in entry.items():
+            if name not in ("stage", "epoch", "step"):
+                self.event(f"stage{entry['stage']}/{name}", value, entry["step"])
+
+    def event(self, name: str, value: float, step: int) -> None:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(f"{self.storage.url}/tensorboard", flush_secs=10)
+        self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        if self._file is None and self._lines:
+            self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
+
+    def read_metrics(self) -> dict[str, Any]:
+        return self.storage.read_json(METRICS) if self.storage.exists(METRICS) else {}
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        self.storage.write_json(METRICS, metrics)
+
+    def status(self, *, now: bool = False, **facts: Any) -> None:
+        """What the live view shows. At most two writes a second, unless `now`."""
+        self._status |= facts
+        if now or time.monotonic() - self._status_at_s > 0.5:
+            self._status_at_s = time.monotonic()
+            self.storage.write_json(STATUS, self._status | {"updated": time.time()})
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()

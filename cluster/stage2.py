@@ -1,0 +1,137 @@
+"""Stage 2 on many workers: the image encoder learns from PK batches, against the gathered batch and frozen texts.
+
+shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
+                         stage1.safetensors ──▶ text features ┘
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clipreid import stage2 as method
+from clipreid.augment import AugmentSettings, augment
+from clipreid.batchnorm import globalize_batchnorm
+from clipreid.model import ReIDModel
+from clipreid.optim import parameter_groups
+from clipreid.prompts import PromptedText
+from clipreid.schedules import stage2_lr
+from cluster.config import Config
+from cluster.engine import Engine
+from cluster.team import Team
+from shards.index import ShardIndex
+from shards.loader import PKBatch, PKLoader
+from shards.sampler import PKSettings
+
+
+class Stage2Module(nn.Module):
+    """What trains in stage 2: the image model, and in the one-stage method the prompts with it."""
+
+    def __init__(self, model: ReIDModel, text: PromptedText | None, images_per_identity: int):
+        super().__init__()
+        self.model = model
+        self.text = text
+        self.images_per_identity = images_per_identity
+
+    def forward(self, images: Tensor, labels: Tensor, cameras: Tensor, views: Tensor):
+        output = self.model(images, cameras, views)
+        texts = None if self.text is None else method.batch_texts(self.text, labels, self.images_per_identity)
+        return output, texts
+
+
+class Stage2:
+    """Batches, losses and learning rate of stage 2, as `loop.run_stage` asks for them."""
+
+    number = 2
+
+    def __init__(
+        self, config: Config, team: Team, model: ReIDModel, text: PromptedText, text_features: Tensor | None,
+        index: ShardIndex,
+    ):  # fmt: skip
+        s = config.stage2
+        self.config = config
+        self.team = team
+        self.text_features = text_features
+        self.epochs = s.epochs
+        self.global_images = config.batch_images
+        self.label_names = index.split("train").label_names
+        one_stage = config.method == "one_stage"
+        if team.world_size > 1:
+            globalize_batchnorm(model, team.gather)
+        if config.train.compile:
+            model.image_encoder.compile(dynamic=False)
+        module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
+        self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
+        self.loss_settings = method.LossSettings(
+            id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
+            label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
+            text_loss="i2t+t2i" if one_stage else s.text_loss,
+        )  # fmt: skip
+        self.augment_settings = augment_settings(config)
+        self.loader = self._loader(index)
+
+    def _groups(self, model: ReIDModel, text: PromptedText) -> list[dict]:
+        s = self.config.stage2
+        groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
+        if self.config.method == "one_stage":
+            stage1 = self.config.stage1
+            groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
+        return groups
+
+    def _loader(self, index: ShardIndex) -> PKLoader:
+        data, config, team = self.config.data, self.config, self.team
+        return PKLoader(
+            index, settings=sampler_settings(config), image_size=config.model.image_size, rank=team.rank,
+            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, cache_dir=data.cache_dir,
+            cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
+        )  # fmt: skip
+
+    def lr(self, epoch: int) -> float:
+        s = self.config.stage2
+        return stage2_lr(epoch, s.lr, s.milestones, s.warmup_epochs, s.warmup_factor, s.gamma)
+
+    def num_steps(self, epoch: int) -> int:
+        return self.loader.steps_per_epoch(epoch)
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[PKBatch]:
+        self.engine.module.train()
+        return self.loader.epoch(epoch, first_step)
+
+    def losses(self, batch: PKBatch) -> dict[str, Tensor]:
+        device = self.team.device
+        images, labels, cameras, views, positions = (
+            getattr(batch, name).to(device, non_blocking=True)
+            for name in ("images", "labels", "cameras", "views", "positions")
+        )
+        images = augment(
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
+            settings=self.augment_settings,
+        )  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            output, own_texts = self.engine(images, labels, cameras, views)
+        return method.losses(output, labels, self.text_features, self.team.gather, self.loss_settings, own_texts)
+
+    def identities(self, batch: PKBatch) -> list[str]:
+        return [self.label_names[label] for label in batch.labels.unique().tolist()]
+
+    def close(self) -> None:
+        self.loader.close()
+        self.engine.close()
+
+
+def sampler_settings(config: Config) -> PKSettings:
+    return PKSettings(
+        identities=config.stage2.identities,
+        images_per_identity=config.stage2.images_per_identity,
+        seed=config.run.seed,
+        strategy=config.data.sampler,
+        balance_alpha=config.data.balance_alpha,
+        virtual_nodes=config.data.virtual_nodes if config.data.locality == "node" else 0,
+    )
+
+
+def augment_settings(config: Config) -> AugmentSettings:
+    a = config.augment
+    return AugmentSettings(
+        flip=a.flip, pad=a.pad, erase=a.erase, mean=config.data.pixel_mean, std=config.data.pixel_std
+    )

@@ -1,0 +1,46 @@
+"""A run's folder on any storage that all nodes see: a local path or an fsspec URL.
+
+A file appears under its final name only when it is complete.
+"""
+
+import json
+from typing import Any
+
+from shards import storage as files
+
+
+class Storage:
+    """One folder. Names are relative to it, with `/` between parts."""
+
+    def __init__(self, url: str):
+        self.url = str(url).rstrip("/")
+        self.local_root = files.local_path(self.url)
+
+    def place(self, name: str) -> str:
+        return files.join(self.url, name)
+
+    def exists(self, name: str) -> bool:
+        return files.exists(self.place(name))
+
+    def names(self, name: str) -> list[str]:
+        """Sorted names in a folder; none where there is no such folder."""
+        return files.list_folder(self.place(name))
+
+    def read(self, name: str) -> bytes:
+        return files.read_bytes(self.place(name))
+
+    def write(self, name: str, content: bytes) -> None:
+        place = self.place(name)
+        files.make_folder(place.rsplit("/", 1)[0])
+        with files.write_atomic(place) as file:
+            file.write(content)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=1).encode() + b"\n")
+
+    def remove(self, name: str) -> None:
+        """A file or folder; nothing happens where it is gone already."""
+        files.remove(self.place(name))

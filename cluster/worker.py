@@ -1,0 +1,207 @@
+"""What every worker does, from shards to metrics: the same under Ray Train, torchrun, and alone.
+
+    shards ─▶ untrained metrics ─▶ stage 1 ─▶ text features ─▶ stage 2 ─▶ metrics.json, model.safetensors
+
+A run that was interrupted goes on from its newest complete checkpoint; what is finished is not done again.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipreid import stage1 as method
+from clipreid.augment import normalise
+from clipreid.model import ReIDModel, build_models
+from clipreid.prompts import PromptedText
+from clipreid.weights import ModelCard, save_model
+from cluster.checkpoint import Checkpoints, Due
+from cluster.config import Config, results_settings
+from cluster.evaluate import evaluate
+from cluster.features import extract
+from cluster.loop import run_stage
+from cluster.manifest import Manifest, Position
+from cluster.model_spec import model_spec
+from cluster.report import RunReporter
+from cluster.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
+from cluster.stage2 import Stage2
+from cluster.storage import Storage
+from cluster.team import Team
+from shards.index import ShardIndex
+
+MODEL = "model.safetensors"
+
+
+def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Train as configured; metrics as in metrics.json, on every rank.
+
+    `report` is told the metrics of every epoch, by all ranks (under Ray Train: `ray.train.report`).
+
+    Raises:
+        ConfigError, DataError, ModelError: mistakes that only show with weights and data at hand.
+        Preempted: a stop was asked for; a checkpoint of the last step is complete.
+        TrainingError: a loss was not finite, or a checkpoint could not be written.
+    """
+    run = Run(config, team, report)
+    try:
+        run.start()
+        if run.wants_stage(1):
+            run.stage1()
+        if run.wants_stage(2):
+            run.stage2()
+        return run.finish()
+    finally:
+        run.reporter.close()
+
+
+class Run:
+    """One worker's view of a run, and the steps of `train` in their order."""
+
+    def __init__(self, config: Config, team: Team, report: Callable | None):
+        self.config = config
+        self.team = team
+        self.storage = Storage(config.run.dir)
+        self.index = ShardIndex.open(config.data.shards, config.data.cache_dir)
+        self.train_split = self.index.split("train")
+        self.spec = model_spec(config, self.index)
+        self.model: ReIDModel
+        self.text: PromptedText
+        self.model, self.text = build_models(self.spec, config.model.pretrained, config.run.seed)
+        self.encoder_hash = encoder_hash(self.model)
+        self.checkpoints = Checkpoints(
+            self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
+            keep=config.checkpoint.keep, timeout_s=max(10 * config.cluster.timeout_s, 600),
+        )  # fmt: skip
+        self.resumed: Manifest | None = self.checkpoints.newest(config.run.resume)
+        self.reporter = RunReporter(config, team, self.position, report, self.evaluate)
+        self.due = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+        self.metrics: dict[str, Any] = {}
+
+    @property
+    def position(self) -> Position | None:
+        return None if self.resumed is None else self.resumed.position
+
+    def start(self) -> None:
+        """The untrained encoder's metrics, unless an earlier start of this run has them."""
+        self.model.to(self.team.device)
+        self.text.to(self.team.device)
+        known = self.team.from_first(self.reporter.known_metrics(), "known metrics")
+        if 2 not in self.config.stages:
+            return
+        untrained = known.get("untrained") if self.position else None
+        self.metrics["untrained"] = untrained or self.evaluate("evaluate the untrained encoder")
+        self.reporter.write_metrics(self.metrics)
+
+    def wants_stage(self, number: int) -> bool:
+        return number in self.config.stages and (self.position is None or self.position.stage <= number)
+
+    def evaluate(self, phase: str) -> dict[str, Any]:
+        self.reporter.phase(phase)
+        self.model.eval()
+        return evaluate(self.model, self.index, self.config, self.team, on_images=self.reporter.images)
+
+    def stage1(self) -> None:
+        """Learn the prompt tokens and write them with the text features of all identities."""
+        start = self._start_of(1)
+        if not (start.epoch_done and start.epoch == self.config.stage1.epochs):
+            self.model.eval()
+            self.reporter.phase("encode the training images")
+            bank = extract(
+                self._encode_frozen, self.index, "train", self.team,
+                image_size=self.spec.image_size, batch=self.config.eval.batch, loaders=self.config.data.loaders,
+                cache_dir=self.config.data.cache_dir, on_images=self.reporter.images,
+            )  # fmt: skip
+            self.text.eval()
+            self._run(Stage1(self.config, self.team, self.text, bank, self.train_split), start)
+        else:
+            self._take_tokens()
+        result = self._stage1_result()
+        if self.team.is_first:
+            result.write(self.storage)
+        self.team.wait("stage 1 written")
+
+    def _encode_frozen(self, images: Tensor, rows: Tensor) -> Tensor:
+        pixels = normalise(images, self.config.data.pixel_mean, self.config.data.pixel_std)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            return image_features(self.model, pixels)
+
+    def _stage1_result(self) -> Stage1Result:
+        """The bridge: every rank encodes its part of the identities' prompts."""
+        features = method.all_text_features(
+            self.text,
+            self.spec.identities,
+            self.team.rank,
+            self.team.world_size,
+            self.team.gather,
+            self.team.device,
+        )
+        return Stage1Result(
+            self.text.tokens.detach(),
+            features,
+            self.train_split.label_names,
+            self.index.fingerprint,
+            self.encoder_hash,
+        )
+
+    def stage2(self) -> None:
+        """Train the image encoder."""
+        texts = self._text_features()
+        self._run(Stage2(self.config, self.team, self.model, self.text, texts, self.index), self._start_of(2))
+
+    def _text_features(self) -> Tensor | None:
+        if self.config.method != "two_stage":
+            return None
+        source = self.config.stage1.result or f"{self.storage.url}/{RESULT}"
+        folder, _, name = source.rpartition("/")
+        result = Stage1Result.read(Storage(folder or ".").read(name))
+        result.check_fits(source, self.index.fingerprint, self.encoder_hash, self.spec.prompt_tokens)
+        with torch.no_grad():
+            self.text.tokens.copy_(result.tokens)
+        return result.text_features.to(self.team.device)
+
+    @torch.no_grad()
+    def _take_tokens(self) -> None:
+        """The tokens of a finished stage 1 whose result was not written yet."""
+        full = self.checkpoints.read(self.resumed, self.text)
+        for name, parameter in self.text.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(full[name]["value"].view_as(parameter))
+
+    def _run(self, stage: Stage1 | Stage2, start: Position) -> None:
+        self._restore(stage.engine, stage.number)
+        every = self.config.checkpoint.every_epochs
+        try:
+            run_stage(stage, self.team, self.checkpoints, self.reporter, self.due, start, every)
+        finally:
+            stage.close()
+
+    def _restore(self, engine, stage: int) -> None:
+        if self.position is not None and self.position.stage == stage:
+            self.checkpoints.load(self.resumed, engine)
+
+    def _start_of(self, stage: int) -> Position:
+        if self.position is not None and self.position.stage == stage:
+            return self.position
+        return Position(stage, 1, 0, 0, False)
+
+    def finish(self) -> dict[str, Any]:
+        """Final metrics and weights."""
+        if 2 in self.config.stages:
+            self.metrics = {**self.evaluate("evaluate"), **self.metrics}
+            self.reporter.write_metrics(self.metrics)
+            if self.team.is_first:
+                self._write_model()
+        self.team.wait("results written")
+        self.reporter.finished()
+        return self.metrics
+
+    def _write_model(self) -> None:
+        data = self.config.data
+        card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / MODEL
+            save_model(path, self.model, card, self.text)
+            self.storage.write(MODEL, path.read_bytes())
