@@ -6,7 +6,19 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The message names stage, epoch, step and cause.
+    """Training cannot go on, and a restart would not help. The message names stage, epoch, step and cause."""
 
-    Survives pickling, since Ray carries it from a worker to the driver as its message alone.
-    """
+
+class RankLost(RuntimeError):
+    """A collective failed because ranks did not come to it; a restart from the newest checkpoint helps."""
+
+    def __init__(self, rank: int, operation: str, waited_s: float, missing: dict[int, str], cause: str):
+        super().__init__(rank, operation, waited_s, missing, cause)  # All of them, so that it survives pickling.
+        self.rank, self.operation, self.waited_s, self.missing, self.cause = rank, operation, waited_s, missing, cause
+
+    def __str__(self) -> str:
+        who = "; ".join(f"rank {rank}: {state}" for rank, state in sorted(self.missing.items()))
+        return (
+            f"rank {self.rank} waited {self.waited_s:.0f} s in '{self.operation}'; "
+            f"did not arrive: {who or 'none known, the connection broke'} ({self.cause})"
+        )

@@ -43,7 +43,7 @@ def evaluate(
         return encode_split(model, index, split, config, team, on_images)
 
     if "test" in index.splits:
-        return _evaluate_vehicleid(features("test"), index.split("test"), config)
+        return _evaluate_vehicleid(features("test"), index.split("test"), config, team)
     query, gallery = index.split("query"), index.split("gallery")
     query_features = torch.from_numpy(np.array(features("query"))).to(team.device)
     gallery_features = features("gallery")
@@ -90,11 +90,11 @@ def labels_of(split: SplitIndex) -> Labels:
 
 
 def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: team.sum(tensor.to(team.device), "merge evaluation").to(tensor.device)
+    return lambda tensor: team.patient_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)
 
 
-def _evaluate_vehicleid(features: np.ndarray, test: SplitIndex, config: Config) -> dict[str, Any]:
+def _evaluate_vehicleid(features: np.ndarray, test: SplitIndex, config: Config, team: Team) -> dict[str, Any]:
     return vehicleid(
-        torch.from_numpy(np.array(features)), test.identity_codes, test.lists, draws=config.eval.draws,
-        seed=config.run.seed,
+        torch.from_numpy(np.array(features)).to(team.device), test.identity_codes, test.lists, draws=config.eval.draws,
+        seed=config.run.seed, part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
     )  # fmt: skip

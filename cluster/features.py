@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.team import Team
+from cluster.team import PATIENCE, Team
 from shards.index import ShardIndex
 from shards.sequential import ImageBatch, SequentialLoader
 
@@ -49,7 +49,6 @@ def extract(
     )  # fmt: skip
     rows, features = [], []
     done = 0
-    team.on_operation(f"encode {split}")
     for part in loader:
         features.append(_encode_padded(encode, part, batch, team.device))
         rows.append(part.rows)
@@ -104,8 +103,9 @@ def _exchange(own_rows: Tensor, own: Tensor, start: int, sizes: list[tuple[int, 
     largest = max(counts)
     rows, features = torch.zeros(largest, dtype=torch.int64), torch.zeros(largest, own.shape[1])
     rows[: counts[team.rank]], features[: counts[team.rank]] = own_rows[part], own[part]
-    all_rows = team.gather(rows.to(team.device)).cpu().split(largest)
-    all_features = team.gather(features.to(team.device)).cpu().split(largest)
+    with team.joining("exchange features", PATIENCE):
+        all_rows = team.gather(rows.to(team.device)).cpu().split(largest)
+        all_features = team.gather(features.to(team.device)).cpu().split(largest)
     return [(r[:n], f[:n]) for r, f, n in zip(all_rows, all_features, counts, strict=True)]
 
 

@@ -20,7 +20,7 @@ from cluster.checkpoint import Checkpoints, Due
 from cluster.engine import Engine
 from cluster.errors import TrainingError
 from cluster.manifest import Position
-from cluster.team import Team
+from cluster.team import PATIENCE, Team
 
 
 class Preempted(Exception):
@@ -98,32 +98,21 @@ def run_stage(
 
 
 def _train_step(
-    stage: Stage,
-    team: Team,
-    checkpoints: Checkpoints,
-    reporter: Reporter,
-    due: Due,
-    batch: Any,
-    here: Position,
+    stage: Stage, team: Team, checkpoints: Checkpoints, reporter: Reporter, due: Due, batch: Any, here: Position
 ) -> tuple[dict[str, Any], bool, bool]:
     """One optimizer step. The log entry, and whether a checkpoint or a stop is wanted by any rank."""
-    team.on_operation(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}")
-    stage.engine.remember_buffers()
-    losses = stage.losses(batch)
-    wishes = torch.tensor([float(team.is_first and due.by_clock()), float(reporter.should_stop())])
-    news = _NewsOfStep(team, losses, wishes)
-    stage.engine.backward(losses["loss"])
-    # The news was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
-    means, wants_save, wants_stop = news.arrived()
-    _check_finite(means, stage, team, checkpoints, batch, here)
-    stage.engine.step()
-    entry = {
-        "stage": here.stage,
-        "epoch": here.epoch,
-        "step": here.total,
-        **means,
-        "lr": stage.lr(here.epoch),
-    }
+    patience = PATIENCE if here.step == 1 else 1.0  # Compiling and warming up come with a first step.
+    with team.joining(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
+        stage.engine.remember_buffers()
+        losses = stage.losses(batch)
+        wishes = torch.tensor([float(team.is_first and due.by_clock()), float(reporter.should_stop())])
+        news = _NewsOfStep(team, losses, wishes)
+        stage.engine.backward(losses["loss"])
+        # The news was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
+        means, wants_save, wants_stop = news.arrived()
+        _check_finite(means, stage, team, checkpoints, batch, here)
+        stage.engine.step()
+    entry = {"stage": here.stage, "epoch": here.epoch, "step": here.total, **means, "lr": stage.lr(here.epoch)}
     return entry, due.by_steps(here.total) or wants_save, wants_stop
 
 
@@ -133,7 +122,7 @@ class _NewsOfStep:
     def __init__(self, team: Team, losses: dict[str, Tensor], wishes: Tensor):
         self.names = list(losses)
         parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
-        total = team.sum(torch.cat([parts, wishes.to(parts, non_blocking=True)]), "average losses")
+        total = team.sum(torch.cat([parts, wishes.to(parts, non_blocking=True)]))
         self.event = None
         self.values = total
         if total.device.type == "cuda":

@@ -5,7 +5,8 @@ can say who is missing where. `clipreid` is handed `Team.gather` and knows nothi
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as differentiable_all_gather
+
+from cluster.errors import RankLost, TrainingError
+from cluster.watchdog import Watchdog
+
+PATIENCE = 10.0
+"""Evaluation, extraction and saving may keep ranks waiting this many times longer than a training step."""
 
 
 @dataclass
@@ -24,12 +31,27 @@ class Team:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    on_operation: Callable[[str], None] = lambda name: None
-    """Told the name of every operation before this rank joins it."""
+    watchdog: Watchdog | None = None
+    patient_group: Any = None
+    """The same ranks with a longer timeout."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @contextmanager
+    def joining(self, operation: str, patience: float = 1.0) -> Iterator[None]:
+        """What this rank does in the block needs all ranks. Raises RankLost in place of a failed collective."""
+        if self.watchdog is None:
+            yield
+            return
+        with self.watchdog.during(operation, patience):
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, TrainingError | RankLost | torch.OutOfMemoryError):
+                    raise
+                raise self.watchdog.explain(error) from error
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Differentiable: local [n, ...], the same n on every rank, to [world_size * n, ...] in rank order.
@@ -39,40 +61,39 @@ class Team:
         """
         if self.world_size == 1:
             return tensor
-        self.on_operation("gather features")
         return torch.cat(differentiable_all_gather(tensor.contiguous()))
 
-    def sum(self, tensor: Tensor, name: str = "sum") -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over ranks, without gradient."""
         total = tensor.detach().clone()
         if self.world_size > 1:
-            self.on_operation(name)
             dist.all_reduce(total)
         return total
 
-    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+    def patient_sum(self, tensor: Tensor, operation: str) -> Tensor:
+        """As `sum`, where ranks may come far apart."""
+        total = tensor.detach().clone()
+        if self.world_size > 1:
+            with self.joining(operation, PATIENCE):
+                dist.all_reduce(total, group=self.patient_group)
+        return total
+
+    def collect(self, value: Any, operation: str) -> list[Any]:
         """Every rank's picklable value, in rank order."""
         if self.world_size == 1:
             return [value]
-        self.on_operation(name)
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.joining(operation, PATIENCE):
+            dist.all_gather_object(values, value, group=self.patient_group)
         return values
 
-    def from_first(self, value: Any, name: str = "broadcast") -> Any:
+    def from_first(self, value: Any, operation: str) -> Any:
         """Rank 0's picklable value."""
-        if self.world_size == 1:
-            return value
-        self.on_operation(name)
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.collect(value if self.is_first else None, operation)[0]
 
-    def wait(self, name: str) -> None:
+    def wait(self, operation: str) -> None:
         """Go on when every rank has come here."""
-        if self.world_size > 1:
-            self.on_operation(name)
-            self.sum(torch.zeros(1, device=self.device), name)
+        self.collect(None, operation)
 
 
 def join_process_group(timeout_s: float) -> Team:
@@ -89,7 +110,12 @@ def join_process_group(timeout_s: float) -> Team:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Team(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return Team(rank, world_size, local_rank, device)
+    watchdog = Watchdog(rank, world_size, timeout_s)
+    patient = dist.new_group(timeout=timedelta(seconds=PATIENCE * timeout_s))
+    return Team(rank, world_size, local_rank, device, watchdog, patient)
 
 
 def choose_device(local_rank: int) -> torch.device:

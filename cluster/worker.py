@@ -25,11 +25,12 @@ from cluster.features import extract
 from cluster.loop import run_stage
 from cluster.manifest import Manifest, Position
 from cluster.model_spec import model_spec
+from cluster.preflight import preflight
 from cluster.report import RunReporter
 from cluster.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
 from cluster.stage2 import Stage2
 from cluster.storage import Storage
-from cluster.team import Team
+from cluster.team import PATIENCE, Team
 from shards.index import ShardIndex
 
 MODEL = "model.safetensors"
@@ -45,6 +46,7 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
         Preempted: a stop was asked for; a checkpoint of the last step is complete.
         TrainingError: a loss was not finite, or a checkpoint could not be written.
     """
+    preflight(config, team)
     run = Run(config, team, report)
     try:
         run.start()
@@ -130,14 +132,11 @@ class Run:
 
     def _stage1_result(self) -> Stage1Result:
         """The bridge: every rank encodes its part of the identities' prompts."""
-        features = method.all_text_features(
-            self.text,
-            self.spec.identities,
-            self.team.rank,
-            self.team.world_size,
-            self.team.gather,
-            self.team.device,
-        )
+        team = self.team
+        with team.joining("encode the prompts of all identities", PATIENCE):
+            features = method.all_text_features(
+                self.text, self.spec.identities, team.rank, team.world_size, team.gather, team.device
+            )
         return Stage1Result(
             self.text.tokens.detach(),
             features,

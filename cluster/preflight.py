@@ -1,0 +1,159 @@
+"""A few seconds before training that save hours: what every worker is, has, and can see.
+
+workers placed ──▶ [preflight] ──▶ one table, or one error that names the node and the remedy ──▶ worker.train
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import Config, dump_config
+from cluster.errors import TrainingError
+from cluster.storage import Storage
+from cluster.team import Team
+from shards.errors import DataError
+from shards.index import ShardIndex
+from shards.reader import RowReader
+
+PROBE_BYTES = 8_000_000
+MARKERS = "preflight"
+
+
+@dataclass
+class WorkerFacts:
+    """What one worker says of itself. `faults` has a line for each thing that would stop the run later."""
+
+    rank: int
+    host: str
+    device: str
+    versions: str
+    memory_gb: float
+    disk_gb: float
+    threads: int
+    config: str
+    dataset: str = ""
+    bandwidth_gb_s: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def preflight(config: Config, team: Team) -> list[WorkerFacts]:
+    """Check every worker's machine, storage and data against each other; rank 0 prints the table.
+
+    Raises:
+        TrainingError: on every rank, one line per fault, each naming rank, host and remedy.
+    """
+    facts = _facts(config, team)
+    _write_marker(config, team, facts)
+    team.wait("preflight: markers")
+    _read_markers(config, team, facts)
+    _read_data(config, facts)
+    facts.bandwidth_gb_s = _all_reduce_bandwidth(team)
+    everyone = team.collect(facts, "preflight: facts")
+    if team.is_first:
+        Storage(config.run.dir).remove(MARKERS)
+        Console(stderr=True).print(_table(everyone))
+    faults = [f"rank {w.rank} on {w.host}: {fault}" for w in everyone for fault in w.faults]
+    faults += _differences(everyone)
+    if faults:
+        raise TrainingError("\n".join(faults))
+    return everyone
+
+
+def _facts(config: Config, team: Team) -> WorkerFacts:
+    cache = config.data.cache_dir or tempfile.gettempdir()
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    gpu = team.device.type == "cuda"
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return WorkerFacts(
+        rank=team.rank,
+        host=socket.gethostname(),
+        device=torch.cuda.get_device_name(team.device) if gpu else "cpu",
+        versions=f"torch {torch.__version__}",
+        memory_gb=round(pages / 1e9, 1),
+        disk_gb=round(shutil.disk_usage(cache).free / 1e9, 1),
+        threads=torch.get_num_threads(),
+        config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
+    )
+
+
+def _write_marker(config: Config, team: Team, facts: WorkerFacts) -> None:
+    try:
+        Storage(config.run.dir).write(f"{MARKERS}/{team.rank}", str(team.rank).encode())
+    except OSError as error:
+        facts.faults.append(f"run.dir {config.run.dir} cannot be written ({error}): mount it, or use a shared URL")
+
+
+def _read_markers(config: Config, team: Team, facts: WorkerFacts) -> None:
+    storage = Storage(config.run.dir)
+    unseen = [str(rank) for rank in range(team.world_size) if not storage.exists(f"{MARKERS}/{rank}")]
+    if unseen:
+        facts.faults.append(
+            f"run.dir {config.run.dir} does not show what rank {', '.join(unseen)} wrote: it is not the same storage on "
+            "all nodes; use a shared mount or a URL"
+        )
+
+
+def _read_data(config: Config, facts: WorkerFacts) -> None:
+    try:
+        index = ShardIndex.open(config.data.shards, config.data.cache_dir)
+        facts.dataset = index.fingerprint
+        train = index.split("train")
+        (record,) = RowReader(train).read([facts.rank % len(train)])
+        if isinstance(record, DataError):
+            raise record
+    except (DataError, OSError) as error:
+        facts.faults.append(f"data.shards: {error}")
+
+
+def _all_reduce_bandwidth(team: Team) -> float:
+    """GB/s of an 8 MB all-reduce, counted as bytes per second that each rank's result took."""
+    if team.world_size == 1:
+        return 0.0
+    probe = torch.ones(PROBE_BYTES // 4, device=team.device)
+    with team.joining("preflight: all-reduce"):
+        team.sum(probe)
+        _synchronise(team)
+        start = time.perf_counter()
+        for _ in range(3):
+            team.sum(probe)
+        _synchronise(team)
+    return round(3 * PROBE_BYTES / (time.perf_counter() - start) / 1e9, 2)
+
+
+def _synchronise(team: Team) -> None:
+    if team.device.type == "cuda":
+        torch.cuda.synchronize(team.device)
+
+
+def _differences(everyone: list[WorkerFacts]) -> list[str]:
+    """Workers that do not have rank 0's configuration, dataset or versions."""
+    first, faults = everyone[0], []
+    for worker in everyone[1:]:
+        for name, remedy in (
+            ("config", "start all workers with the same files"),
+            ("dataset", "copy the same shards to every node, or use a shared URL"),
+            ("versions", "install the lock file's versions on every node"),
+        ):
+            mine, theirs = getattr(worker, name), getattr(first, name)
+            if mine and theirs and mine != theirs:
+                faults.append(f"rank {worker.rank} on {worker.host}: {name} {mine}, rank 0 has {theirs}: {remedy}")
+    return faults
+
+
+def _table(everyone: list[WorkerFacts]) -> Table:
+    table = Table("rank", "host", "device", "memory", "disk", "threads", "all-reduce", "dataset", "", title="workers")
+    for w in everyone:
+        speed = f"{w.bandwidth_gb_s} GB/s" if w.bandwidth_gb_s else "-"
+        state = "ok" if not w.faults else f"{len(w.faults)} faults"
+        sizes = (f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
+        table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset, state)
+    return table

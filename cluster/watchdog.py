@@ -1,0 +1,117 @@
+"""Turning a hang into a failure that says who is missing and where.
+
+    every rank ── heartbeat: what I am doing, since when ──▶ store of the process group ──▶ [watchdog] ──▶ error
+
+A collective that gloo gives up, or that NCCL would wait for without end, fails here with the ranks that did not
+arrive and the operation. The process then ends, and Ray Train starts the workers again.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from cluster.errors import RankLost
+
+log = logging.getLogger(__name__)
+BEAT_S = 2.0
+GRACE_S = 15.0
+EXIT_CODE = 70
+
+
+@dataclass
+class Beat:
+    """What a rank last said of itself."""
+
+    operation: str
+    count: int
+    """Number of operations that it has begun."""
+    at_s: float
+    """Wall clock when it said so."""
+
+
+class Watchdog:
+    """Publishes this rank's heartbeat, and ends the process where a collective lasts longer than it may."""
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float):
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self._now = ("start", 0, time.monotonic(), float("inf"))
+        self._stop = threading.Event()
+        self._store = _own_store() if world_size > 1 else None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if self._store is not None:
+            self._thread.start()
+
+    @contextmanager
+    def during(self, operation: str, patience: float = 1.0) -> Iterator[None]:
+        """The block needs all ranks and may last `patience` x timeout_s; what is outside of blocks is not timed."""
+        before = self._now
+        self._now = (operation, before[1] + 1, time.monotonic(), patience * self.timeout_s)
+        try:
+            yield
+        finally:
+            self._now = (before[0], self._now[1], *before[2:])
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * BEAT_S)
+
+    def explain(self, error: BaseException) -> RankLost:
+        """A failed collective in words: the operation, and who did not come to it."""
+        operation, count, since, _ = self._now
+        waited = time.monotonic() - since
+        beats = self._read_beats()
+        return RankLost(self.rank, operation, waited, self._missing(beats, count), str(error).split("\n")[0])
+
+    def _run(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            operation, count, since, limit_s = self._now
+            self._publish(operation, count)
+            if time.monotonic() - since > limit_s + GRACE_S:
+                log.error("%s", self.explain(TimeoutError("no answer")))
+                logging.shutdown()
+                os._exit(EXIT_CODE)  # The main thread is inside the collective and cannot be reached.
+
+    def _publish(self, operation: str, count: int) -> None:
+        try:
+            beat = {"operation": operation, "count": count, "at_s": time.time()}
+            self._store.set(f"beat/{self.rank}", json.dumps(beat))
+        except RuntimeError:  # The store lives on rank 0's node. Its loss shows in the collective, which names it.
+            self._stop.set()
+
+    def _read_beats(self) -> dict[int, Beat | None]:
+        beats: dict[int, Beat | None] = {}
+        for rank in range(self.world_size):
+            try:
+                known = self._store.check([f"beat/{rank}"])
+                beats[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}"))) if known else None
+            except (RuntimeError, AttributeError):
+                beats[rank] = None
+        return beats
+
+    def _missing(self, beats: dict[int, Beat | None], count: int) -> dict[int, str]:
+        """Ranks that are silent, or have begun fewer operations than this one, with what they last did."""
+        now, missing = time.time(), {}
+        for rank, beat in beats.items():
+            if rank == self.rank:
+                continue
+            if beat is None:
+                missing[rank] = "never heard of"
+            elif now - beat.at_s > 5 * BEAT_S:
+                missing[rank] = f"silent for {now - beat.at_s:.0f} s, last in '{beat.operation}'"
+            elif beat.count < count:
+                missing[rank] = f"still in '{beat.operation}'"
+        return missing
+
+
+def _own_store() -> Any:
+    """A connection of our own to the group's key-value store, since the main thread may block in its one."""
+    return dist.distributed_c10d._get_default_store().clone()

@@ -1,0 +1,84 @@
+"""Settings: closed, inherited, overridden, and refused with one line per fault."""
+
+import pytest
+
+from cluster.config import dump_config, load_config, parse_config, results_settings, settings_hash
+from cluster.errors import ConfigError
+
+LEAST = {"data": {"shards": "somewhere"}}
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def faults(tree):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(LEAST | tree)
+    return str(caught.value).split("\n")
+
+
+def test_a_file_inherits_from_its_base_and_overrides_win(tmp_path):
+    write(tmp_path, "base.yaml", "data: {shards: a}\nstage2: {epochs: 7, lr: 0.1}\nstage1: {epochs: 2}\n")
+    child = write(tmp_path, "child.yaml", "base: base.yaml\nstage2: {lr: 0.2}\n")
+    config = load_config(child, ["stage1.epochs=3", "eval.descriptor=[img]", "cluster.workers={min: 2, max: 8}"])
+    assert (config.stage2.epochs, config.stage2.lr, config.stage1.epochs) == (7, 0.2, 3)
+    assert config.eval.descriptor == ("img",)
+    assert config.allowed_workers() == [2, 4, 8]
+
+
+def test_a_mistyped_key_is_named_with_the_closest_known_one():
+    assert faults({"stage2": {"idenities": 4}})[0].startswith("stage2.idenities: unknown key; did you mean stage2.identities?")
+
+
+def test_every_fault_is_reported_at_once():
+    lines = faults({"stage2": {"lr": -1, "images_per_identity": 1}, "modl": {}})
+    assert [line.split(":")[0] for line in lines] == ["stage2.lr", "stage2.images_per_identity", "modl"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"cluster": {"workers": 3}}, "cluster.workers"),
+        ({"cluster": {"workers": {"min": 9, "max": 15}}}, "cluster.workers"),
+        ({"stages": [2]}, "stage1.result"),
+        ({"stages": [2, 1]}, "stages"),
+        ({"method": "baseline", "stages": [2]}, "stage2.text_loss"),
+        ({"method": "one_stage"}, "stages"),
+        ({"data": {"shards": "x", "locality": "node", "virtual_nodes": 5}}, "data.virtual_nodes"),
+        ({"train": {"zero_stage": 3}}, "train.zero_stage"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused_by_key(tree, key):
+    assert faults(tree)[0].startswith(key + ":")
+
+
+@pytest.mark.parametrize("override", ["stage2.epochs", "--stage2.epochs=3", "=3", "stage2.epochs=[1"])
+def test_an_override_that_cannot_be_read_is_refused(tmp_path, override):
+    path = write(tmp_path, "c.yaml", "data: {shards: a}\n")
+    with pytest.raises(ConfigError, match="stage2.epochs|=3"):
+        load_config(path, [override])
+
+
+def test_a_missing_file_and_a_circular_base_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    loop = write(tmp_path, "loop.yaml", "base: loop.yaml\n")
+    with pytest.raises(ConfigError, match="refers back to itself"):
+        load_config(loop)
+
+
+def test_the_resolved_configuration_loads_to_the_same_settings(tmp_path):
+    config = parse_config(LEAST | {"stage2": {"milestones": [3]}, "eval": {"rerank": [20, 6, 0.3]}})
+    assert load_config(write(tmp_path, "config.yaml", dump_config(config))) == config
+
+
+def test_only_settings_that_change_results_count_for_the_hash():
+    def hashed(tree):
+        return settings_hash(results_settings(parse_config(LEAST | tree)))
+
+    plain = hashed({})
+    assert plain == hashed({"cluster": {"workers": 2}, "checkpoint": {"keep": 5}, "stage2": {"epochs": 90}})
+    assert plain != hashed({"run": {"seed": 1}})
+    assert plain != hashed({"stage2": {"identities": 8}})
