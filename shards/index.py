@@ -1,0 +1,319 @@
+"""What lies in the shards, row by row, without opening one of them.
+
+    pack -> dataset.json + index.parquet -> [index] -> sampler, loader, sequential, evaluation
+
+In:  the folder that `launch/pack.py build` wrote, any fsspec URL.
+Out: `SplitIndex`, one numpy array per column and one row per image; its pixels stay in the tar files.
+
+The Parquet file is decoded once per node into an uncompressed Arrow file in the node's cache. Every process of
+the node maps that file, so that the index of millions of images is in memory once and opens in milliseconds.
+"""
+
+import contextlib
+import hashlib
+import json
+import uuid
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.cache import node_cache_dir
+from shards.errors import DataError
+from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE
+from shards.source import ShardSource
+
+CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
+COLUMNS = {
+    **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
+    **dict.fromkeys(("offset", "size", "label", "camera", "view"), pa.int64()),
+    "crc32": pa.uint32(),
+}
+
+
+class ShardIndex:
+    """A packed dataset: its facts (`dataset.json`) and its splits."""
+
+    def __init__(self, source: ShardSource, facts: dict, table: pa.Table, cache_dir: str | None):
+        self.source, self.facts, self.table, self.cache_dir = source, facts, table, cache_dir
+        self.url: str = source.url
+        self.name: str = facts["name"]
+        self.noun: str = facts["noun"]
+        self.cameras: int = facts["cameras"]
+        self.views: int = facts["views"]
+        self.fingerprint: str = facts["fingerprint"]
+        self.splits: dict[str, dict] = facts["splits"]
+
+    @classmethod
+    def open(cls, url: str, cache_dir: str | None = None) -> "ShardIndex":
+        """Read `dataset.json`, map the index, and check that what it lists is there.
+
+        cache_dir: folder of this node; None is a folder of this user below the system's temporary one.
+        Raises DataError for a missing or unfinished dataset, another format, or files that do not fit each other.
+        """
+        source = ShardSource(url)
+        facts = _read_facts(source)
+        index = cls(source, facts, _open_table(source, facts, node_cache_dir(cache_dir)), cache_dir)
+        if source.local_root is not None:
+            index._check_local_shards()
+        return index
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """All identities of all splits, sorted; `identity_codes` of every split are numbers into this list."""
+        return self._dictionary("identity").to_pylist()
+
+    @cached_property
+    def shard_names(self) -> list[str]:
+        return self._dictionary("shard").to_pylist()
+
+    @cached_property
+    def split_names(self) -> list[str]:
+        return self._dictionary("split").to_pylist()
+
+    def split(self, name: str) -> "SplitIndex":
+        """Raises DataError when the dataset has no such split, or an empty one."""
+        if name not in self.split_names:
+            raise DataError(f"{self.url} has no split {name!r}; it has: {', '.join(self.split_names)}")
+        rows = np.flatnonzero(self._codes("split") == self.split_names.index(name))
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        table = self.table.slice(rows[0], len(rows)) if contiguous else self.table.take(rows)
+        return SplitIndex(self, name, table)
+
+    def _dictionary(self, column: str) -> pa.Array:
+        return self.table.column(column).chunk(0).dictionary
+
+    def _codes(self, column: str) -> np.ndarray:
+        return self.table.column(column).chunk(0).indices.to_numpy()
+
+    def _check_local_shards(self) -> None:
+        """Every listed shard is there and long enough for the last image listed in it."""
+        ends = np.zeros(len(self.shard_names), np.int64)
+        np.maximum.at(ends, self._codes("shard"), _numpy(self.table, "offset") + _numpy(self.table, "size"))
+        for name, end in zip(self.shard_names, ends.tolist(), strict=True):
+            path = self.source.local_root / name
+            length = path.stat().st_size if path.is_file() else None
+            if length is None:
+                raise DataError(f"{path}: no such file, but the index lists its images; copy it again or re-pack")
+            if length < end:
+                raise DataError(
+                    f"{path}: {length} bytes, but the index lists an image that ends at byte {end}; "
+                    "the copy is cut short: copy the file again or re-pack"
+                )
+
+
+class SplitIndex:
+    """The rows of one split in index order, which is their order in the tar files. Arrays have n entries.
+
+    Pickles as its address: another process maps the same file again.
+    """
+
+    def __init__(self, index: ShardIndex, name: str, table: pa.Table):
+        self.index, self.name, self.table = index, name, table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __reduce__(self):
+        return _reopen, (self.index.url, self.index.cache_dir, self.index.fingerprint, self.name)
+
+    @property
+    def shard_names(self) -> list[str]:
+        """File names of the dataset's shards; `shard` counts into this list."""
+        return self.index.shard_names
+
+    @property
+    def identities(self) -> list[str]:
+        """Identities of the whole dataset, sorted; `identity_codes` count into this list."""
+        return self.index.identities
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """int32, numbers into `shard_names`."""
+        return self._codes("shard")
+
+    @cached_property
+    def identity_codes(self) -> np.ndarray:
+        """int64, numbers into `identities`; equal codes are equal identities, across splits too."""
+        return self._codes("identity").astype(np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64, 0 ... N-1 in train and -1 elsewhere."""
+        return _numpy(self.table, "label")
+
+    @cached_property
+    def cameras(self) -> np.ndarray:
+        """int64, -1 is unknown."""
+        return _numpy(self.table, "camera")
+
+    @cached_property
+    def views(self) -> np.ndarray:
+        """int64, -1 is unknown."""
+        return _numpy(self.table, "view")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64, where the image's bytes start in its shard."""
+        return _numpy(self.table, "offset")
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int64, bytes."""
+        return _numpy(self.table, "size")
+
+    @cached_property
+    def crc32(self) -> np.ndarray:
+        """uint32, of the image's bytes."""
+        return _numpy(self.table, "crc32")
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """Strings; unique in the split."""
+        return self._strings("key")
+
+    @cached_property
+    def identity(self) -> np.ndarray:
+        """Strings, as in the source."""
+        return self._strings("identity")
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """Strings, empty when unknown."""
+        return self._strings("time")
+
+    @cached_property
+    def lists(self) -> np.ndarray:
+        """Strings: VehicleID's test lists that hold the image ("800,1600"), else empty."""
+        return self._strings("lists")
+
+    @cached_property
+    def num_identities(self) -> int:
+        return len(np.unique(self.identity_codes))
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """The identity behind each label 0 ... N-1; empty outside train."""
+        labels, rows = np.unique(self.labels, return_index=True)
+        return [self.identities[code] for code in self.identity_codes[rows[labels >= 0]]]
+
+    def key(self, row: int) -> str:
+        """One key, without decoding all of them."""
+        return self.table.column("key")[int(row)].as_py()
+
+    def where(self, row: int) -> str:
+        """How errors name an image: its shard and key."""
+        return f"shard {self.shard_names[self.shard[row]]}, key {self.key(row)}"
+
+    def _codes(self, column: str) -> np.ndarray:
+        return _single(self.table.column(column)).indices.to_numpy()
+
+    def _strings(self, column: str) -> np.ndarray:
+        values = _single(self.table.column(column))
+        if isinstance(values, pa.DictionaryArray):
+            return np.asarray(values.dictionary.to_pylist(), dtype=object)[values.indices.to_numpy()]
+        return values.to_numpy(zero_copy_only=False)
+
+
+def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> SplitIndex:
+    index = ShardIndex.open(url, cache_dir)
+    if index.fingerprint != fingerprint:
+        raise DataError(f"{url}: the dataset was packed anew while it was in use; start the run again")
+    return index.split(name)
+
+
+def _read_facts(source: ShardSource) -> dict:
+    where = source.where(DATASET_FILE)
+    try:
+        facts = json.loads(source.read(DATASET_FILE))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
+            "give the --out of `launch/pack.py build`, or run that command again"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format_version is {facts.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+            "pack the dataset again with this version"
+        )
+    return facts
+
+
+def _open_table(source: ShardSource, facts: dict, cache_dir: Path) -> pa.Table:
+    """Map the node's decoded copy of the index; make it when this index was not seen before."""
+    try:
+        state = source.state(INDEX_FILE)
+    except FileNotFoundError as error:
+        raise DataError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
+    name = hashlib.sha256(json.dumps([source.url, facts["fingerprint"], state]).encode()).hexdigest()[:32]
+    path = cache_dir / "index" / f"{name}.arrow"
+    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+        return _map(path)
+    table = _decode(source, facts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working = path.with_suffix(f".{uuid.uuid4().hex}")
+        with pa.ipc.new_file(str(working), table.schema) as writer:
+            writer.write_table(table)
+        working.replace(path)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: can't write {path.parent} ({error}); give another folder") from error
+    return _map(path)
+
+
+def _map(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _decode(source: ShardSource, facts: dict) -> pa.Table:
+    """index.parquet as one Arrow batch, repeated strings as codes into sorted dictionaries."""
+    where = source.where(INDEX_FILE)
+    try:
+        table = pq.read_table(pa.BufferReader(source.read(INDEX_FILE)))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise DataError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
+    if not table.num_rows:
+        raise DataError(f"{where}: lists no images; pack the dataset again")
+    table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
+    _check_counts(where, facts, table)
+    for name in CODED:
+        table = table.set_column(table.column_names.index(name), name, _coded(_single(table.column(name))))
+    return table.combine_chunks()
+
+
+def _check_counts(where: str, facts: dict, table: pa.Table) -> None:
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(table.column("split")).to_pylist()}
+    listed = {name: split["images"] for name, split in facts["splits"].items() if split["images"]}
+    if counts != listed:
+        raise DataError(
+            f"{where}: lists {_counts(counts)}, {DATASET_FILE} says {_counts(listed)}; the two files come from two "
+            "packings: copy both again or re-pack"
+        )
+
+
+def _counts(images: dict[str, int]) -> str:
+    return ", ".join(f"{images[name]} {name}" for name in sorted(images)) or "no"
+
+
+def _coded(values: pa.Array) -> pa.DictionaryArray:
+    encoded = values.dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary)
+    place = np.empty(len(order), np.int32)
+    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    return pa.DictionaryArray.from_arrays(place[encoded.indices.to_numpy()], encoded.dictionary.take(order))
+
+
+def _single(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _numpy(table: pa.Table, column: str) -> np.ndarray:
+    return _single(table.column(column)).to_numpy()

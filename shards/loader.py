@@ -1,0 +1,176 @@
+"""PK batches: the sampler's plan as pixels.
+
+    sampler (rows) + reader (bytes) + decode (pixels) -> [loader] -> stage 2 (augmentation, encoder, losses)
+
+In:  a packed dataset, PKSettings, and which rank of how many this is.
+Out: this rank's whole identities of every global batch, uint8. Augmentation is done later, on the device.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.decode import decode, resize_into
+from shards.errors import DataError
+from shards.index import ShardIndex, SplitIndex
+from shards.pool import Pool
+from shards.reader import RowReader
+from shards.sampler import PKSettings, epoch_plan, rank_part
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PKBatch:
+    """One rank's part of a global batch: b = P / world_size * K images, identity after identity."""
+
+    images: Tensor
+    """uint8 [b, 3, H, W]"""
+    labels: Tensor
+    """int64 [b], 0 ... N-1"""
+    cameras: Tensor
+    """int64 [b], -1 is unknown"""
+    views: Tensor
+    """int64 [b], -1 is unknown"""
+    positions: Tensor
+    """int64 [b], place in the global batch, 0 ... P*K-1"""
+    rows: Tensor
+    """int64 [b], row in the training split"""
+    epoch: int
+    step: int
+    """1-based, within the epoch."""
+
+
+class PKLoader:
+    """Iterates over one rank's parts of the PK batches of an epoch, from any step on."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        settings: PKSettings,
+        image_size: tuple[int, int],
+        rank: int,
+        world_size: int,
+        workers: int = 0,
+        on_error: str = "raise",
+        skip_limit: int = 100,
+        cache_dir: str | None = None,
+        cache_bytes: int = 50_000_000_000,
+        pin_memory: bool = False,
+        prefetch: int = 4,
+    ):
+        """
+        Args:
+            image_size: (H, W), pixels.
+            workers: decoding processes; 0 decodes in this process.
+            on_error: what an image that can't be read does: "raise", or "skip": the next readable image of its
+                identity, in index order, takes the place. After `skip_limit` different ones it is an error too.
+            cache_dir, cache_bytes: this node's cache for remote shards.
+            pin_memory: batches lie in page-locked memory, for copies to the GPU beside its work.
+            prefetch: batches that the decoding processes are ahead.
+
+        Raises DataError for settings that don't fit the dataset or the number of ranks.
+        """
+        self.split = index.split("train")
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.image_size, self.pin_memory = image_size, pin_memory
+        self._skip_limit, self._skipped = skip_limit, set()
+        self._plans: dict[int, np.ndarray] = {}
+        self._batch = rank_part(self._plan(1), rank, world_size)[0].size
+        fill = FillBatch(self.split, image_size, on_error)
+        self._pool = Pool(fill, workers, prefetch, self._batch * 3 * image_size[0] * image_size[1])
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        return len(self._plan(epoch))
+
+    def epoch(self, epoch: int, start_step: int = 1) -> Iterator[PKBatch]:
+        """Batches `start_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
+        plan = rank_part(self._plan(epoch), self.rank, self.world_size)
+        results = self._pool.run(plan[start_step - 1 :])
+        for step, ((rows, skipped), slot) in enumerate(results, start_step):
+            self._count_skipped(skipped)
+            yield self._batch_of(rows, slot, epoch, step)
+
+    @property
+    def num_skipped(self) -> int:
+        """Different images that could not be read so far (`on_error="skip"`)."""
+        return len(self._skipped)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _plan(self, epoch: int) -> np.ndarray:
+        if epoch not in self._plans:
+            self._plans = {epoch: epoch_plan(self.split, self.settings, epoch)}
+        return self._plans[epoch]
+
+    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, step: int) -> PKBatch:
+        images = torch.empty(len(rows), 3, *self.image_size, dtype=torch.uint8, pin_memory=self.pin_memory)
+        images.view(-1).copy_(torch.from_numpy(slot))
+        columns = [column[rows] for column in (self.split.labels, self.split.cameras, self.split.views)]
+        positions = np.arange(len(rows)) + self.rank * len(rows)
+        return PKBatch(images, *map(torch.from_numpy, (*columns, positions, rows)), epoch=epoch, step=step)
+
+    def _count_skipped(self, skipped: list[tuple[int, str]]) -> None:
+        for row, message in skipped:
+            if row not in self._skipped:
+                log.warning("skipped: %s", message)
+            self._skipped.add(row)
+            if len(self._skipped) > self._skip_limit:
+                raise DataError(f"more than {self._skip_limit} images can't be read, the last one: {message}")
+
+
+class FillBatch:
+    """Reads, decodes and resizes the images of one job; runs in the decoding processes."""
+
+    def __init__(self, split: SplitIndex, image_size: tuple[int, int], on_error: str):
+        self.split, self.image_size, self.on_error = split, image_size, on_error
+        self._reader: RowReader | None = None
+
+    def __call__(self, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """rows: int64 [p, K], an identity per line. Returns the rows in the slot, int64 [p*K], and the skipped."""
+        if self._reader is None:
+            self._reader = RowReader(self.split)
+        used = rows.reshape(-1).copy()
+        out = torch.from_numpy(slot).view(len(used), 3, *self.image_size)
+        skipped = []
+        for place, data in enumerate(self._reader.read(used)):
+            error = self._decode(used[place], data, out[place])
+            if error is not None:
+                if self.on_error == "raise":
+                    raise error
+                used[place] = self._substitute(used[place], out[place], skipped)
+                skipped.append((int(rows.reshape(-1)[place]), str(error)))
+        return used, skipped
+
+    def _decode(self, row: int, data: np.ndarray | DataError, out: Tensor) -> DataError | None:
+        if isinstance(data, DataError):
+            return data
+        try:
+            resize_into(out, decode(data), "bicubic")
+        except ValueError as error:
+            return DataError(
+                f"{self.split.where(row)}: can't be decoded ({error}); repair or drop the source image and re-pack, "
+                "or set data.on_error=skip"
+            )
+        return None
+
+    def _substitute(self, row: int, out: Tensor, skipped: list[tuple[int, str]]) -> int:
+        """Fill the place of an unreadable image with the next readable one of its identity; returns its row."""
+        same = np.flatnonzero(self.split.labels == self.split.labels[row])
+        start = int(np.searchsorted(same, row))
+        for other in [*same[start + 1 :], *same[:start]]:
+            error = self._decode(other, self._reader.read([other])[0], out)
+            if error is None:
+                return int(other)
+            skipped.append((int(other), str(error)))
+        identity = self.split.identities[self.split.identity_codes[row]]
+        raise DataError(
+            f"{self.split.where(row)}: no image of identity {identity} can be read; "
+            "copy the shard again, or drop the identity and re-pack"
+        )

@@ -1,0 +1,149 @@
+"""Every image of a split once, in order: feature extraction and evaluation.
+
+    index + shards ── webdataset ──▶ [sequential] ──▶ stage 1's features, evaluation, extraction
+
+Rank r of R takes rows n*r/R ... n*(r+1)/R, cut into batches; loader processes share the batches out. A batch is a
+run of neighbouring tar members, and a part of a tar that starts and ends between members is a tar, so webdataset
+reads just that part. This is exact for any number of ranks, processes and shards: nothing is padded or dropped.
+"""
+
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+import webdataset
+from torch import Tensor
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from shards.decode import decode, resize_into
+from shards.errors import DataError
+from shards.format import TAR_BLOCK
+from shards.index import ShardIndex, SplitIndex
+from shards.pool import Pool
+from shards.reader import RowReader
+
+
+@dataclass
+class ImageBatch:
+    images: Tensor
+    """uint8 [b, 3, H, W]; the last batch may be smaller."""
+    rows: Tensor
+    """int64 [b], row numbers in the split."""
+
+
+class SequentialLoader:
+    """One rank's part of a split, in order. Can be iterated any number of times."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str,
+        *,
+        image_size: tuple[int, int],
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        interpolation: str = "bilinear",
+        pin_memory: bool = False,
+    ):
+        """
+        Args:
+            image_size: (H, W), pixels.
+            workers: decoding processes; 0 decodes in this process.
+        """
+        self.split = index.split(split)
+        self.image_size, self.batch_size, self.pin_memory = image_size, batch_size, pin_memory
+        total = len(self.split)
+        self.start, self.stop = total * rank // world_size, total * (rank + 1) // world_size
+        fill = FillSequence(self.split, image_size, interpolation)
+        workers = min(workers, len(self))
+        self._pool = Pool(fill, workers, 2 * workers, batch_size * 3 * image_size[0] * image_size[1])
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-(self.stop - self.start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Raises DataError, with shard and key, for an image that can't be read."""
+        starts = range(self.start, self.stop, self.batch_size)
+        jobs = [(start, min(start + self.batch_size, self.stop)) for start in starts]
+        try:
+            for (start, stop), slot in self._pool.run(jobs):
+                shape = (stop - start, 3, *self.image_size)
+                images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+                images.view(-1).copy_(torch.from_numpy(slot[: images.numel()]))
+                yield ImageBatch(images, torch.arange(start, stop))
+        finally:
+            self._pool.close()
+
+
+class FillSequence:
+    """Streams, decodes and resizes neighbouring rows; runs in the decoding processes."""
+
+    def __init__(self, split: SplitIndex, image_size: tuple[int, int], interpolation: str):
+        self.split, self.image_size, self.interpolation = split, image_size, interpolation
+        self._reader: RowReader | None = None
+
+    def __call__(self, job: tuple[int, int], slot: np.ndarray) -> tuple[int, int]:
+        """job: rows start ... stop-1. Returns it."""
+        if self._reader is None:
+            self._reader = RowReader(self.split)
+        start, stop = job
+        count = stop - start
+        out = torch.from_numpy(slot)[: count * 3 * self.image_size[0] * self.image_size[1]]
+        out = out.view(count, 3, *self.image_size)
+        pipeline = webdataset.DataPipeline(partial(self._parts, start, stop), tar_file_expander, group_by_keys)
+        try:
+            row = start
+            for sample in pipeline:
+                extension = next((name for name in sample if name != "json" and not name.startswith("__")), None)
+                if extension is not None:
+                    self._fill(row, sample["__key__"], sample[extension], out[row - start])
+                    row += 1
+        except tarfile.TarError as error:
+            raise self._broken(row, f"the archive is damaged there ({error})") from error
+        if row < stop:
+            raise self._broken(row, "the archive is damaged before it, or was cut short")
+        return job
+
+    def _fill(self, row: int, key: str, data: bytes, out: Tensor) -> None:
+        if row >= len(self.split) or key != self.split.key(row):
+            raise self._broken(row, f"the archive holds key {key} in its place")
+        if zlib.crc32(data) != self.split.crc32[row]:
+            raise self._broken(row, "its bytes don't fit the checksum in the index")
+        try:
+            resize_into(out, decode(np.frombuffer(bytearray(data), np.uint8)), self.interpolation)
+        except ValueError as error:
+            raise DataError(
+                f"{self.split.where(row)}: can't be decoded ({error}); repair or drop the source image and re-pack"
+            ) from error
+
+    def _broken(self, row: int, what: str) -> DataError:
+        return DataError(f"{self.split.where(row)}: {what}; copy the shard again, or re-pack")
+
+    def _parts(self, start: int, stop: int) -> Iterator[dict]:
+        """The tar parts that hold the rows, as webdataset's tar reader takes them.
+
+        A part reaches from the end of the image before the first row (its JSON may follow, and is left over) to
+        the end of the last row's image.
+        """
+        shards = self.split.shard[start:stop]
+        firsts = start + np.flatnonzero(np.diff(shards, prepend=-1))
+        for first, last in pairwise([*firsts.tolist(), stop]):
+            follows = first > 0 and self.split.shard[first - 1] == self.split.shard[first]
+            begin = self._end(first - 1) if follows else 0
+            name = self.split.shard_names[self.split.shard[first]]
+            yield {"url": name, "stream": io.BytesIO(self._reader.span(name, begin, self._end(last - 1)))}
+
+    def _end(self, row: int) -> int:
+        """Where the tar member of a row's image ends, with its padding."""
+        end = int(self.split.offsets[row] + self.split.sizes[row])
+        return -(-end // TAR_BLOCK) * TAR_BLOCK
