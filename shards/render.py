@@ -1,0 +1,275 @@
+"""The demo dataset: vehicles drawn by number, laid out on disk as a real dataset is.
+
+    render_looks -> render_vehicle -> render_scene -> [render: folder of JPEGs, lists, labels] -> datasets -> pack
+
+The folder looks like VeRi-776 (or VehicleID) to its parser, so everything after it is the real thing. The first
+half of the identities is for training, the other half for testing. Every image is a pure function of (seed,
+identity, its number): neither the number of processes nor the number of other identities changes it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from shards.errors import DataError
+from shards.render_looks import COLOURS, SHAPES, draw_looks
+from shards.render_scene import get_camera, take_photo
+from shards.render_vehicle import build_vehicle
+
+LAYOUTS = ("veri776", "vehicleid")
+SETTINGS_FILE = "render.json"
+_DRAWING = 1
+"""Raise it when the pictures change, so that a folder of old pictures is not taken for one of today's."""
+_TEST_LISTS = (800, 1600, 2400, 3200, 6000, 13164)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderSettings:
+    """All that decides the pictures."""
+
+    identities: int
+    cameras: int
+    images: int  # of each identity, over all cameras
+    layout: str
+    seed: int
+    drawing: int = _DRAWING
+
+    def check(self) -> None:
+        """Raise DataError for numbers that the layout cannot hold or that cannot be evaluated."""
+        veri = self.layout == "veri776"
+        limits = {
+            "identities": (2, 9999 if veri else 99999, "half of them are for training, half for testing"),
+            "cameras": (2, 20 if veri else 999, "a query needs a match under another camera"),
+            "images": (2, 99, "images of each identity"),
+            "seed": (0, 2**63, "a number"),
+        }
+        if self.layout not in LAYOUTS:
+            raise DataError(f"layout is {self.layout!r}; known: {', '.join(LAYOUTS)}")
+        for name, (low, high, why) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise DataError(
+                    f"{name} is {getattr(self, name)}, must be {low} to {high} in layout {self.layout} ({why})"
+                )
+
+    @property
+    def first_test_identity(self) -> int:
+        """Identities count from 1; those below this one are for training."""
+        return self.identities - self.identities // 2 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedImage:
+    """What the lists say about one picture."""
+
+    identity: int
+    number: int  # within its identity, from 0
+    camera: int  # 0-based
+    time: int
+    view: int  # VeRi-776's number, 0-7
+    keypoints: tuple[int, ...]  # x1 y1 ... x20 y20, -1 where not seen
+    colour: int  # VeRi-776's numbers, 1-based
+    shape: int
+
+    @property
+    def veri_name(self) -> str:
+        return f"{self.identity:04d}_c{self.camera + 1:03d}_{self.time:08d}_0.jpg"
+
+
+def render_dataset(
+    out: Path,
+    *,
+    identities: int,
+    cameras: int,
+    images: int,
+    layout: str = "veri776",
+    seed: int = 0,
+    processes: int | None = None,
+) -> bool:
+    """Draw a dataset of identities x images JPEGs into the folder `out`, with a progress bar on the terminal.
+
+    The folder appears under its name only when complete. One that is there with the same settings is kept as it
+    is. `processes` is the number of drawing processes; None takes all cores that this process may use.
+    Returns True when it drew, False when it kept what is there. Raises DataError for impossible settings and
+    for a folder that holds anything else.
+    """
+    settings = RenderSettings(identities, cameras, images, layout, seed)
+    settings.check()
+    out = Path(out).absolute()
+    if _is_there(out, settings):
+        return False
+    partial_out = out.with_name(f".{out.name}.partial")  # left behind by a render that was stopped, or absent
+    try:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        partial_out.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+    write_image, write_lists = _WRITERS[layout]
+    for folder in _FOLDERS[layout]:
+        (partial_out / folder).mkdir()
+    draw = partial(_draw_identity, partial_out, settings, write_image)
+    drawn = list(_with_progress(_in_processes(draw, range(1, identities + 1), processes), settings))
+    write_lists(partial_out, settings, [image for each in drawn for image in each])
+    (partial_out / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    partial_out.replace(out)
+    return True
+
+
+def _is_there(out: Path, settings: RenderSettings) -> bool:
+    """Whether `out` holds this very dataset; DataError if it holds something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / SETTINGS_FILE).read_text())
+    except (OSError, ValueError):
+        raise DataError(f"{out}: exists and was not rendered here; give another --out") from None
+    wanted = asdict(settings)
+    if found != wanted:
+        differing = [f"{k} {found.get(k)} not {wanted[k]}" for k in wanted if found.get(k) != wanted[k]]
+        raise DataError(
+            f"{out}: rendered with other settings ({', '.join(differing)}); remove it or give another --out"
+        )
+    return True
+
+
+# --- drawing --------------------------------------------------------------------------------------------------
+
+
+def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable, identity: int) -> list[RenderedImage]:
+    """Draw and write all images of one identity; they go round the cameras."""
+    seed = settings.seed
+    looks = draw_looks(seed, identity)
+    model = build_vehicle(looks)
+    first_camera = identity * 7 % settings.cameras
+    rendered = []
+    for number in range(settings.images):
+        camera = (first_camera + number) % settings.cameras
+        photo = take_photo(model, get_camera(seed, camera), np.random.default_rng((seed, 4, identity, number)))
+        arrival = int(np.random.default_rng((seed, 5, identity, camera)).integers(80_000))
+        image = RenderedImage(
+            identity=identity,
+            number=number,
+            camera=camera,
+            time=arrival + 15 * (number // settings.cameras),
+            view=photo.view,
+            keypoints=tuple(photo.keypoints.ravel().tolist()),
+            colour=list(COLOURS).index(looks.colour) + 1,
+            shape=list(SHAPES).index(looks.shape) + 1,
+        )
+        write_image(folder, settings, image, partial(photo.image.save, quality=photo.quality))
+        rendered.append(image)
+    return rendered
+
+
+def _in_processes(draw: Callable, identities: range, processes: int | None) -> Iterator[list[RenderedImage]]:
+    """draw(identity) for each, in order."""
+    processes = min(processes or len(os.sched_getaffinity(0)), len(identities))
+    if processes == 1:
+        yield from map(draw, identities)
+        return
+    # spawn: a fork of a process that runs threads may hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(draw, identities)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.0f} images/s" if speed else "- images/s")
+
+
+def _with_progress(drawn: Iterator[list[RenderedImage]], settings: RenderSettings) -> Iterator[list[RenderedImage]]:
+    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=settings.identities * settings.images)
+        for images in drawn:
+            progress.advance(task, len(images))
+            yield images
+
+
+# --- VeRi-776's layout ----------------------------------------------------------------------------------------
+
+
+def _veri_splits(settings: RenderSettings, image: RenderedImage) -> tuple[str, ...]:
+    """One query of each test identity and camera; as in the original, queries are in the gallery too."""
+    if image.identity < settings.first_test_identity:
+        return ("train",)
+    return ("test", "query") if image.number < settings.cameras else ("test",)
+
+
+def _write_veri_image(folder: Path, settings: RenderSettings, image: RenderedImage, save: Callable) -> None:
+    first, *copies = (folder / f"image_{split}" / image.veri_name for split in _veri_splits(settings, image))
+    save(first)
+    for copy in copies:
+        shutil.copyfile(first, copy)
+
+
+def _write_veri_lists(folder: Path, settings: RenderSettings, images: list[RenderedImage]) -> None:
+    images = sorted(images, key=lambda image: image.veri_name)
+    of = {s: [i for i in images if s in _veri_splits(settings, i)] for s in ("train", "query", "test")}
+    for split, listed in of.items():
+        (folder / f"name_{split}.txt").write_text("".join(f"{i.veri_name}\n" for i in listed))
+    for split, root in (("train", "TrainingImages"), ("test", "TestImages")):
+        items = [
+            f'    <Item imageName="{i.veri_name}" vehicleID="{i.identity:04d}" cameraID="c{i.camera + 1:03d}" '
+            f'colorID="{i.colour}" typeID="{i.shape}" />\n'
+            for i in of[split]
+        ]
+        head = f'<?xml version="1.0" encoding="gb2312"?>\n<{root} Version="1.0">\n  <Items number="{len(items)}">\n'
+        text = head + "".join(items) + f"  </Items>\n</{root}>\n"
+        (folder / f"{split}_label.xml").write_text(text, encoding="gb2312")
+    for name, splits in (("train", ("train",)), ("test", ("query", "test"))):
+        lines = [
+            f"image_{split}/{i.veri_name} {' '.join(map(str, i.keypoints))} {i.view}\n"
+            for split in splits
+            for i in of[split]
+        ]
+        (folder / f"keypoint_{name}.txt").write_text("".join(lines))
+
+
+# --- VehicleID's layout ---------------------------------------------------------------------------------------
+
+
+def _vehicleid_name(settings: RenderSettings, image: RenderedImage) -> str:
+    return f"{(image.identity - 1) * settings.images + image.number + 1:07d}"
+
+
+def _write_vehicleid_image(folder: Path, settings: RenderSettings, image: RenderedImage, save: Callable) -> None:
+    save(folder / "image" / f"{_vehicleid_name(settings, image)}.jpg")
+
+
+def _write_vehicleid_lists(folder: Path, settings: RenderSettings, images: list[RenderedImage]) -> None:
+    """Train list; test lists of the published sizes that fit, or else of a third, two thirds and all."""
+    first, count = settings.first_test_identity, settings.identities // 2
+    sizes = [size for size in _TEST_LISTS if size <= count]
+    sizes = sizes or sorted({max(1, count // 3), max(1, 2 * count // 3), count})
+    chosen = {"train_list": range(1, first)} | {f"test_list_{s}": range(first, first + s) for s in sizes}
+    lines = {image: f"{_vehicleid_name(settings, image)} {image.identity}\n" for image in images}
+    for name, identities in chosen.items():
+        text = "".join(line for image, line in lines.items() if image.identity in identities)
+        (folder / "train_test_split" / f"{name}.txt").write_text(text)
+    attribute = folder / "attribute"
+    (attribute / "img2vid.txt").write_text("".join(lines.values()))
+    one_each = {image.identity: image for image in images}.values()
+    (attribute / "color_attr.txt").write_text("".join(f"{i.identity} {i.colour - 1}\n" for i in one_each))
+    (attribute / "model_attr.txt").write_text("".join(f"{i.identity} {i.shape - 1}\n" for i in one_each))
+
+
+_FOLDERS = {
+    "veri776": ("image_train", "image_query", "image_test"),
+    "vehicleid": ("image", "train_test_split", "attribute"),
+}
+_WRITERS = {
+    "veri776": (_write_veri_image, _write_veri_lists),
+    "vehicleid": (_write_vehicleid_image, _write_vehicleid_lists),
+}
