@@ -3,18 +3,15 @@
     loader / sequential ── jobs ──▶ [pool: decoding processes] ── pixels in shared memory ──▶ loader / sequential
 
 Job i goes to process i mod n and into slot i mod s of the shared memory, so results come back in order without any
-bookkeeping. One child process imports the libraries and then forks the others, which costs one import for all;
-none of them runs the caller's main script again. When the caller dies, its end of the sockets closes and they exit.
+bookkeeping. One host process (`pool_host.py`) imports the libraries once and forks all decoding processes of the
+caller; none of them runs the caller's main script again. When the caller dies, its ends of the sockets close, and
+they exit.
 """
 
 import contextlib
 import mmap
 import os
-import pickle
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -23,24 +20,25 @@ from typing import Any
 
 import numpy as np
 
+from shards import pool_host
 from shards.errors import DataError
 
 Fill = Callable[[Any, np.ndarray], Any]
 """fill(job, slot) writes pixels to the slot, uint8 [slot_bytes], and returns a small picklable result."""
-CHILD_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Pool:
-    """Runs `fill` over jobs, in order. With no workers it runs in this process, when the result is asked for."""
+    """Runs `fill` over jobs, in order. With no workers it runs in this process, when a result is asked for."""
 
     def __init__(self, fill: Fill, workers: int, slots: int, slot_bytes: int):
+        """slots: jobs that the workers may be ahead; at least two for each, so that none waits for the caller."""
         self._fill, self._workers, self._slot_bytes = fill, workers, slot_bytes
-        self._slots = max(slots, 2 * workers) if workers else 1
-        self._pending = 0  # jobs sent and not received
-        self._started = 0  # jobs ever sent
+        self._slots = max(slots, 2 * workers)
         self._connections: list[Connection] = []
-        self._host: subprocess.Popen | None = None
         self._memory: np.ndarray | None = None
+        self._sent = self._received = 0
+        if workers:
+            pool_host.start()  # its imports run beside what the caller does next
 
     def run(self, jobs: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
         """(result, slot) of each job, in order; the slot may be overwritten once the next one is asked for.
@@ -52,86 +50,76 @@ class Pool:
             for job in jobs:
                 yield self._fill(job, slot), slot
             return
-        if self._host is None:
+        if not self._connections:
             self._start()
-        self._drop_pending()
+        while self._received < self._sent:
+            self._receive()
         jobs = iter(jobs)
         for job in islice(jobs, self._slots):
             self._send(job)
-        while self._pending:
-            number = self._started - self._pending
+        while self._received < self._sent:
+            slot = self._received % self._slots * self._slot_bytes
             result = self._receive()
             if isinstance(result, Exception):
                 raise result
-            yield result, self._slot(number)
+            yield result, self._memory[slot : slot + self._slot_bytes]
             for job in islice(jobs, 1):
                 self._send(job)
 
     def close(self) -> None:
-        """End the processes. The pool starts them again when it is used again."""
+        """End the processes. They start anew when the pool is used again."""
         for connection in self._connections:
             connection.close()
         self._connections.clear()
-        self._pending = 0
+        self._sent = self._received = 0
         self._memory = None
-        if self._host is not None:
-            self._host.wait()
-            self._host = None
 
     def __del__(self):
         with contextlib.suppress(Exception):
             self.close()
 
     def _start(self) -> None:
-        memory = _memory_file(self._slots * self._slot_bytes)
+        descriptor = _memory_file(self._slots * self._slot_bytes)
         ends = [socket.socketpair() for _ in range(self._workers)]
-        passed = [memory, *(theirs.fileno() for _, theirs in ends)]
-        env = {**os.environ, **CHILD_ENV, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "shards.pool", ",".join(map(str, passed))]
-        self._host = subprocess.Popen(command, pass_fds=passed, env=env, stdin=subprocess.DEVNULL)
-        self._memory = _shared(memory)
-        os.close(memory)
+        pool_host.fork(descriptor, [theirs.fileno() for _, theirs in ends])
+        self._memory = shared_memory(descriptor)
+        os.close(descriptor)
         for ours, theirs in ends:
             theirs.close()
             self._connections.append(Connection(ours.detach()))
-        self._started = 0
-        for connection in self._connections:
-            connection.send((self._fill, self._slot_bytes))
+        for number in range(self._workers):
+            self._tell(number, (self._fill, self._slot_bytes))
 
     def _send(self, job: Any) -> None:
-        self._connection(self._started).send((self._started % self._slots, job))
-        self._started += 1
-        self._pending += 1
+        self._tell(self._sent % self._workers, (self._sent % self._slots, job))
+        self._sent += 1
+
+    def _tell(self, worker: int, message: Any) -> None:
+        with self._death_explained():
+            self._connections[worker].send(message)
 
     def _receive(self) -> Any:
-        connection = self._connection(self._started - self._pending)
+        with self._death_explained():
+            result = self._connections[self._received % self._workers].recv()
+        self._received += 1
+        return result
+
+    @contextlib.contextmanager
+    def _death_explained(self) -> Iterator[None]:
         try:
-            result = connection.recv()
+            yield
         except (EOFError, ConnectionError) as error:
             self.close()
             raise DataError(
-                "a loader process died (out of memory, or a shard was changed or cut while it was read); see its "
-                "message above, then lower data.loaders or copy the shards again"
+                "a decoding process died: out of memory, or a shard was cut while it was read (its exit code is "
+                "printed above); lower data.loaders, or copy the shards again"
             ) from error
-        self._pending -= 1
-        return result
-
-    def _drop_pending(self) -> None:
-        while self._pending:
-            self._receive()
-
-    def _connection(self, number: int) -> Connection:
-        return self._connections[number % self._workers]
-
-    def _slot(self, number: int) -> np.ndarray:
-        place = number % self._slots
-        return self._memory[place * self._slot_bytes : (place + 1) * self._slot_bytes]
 
 
 def _memory_file(num_bytes: int) -> int:
-    """An unnamed file in memory; unlike /dev/shm, which containers keep small, it has no limit of its own."""
+    """An unnamed file in memory. /dev/shm would do as well, but containers keep it small."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("clipreid-batches")
+        descriptor = os.memfd_create("image-batches")
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
@@ -139,54 +127,6 @@ def _memory_file(num_bytes: int) -> int:
     return descriptor
 
 
-def _shared(descriptor: int) -> np.ndarray:
+def shared_memory(descriptor: int) -> np.ndarray:
+    """uint8, the whole file, shared with every process that maps it."""
     return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)
-
-
-def _host(descriptors: list[int]) -> None:
-    """Import once, then one forked process per socket."""
-    import shards.loader
-    import shards.sequential  # noqa: F401
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides when to stop
-    memory, *sockets = descriptors
-    children = {}
-    for own in sockets:
-        child = os.fork()
-        if not child:
-            for other in sockets:
-                if other != own:
-                    os.close(other)
-            _serve(Connection(own), _shared(memory))
-            os._exit(0)
-        children[child] = own
-    for own in sockets:
-        os.close(own)
-    for _ in sockets:
-        child, status = os.wait()
-        if code := os.waitstatus_to_exitcode(status):
-            print(f"loader process {child} ended with exit code {code}", file=sys.stderr, flush=True)
-
-
-def _serve(connection: Connection, memory: np.ndarray) -> None:
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        fill, slot_bytes = connection.recv()
-        while True:
-            slot, job = connection.recv()
-            try:
-                result = fill(job, memory[slot * slot_bytes : (slot + 1) * slot_bytes])
-            except Exception as error:
-                result = _sendable(error)
-            connection.send(result)
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-if __name__ == "__main__":
-    _host([int(number) for number in sys.argv[1].split(",")])
