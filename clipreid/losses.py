@@ -51,9 +51,7 @@ def batch_hard_triplet(
     The d² of all pairs only choose; the chosen ones are computed again from differences, which do not cancel.
     """
     with torch.no_grad():
-        squared_bB = features_BD.square().sum(1) - 2 * (
-            anchors_bD @ features_BD.T
-        )  # + |anchor|², same for a row
+        squared_bB = features_BD.square().sum(1) - 2 * (anchors_bD @ features_BD.T)  # + |anchor|², same for a row
         same_bB = anchor_labels_b[:, None] == labels_B[None, :]
         hardest_positive_b = squared_bB.masked_fill(~same_bB, -torch.inf).argmax(1)
         hardest_negative_b = squared_bB.masked_fill(same_bB, torch.inf).argmin(1)

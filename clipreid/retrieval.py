@@ -14,10 +14,10 @@ Q, G = query and gallery images, D = feature width, M = most positives that a qu
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipreid.errors import ModelError
@@ -74,22 +74,21 @@ def retrieve(
     rule: str = "camera",
     part: tuple[int, int] = (0, 1),
     reduce_sum: ReduceSum = lambda x: x,
-    normalize: bool = False,
 ) -> Retrieval:
     """Rank the gallery for every query by Euclidean distance; ties go to the image first in the gallery.
 
     query_features: float [Q, D], the same on every rank; the products run on their device.
     gallery_features: float [G, D], may be memory-mapped: only `gallery_rows(G, *part)` are read.
     rule: the gallery images of the query's identity that do not count for it: those of its camera, none, or
-    those of its camera and time. part: (rank, world_size). normalize: by the L2 norm, first of all.
+    those of its camera and time. part: (rank, world_size).
     Raises ModelError for an unknown rule, a feature that is not finite, and where no query is valid.
     """
-    pairs = _same_identity(query, gallery, rule)
-    blocks = _Blocks(query_features, gallery_features, normalize, part)
-    distances = reduce_sum(_positive_distances(blocks, pairs))
-    positives = _sorted_keys(distances, pairs, blocks.num_queries)
-    counts = reduce_sum(_count_between(blocks, pairs, positives))
-    return _measures(positives.cpu(), counts.cpu(), blocks.num_queries, rule)
+    return _retrieve(_Products(query_features, gallery_features, part), query, gallery, rule, reduce_sum)
+
+
+def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: str = "camera") -> Retrieval:
+    """The same from a given matrix, float32 [Q, G], for distances that are no products (re-ranking)."""
+    return _retrieve(_Matrix(distances), query, gallery, rule, lambda x: x)
 
 
 def gallery_rows(gallery_size: int, rank: int, world_size: int) -> slice:
@@ -124,7 +123,7 @@ def _same_identity(query: Labels, gallery: Labels, rule: str) -> _Pairs:
     first = np.searchsorted(ordered, query.identities, side="left")
     counts = np.searchsorted(ordered, query.identities, side="right") - first
     q = np.repeat(np.arange(len(counts)), counts)
-    g = order[np.repeat(first, counts) + _count_up(counts)]
+    g = order[np.repeat(first, counts) + count_up(counts)]
 
     blocks = np.stack([g // GALLERY_BLOCK, q // QUERY_BLOCK], axis=1)
     names, number = np.unique(blocks, axis=0, return_inverse=True)
@@ -133,7 +132,7 @@ def _same_identity(query: Labels, gallery: Labels, rule: str) -> _Pairs:
     return _Pairs(q, g, _ignored(query, gallery, q, g, rule), by_block)
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
+def count_up(counts: np.ndarray) -> np.ndarray:
     """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
@@ -151,47 +150,74 @@ def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule:
     return ignored
 
 
-class _Blocks:
+class _Blocks(Protocol):
     """This rank's blocks of the distance matrix, made one at a time."""
 
-    def __init__(self, query: Tensor, gallery: Tensor | np.ndarray, normalize: bool, part: tuple[int, int]):
+    num_queries: int
+    device: torch.device
+
+    def __call__(self, wanted: dict | None = None) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """(gallery block, query block) and its distances, float32 [queries, gallery]; all, or those
+        wanted."""
+        ...
+
+
+class _Products:
+    """Blocks of |g|² - 2 q·g: |q|² is the same for a whole row and would only cost digits."""
+
+    def __init__(self, query: Tensor, gallery: Tensor | np.ndarray, part: tuple[int, int]):
         self.num_queries = len(query)
         self.device = query.device
         self.gallery = gallery
         self.rows = gallery_rows(len(gallery), *part)
-        self.normalize = normalize
         self.queries = [
             self._load(query, start, QUERY_BLOCK, "query")[0] for start in range(0, len(query), QUERY_BLOCK)
         ]
 
     def __call__(self, wanted: dict | None = None) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """(gallery block, query block) and its distances, float32 [QUERY_BLOCK, gallery rows]; all or
-        those wanted.
-
-        The distance is |g|² - 2 q·g: |q|² is the same for a whole row and would only cost digits.
-        """
         for start in range(self.rows.start, self.rows.stop, GALLERY_BLOCK):
             names = [(start // GALLERY_BLOCK, number) for number in range(len(self.queries))]
             names = [name for name in names if wanted is None or name in wanted]
             if names:
                 gallery, squared = self._load(self.gallery, start, GALLERY_BLOCK, "gallery")
-                filled = min(GALLERY_BLOCK, len(self.gallery) - start)
+                filled = len(self.gallery) - start
                 for name in names:
                     product = torch.addmm(squared, self.queries[name[1]], gallery.T, alpha=-2)
-                    yield name, product[:, :filled]
+                    yield name, product[: self.num_queries - name[1] * QUERY_BLOCK, :filled]
 
     def _load(self, source: Tensor | np.ndarray, start: int, size: int, name: str) -> tuple[Tensor, Tensor]:
         """Rows from `start`, filled up with zeros to [size, D], and their squared norms [size]."""
         rows = torch.as_tensor(source[start : start + size])
         padded = torch.zeros(size, rows.shape[1], device=self.device)
         padded[: len(rows)] = rows
-        if self.normalize:
-            padded = F.normalize(padded)
         squared = padded.square().sum(1)
         if not squared.isfinite().all():
             row = start + int(squared.isfinite().logical_not().nonzero()[0])
             raise ModelError(f"{name} feature of row {row} is not finite: extract the features again.")
         return padded, squared
+
+
+class _Matrix:
+    """Blocks cut out of a whole matrix."""
+
+    def __init__(self, distances: Tensor):
+        self.num_queries = len(distances)
+        self.device = distances.device
+        self.distances = distances
+
+    def __call__(self, wanted: dict | None = None) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        for g, columns in enumerate(self.distances.split(GALLERY_BLOCK, dim=1)):
+            for q, block in enumerate(columns.split(QUERY_BLOCK)):
+                if wanted is None or (g, q) in wanted:
+                    yield (g, q), block
+
+
+def _retrieve(blocks: _Blocks, query: Labels, gallery: Labels, rule: str, reduce_sum: ReduceSum) -> Retrieval:
+    pairs = _same_identity(query, gallery, rule)
+    distances = reduce_sum(_positive_distances(blocks, pairs))
+    positives = _sorted_keys(distances, pairs, blocks.num_queries)
+    counts = reduce_sum(_count_between(blocks, pairs, positives))
+    return _measures(positives.cpu(), counts.cpu(), rule)
 
 
 def _positive_distances(blocks: _Blocks, pairs: _Pairs) -> Tensor:
@@ -205,14 +231,12 @@ def _positive_distances(blocks: _Blocks, pairs: _Pairs) -> Tensor:
 
 
 def _sorted_keys(distances: Tensor, pairs: _Pairs, num_queries: int) -> Tensor:
-    """The keys of each query's positives, nearest first, filled up with NEVER. int64 [whole query blocks,
-    M]."""
+    """The keys of each query's positives, nearest first, filled up with NEVER. int64 [Q, M]."""
     positive = np.flatnonzero(~pairs.ignored)
     counts = np.bincount(pairs.query[positive], minlength=num_queries)
-    rows = -(-num_queries // QUERY_BLOCK) * QUERY_BLOCK
-    keys = torch.full((rows, max(counts, default=0)), NEVER, device=distances.device)
+    keys = torch.full((num_queries, max(counts, default=0)), NEVER, device=distances.device)
     gallery = torch.from_numpy(pairs.gallery[positive]).to(distances.device)
-    keys[pairs.query[positive], _count_up(counts)] = _keys(distances[positive], gallery)
+    keys[pairs.query[positive], count_up(counts)] = _keys(distances[positive], gallery)
     return keys.sort(1).values
 
 
@@ -223,14 +247,12 @@ def _keys(distances: Tensor, gallery: Tensor) -> Tensor:
 
 
 def _count_between(blocks: _Blocks, pairs: _Pairs, positives: Tensor) -> Tensor:
-    """How many of this rank's valid gallery lie between a query's positives. int64 [whole query blocks, M
-    + 1].
+    """How many of this rank's valid gallery lie between a query's positives. int64 [Q, M + 1].
 
     Column j counts keys from that of positive j - 1 (itself included) to that of positive j (excluded).
     """
     width = positives.shape[1] + 1
     counts = torch.zeros(len(positives), width, dtype=torch.int64, device=blocks.device)
-    first = torch.arange(QUERY_BLOCK, device=blocks.device)[:, None] * width
     for block, product in blocks():
         start = block[0] * GALLERY_BLOCK
         keys = _keys(product, torch.arange(start, start + product.shape[1], device=blocks.device))
@@ -238,18 +260,19 @@ def _count_between(blocks: _Blocks, pairs: _Pairs, positives: Tensor) -> Tensor:
         keys[rows, columns] = NEVER
         queries = slice(block[1] * QUERY_BLOCK, (block[1] + 1) * QUERY_BLOCK)
         column = torch.searchsorted(positives[queries], keys, right=True)
-        counts[queries] += (first + column).flatten().bincount(minlength=QUERY_BLOCK * width).view(-1, width)
+        place = column + torch.arange(len(keys), device=blocks.device)[:, None] * width
+        counts[queries] += place.flatten().bincount(minlength=len(keys) * width).view(-1, width)
     return counts
 
 
-def _measures(positives: Tensor, counts: Tensor, num_queries: int, rule: str) -> Retrieval:
+def _measures(positives: Tensor, counts: Tensor, rule: str) -> Retrieval:
     """From the keys of the positives and the counts between them over all ranks, in float64."""
     found = positives != NEVER
     number = found.sum(1)
     valid = number > 0
     if not valid.any():
         raise ModelError(
-            f"none of {num_queries} queries has a gallery image of its identity that rule {rule!r} leaves: "
+            f"none of {len(positives)} queries has a gallery image of its identity that rule {rule!r} leaves: "
             "check the splits, or use another rule."
         )
     found, number = found[valid], number[valid]
@@ -262,6 +285,6 @@ def _measures(positives: Tensor, counts: Tensor, num_queries: int, rule: str) ->
         mAP=float(precision.mean()),
         mINP=float((number / last.double()).mean()),
         cmc=cmc.numpy(),
-        queries=num_queries,
+        queries=len(positives),
         valid_queries=len(number),
     )

@@ -75,9 +75,7 @@ def encode_identities(
     are cut after the gather: so no rank is without a forward pass.
     """
     share = -(-len(identities) // world_size)
-    own = torch.arange(rank * share, (rank + 1) * share, device=identities.device).clamp(
-        max=len(identities) - 1
-    )
+    own = torch.arange(rank * share, (rank + 1) * share, device=identities.device).clamp(max=len(identities) - 1)
     return gather(widened(text(identities[own])))[: len(identities)]
 
 
@@ -106,9 +104,7 @@ def identity_means(features: Tensor, labels: Tensor, num_identities: int) -> Ten
     features: float [n, D], labels: int64 [n] holding each of 0 … N-1 -> features' dtype [N, D].
     """
     sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64, device=features.device)
-    for rows in torch.arange(len(labels), device=features.device).split(
-        8192
-    ):  # a memory-mapped bank stays on disk
+    for rows in torch.arange(len(labels), device=features.device).split(8192):  # a memory-mapped bank stays on disk
         sums.index_add_(0, labels[rows], features[rows].double())
     counts = labels.bincount(minlength=num_identities)
     return (sums / counts[:, None]).to(features.dtype)

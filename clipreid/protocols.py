@@ -1,0 +1,90 @@
+"""Test protocols that draw their own queries and gallery: VehicleID.
+
+    features of the test split, computed once -> [vehicleid: draws] -> retrieval -> means over draws
+
+Of every identity of a test list one image, drawn at random, forms the gallery, and all its other images are
+queries. The draws follow from a seed, so every rank makes the same ones.
+"""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from clipreid.errors import ModelError
+from clipreid.retrieval import Labels, ReduceSum, Retrieval, retrieve
+
+LISTS = {"small": "800", "medium": "1600", "large": "2400"}
+"""Name in metrics.json -> name of the test list."""
+
+
+def vehicleid(
+    features: Tensor,
+    identities: np.ndarray,
+    lists: np.ndarray,
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    part: tuple[int, int] = (0, 1),
+    reduce_sum: ReduceSum = lambda x: x,
+) -> dict[str, dict[str, Any]]:
+    """{"small": {"R1": {"mean": …, "std": …}, "R5": …, "mAP": …, "queries": …, "gallery": …}, "medium": …}.
+
+    features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image
+    ("800,1600,2400"); a size whose list holds no image is left out. The deviation is that of the draws
+    themselves (divided by their number). part, reduce_sum: as in `retrieve`.
+    Raises ModelError where no image is in any list.
+    """
+    results = {}
+    members = [set(entry.split(",")) for entry in lists]
+    for size, name in LISTS.items():
+        rows = np.flatnonzero([name in entry for entry in members])
+        if len(rows):
+            trials = [
+                vehicleid_draw(
+                    features[rows], identities[rows], draw_gallery(identities[rows], seed, draw), part, reduce_sum
+                )
+                for draw in range(draws)
+            ]
+            results[size] = _summary(trials, len(rows))
+    if not results:
+        raise ModelError(f"no test image is in a list named {', '.join(LISTS.values())}: pack VehicleID's test split.")
+    return results
+
+
+def draw_gallery(identities: np.ndarray, seed: int, draw: int) -> np.ndarray:
+    """One row number for every identity, in sorted order of the identities. int64 [identities]."""
+    order = np.argsort(identities, kind="stable")
+    _, first, counts = np.unique(identities[order], return_index=True, return_counts=True)
+    return order[first + np.random.default_rng([seed, draw]).integers(counts)]
+
+
+def vehicleid_draw(
+    features: Tensor,
+    identities: np.ndarray,
+    gallery_rows: np.ndarray,
+    part: tuple[int, int] = (0, 1),
+    reduce_sum: ReduceSum = lambda x: x,
+) -> Retrieval:
+    """One draw: these rows are the gallery, all others the queries; no camera rule."""
+    query_rows = np.setdiff1d(np.arange(len(identities)), gallery_rows)
+    return retrieve(
+        features[query_rows],
+        Labels(identities[query_rows]),
+        features[gallery_rows],
+        Labels(identities[gallery_rows]),
+        rule="none",
+        part=part,
+        reduce_sum=reduce_sum,
+    )
+
+
+def _summary(trials: list[Retrieval], images: int) -> dict[str, Any]:
+    figures = [trial.metrics() for trial in trials]
+
+    def over_draws(name: str) -> dict[str, float]:
+        values = [figure[name] for figure in figures]
+        return {"mean": float(np.mean(values)), "std": float(np.std(values))}
+
+    queries = trials[0].queries
+    return {name: over_draws(name) for name in ("R1", "R5", "mAP")} | {"queries": queries, "gallery": images - queries}
