@@ -22,6 +22,9 @@ from clipreid.retrieval import Labels, count_up, retrieve_by_distance
 
 BLOCK = 256  # images at a time: b x n values are held
 
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Rows, columns and weights of a sparse matrix's entries, by row."""
+
 
 def evaluate_reranked(
     query_features: Tensor,
@@ -34,8 +37,7 @@ def evaluate_reranked(
     k2: int = 6,
     lam: float = 0.3,
 ) -> dict[str, float | int]:
-    """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and
-    rerank."""
+    """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and rerank."""
     distances = rerank(query_features, gallery_features, k1, k2, lam)
     return retrieve_by_distance(distances.float(), query, gallery, rule=rule).metrics()
 
@@ -93,7 +95,7 @@ def _reciprocal(nearest: Tensor, k: int) -> Tensor:
     return torch.cat([(near[near[i]] == i[:, None, None]).any(2) for i in numbers.split(BLOCK)])
 
 
-def _reciprocal_weights(features: Tensor, nearest: Tensor, largest: Tensor, k1: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _reciprocal_weights(features: Tensor, nearest: Tensor, largest: Tensor, k1: int) -> Iterator[Entries]:
     """Blocks of rows of exp(-d) over each image's expanded reciprocal set, normalised to sum 1."""
     half = round(k1 / 2)  # half to even, as in the published code
     near, near_half = nearest[:, : k1 + 1], nearest[:, : half + 1]
@@ -118,10 +120,6 @@ def _pair_distances(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Squared distances of the given pairs, from differences. [pairs]."""
     pairs = zip(rows.split(8192), columns.split(8192), strict=True)
     return torch.cat([(features[r] - features[c]).square().sum(1) for r, c in pairs])
-
-
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Rows, columns and weights of a sparse matrix's entries, by row."""
 
 
 @dataclass(frozen=True)

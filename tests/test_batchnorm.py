@@ -1,47 +1,12 @@
-"""BatchNorm over ranks equals BatchNorm over the whole batch.
-
-Ranks are simulated in one process: threads that run in step, with a gather that waits for all of them. Real
-processes are in test_distributed_losses.py.
-"""
-
-import threading
+"""BatchNorm over ranks equals BatchNorm over the whole batch. With real processes: test_distributed_losses.py."""
 
 import pytest
 import torch
+from rank_threads import run_ranks
 from torch import nn
 
 from clipreid.batchnorm import GlobalBatchNorm, globalize_batchnorm
 from clipreid.gather import alone
-
-
-def run_ranks(world_size, function):
-    """function(rank, gather) in a thread per rank. Backward is run by the caller on the sum of the results,
-    in the one graph that the gathers make of all ranks."""
-    parts, results, errors = [None] * world_size, [None] * world_size, []
-    barrier = threading.Barrier(world_size, timeout=20)
-
-    def run(rank):
-        def gather(part):
-            parts[rank] = part
-            barrier.wait()
-            whole = torch.cat(parts)
-            barrier.wait()
-            return whole
-
-        try:
-            results[rank] = function(rank, gather)
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 def plain_layer(channels, two_dimensional):
