@@ -1,0 +1,84 @@
+"""k-reciprocal re-ranking against the reference figures and against the published procedure, image by image."""
+
+import numpy as np
+import pytest
+import torch
+from golden_models import read_case
+
+from clipreid import rerank as module
+from clipreid.errors import ModelError
+from clipreid.rerank import evaluate_reranked, rerank
+from clipreid.retrieval import Labels
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_distances_match_the_reference_figures(dtype, tolerance):
+    golden, case = read_case("rerank_k20_6")
+    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(dtype) for side in "qg")
+    distances = rerank(query, gallery, case["k1"], case["k2"], case["lam"])
+    assert distances.dtype == dtype
+    assert np.abs(distances.numpy() - golden["distance"]).max() < tolerance
+
+
+def test_measures_match_the_reference_figures():
+    golden, case = read_case("rerank_k20_6")
+    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]) for side in "qg")
+    metrics = evaluate_reranked(
+        query, Labels(golden["q_pid"]), gallery, Labels(golden["g_pid"]), rule="none", k1=case["k1"], k2=case["k2"],
+        lam=case["lam"],
+    )  # fmt: skip
+    assert abs(metrics["mAP"] - golden["mAP"]) < 1e-6
+    np.testing.assert_allclose([metrics[f"R{r}"] for r in (1, 5, 10)], golden["cmc_1_5_10"], atol=1e-6)
+
+
+def slow_rerank(query, gallery, k1, k2, lam):
+    """Full matrices and sets, one image at a time. float64 [Q, D], [G, D] -> [Q, G]."""
+    features = np.concatenate([query, gallery])
+    n = len(features)
+    original = ((features[:, None] - features[None]) ** 2).sum(2)
+    original /= original.max(1, keepdims=True)
+    order = np.argsort(original, axis=1, kind="stable")
+
+    def reciprocal(i, k):
+        return {j for j in order[i, : k + 1] if i in order[j, : k + 1]}
+
+    weights = np.zeros((n, n))
+    for i in range(n):
+        own = reciprocal(i, k1)
+        members = set(own)
+        for j in own:
+            theirs = reciprocal(j, round(k1 / 2))
+            if len(theirs & own) > 2 / 3 * len(theirs):
+                members |= theirs
+        members = sorted(members)
+        weights[i, members] = np.exp(-original[i, members])
+        weights[i] /= weights[i].sum()
+    weights = np.stack([weights[order[i, :k2]].mean(0) for i in range(n)])
+    jaccard = 1 - np.minimum(weights[:, None], weights[None]).sum(2) / np.maximum(weights[:, None], weights[None]).sum(
+        2
+    )
+    q = len(query)
+    return lam * original[:q, q:] + (1 - lam) * jaccard[:q, q:]
+
+
+@pytest.mark.parametrize(("k1", "k2", "lam"), [(20, 6, 0.3), (7, 3, 0.5), (5, 1, 0.0), (2, 4, 0.3), (1, 1, 1.0)])
+def test_blocks_and_sparse_rows_equal_the_full_matrices(monkeypatch, k1, k2, lam):
+    monkeypatch.setattr(module, "BLOCK", 16)
+    rng = np.random.default_rng(k1)
+    centres = rng.standard_normal((9, 5))
+    query, gallery = (centres[rng.integers(0, 9, n)] + 0.5 * rng.standard_normal((n, 5)) for n in (13, 50))
+    distances = rerank(torch.from_numpy(query), torch.from_numpy(gallery), k1, k2, lam)
+    np.testing.assert_allclose(distances.numpy(), slow_rerank(query, gallery, k1, k2, lam), atol=1e-12)
+
+
+def test_half_precision_features_are_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 8, generator=generator).bfloat16() for n in (6, 40))
+    distances = rerank(query, gallery, 5, 3)
+    assert distances.dtype == torch.float32
+    assert (distances - rerank(query.double(), gallery.double(), 5, 3)).abs().max() < 1e-5
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ModelError, match="k1 20, k2 6 needs 1 <= k1 < 12"):
+        rerank(torch.randn(2, 3), torch.randn(10, 3))
