@@ -36,6 +36,7 @@ class Fragment:
 def prepare_deepspeed(device: torch.device):
     """Import DeepSpeed with what a CPU needs set first, and its chatter off."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # A single process has nobody to set it.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

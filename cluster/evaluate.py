@@ -70,8 +70,8 @@ def encode_split(
 ) -> np.ndarray:
     """Descriptors of a split, float32 [n, D], L2-normalised, with the side information of each image."""
     rows_of = index.split(split)
-    cameras = torch.from_numpy(rows_of.cameras).to(team.device)
-    views = torch.from_numpy(rows_of.views).to(team.device)
+    cameras = torch.tensor(rows_of.cameras, device=team.device)
+    views = torch.tensor(rows_of.views, device=team.device)
 
     def encode(images: Tensor, rows: Tensor) -> Tensor:
         pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)

@@ -51,25 +51,10 @@ def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, 
     speed = f"{status['images_per_s']:.0f} images/s" if status.get("images_per_s") else ""
     phase = status.get("phase", "waiting for workers")
     if phase.startswith("stage "):
-        done, total = step_and_steps(status)
-        return (
-            f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}",
-            done,
-            total,
-            speed,
-        )
+        text = f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}"
+        return text, status["step"], status["step"] + status["steps_left"], speed
     total = images.get("train", 0) if "training images" in phase else images.get("evaluation", 0)
     return phase, min(status.get("images", 0), total), total or None, speed
-
-
-def step_and_steps(status: dict[str, Any]) -> tuple[int, int]:
-    """Steps of the stage done, and in all (estimated from this epoch's: PK epochs differ by a few steps)."""
-    done, per_epoch = status["step"], status["steps_per_epoch"]
-    return done, max(done, round(done + per_epoch * (status["epochs"] - status["epoch"]) + _left(status)))
-
-
-def _left(status: dict[str, Any]) -> int:
-    return max(status["steps_per_epoch"] - status.get("step_of_epoch", status["steps_per_epoch"]), 0)
 
 
 def _watch(run: Storage, images: dict[str, int], done: threading.Event) -> None:

@@ -49,7 +49,7 @@ class Stage(Protocol):
 class Reporter(Protocol):
     """Where the loop's news go; rank 0 has a run folder behind it, the others nothing."""
 
-    def step(self, entry: dict[str, Any], *, epochs: int, steps: int) -> None: ...
+    def step(self, entry: dict[str, Any], *, steps_left: int, epochs: int) -> None: ...
     def saved(self, name: str) -> None: ...
     def epoch(self, stage: int, epoch: int) -> float | None:
         """Called by every rank at the end of an epoch, before its checkpoint; mAP, where it was evaluated."""
@@ -82,7 +82,7 @@ def run_stage(
             entry, save, stop = _train_step(stage, team, checkpoints, reporter, due, batch, here)
             step, total = step + 1, total + 1
             entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
-            reporter.step(entry, epochs=stage.epochs, steps=steps)
+            reporter.step(entry, steps_left=steps - step + steps * (stage.epochs - epoch), epochs=stage.epochs)
             if (save or stop) and step < steps:
                 _save(checkpoints, stage, reporter, due, here, None)
             if stop:

@@ -6,9 +6,11 @@ Ray Train places the workers and starts them again after a failure; what they co
 does not know who placed it.
 """
 
+import logging
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,9 @@ def quiet_libraries() -> None:
     """Libraries print at import and at start; a user wants to read about the run."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
+    for name in ("ray.train", "ray.tune", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 _QUIET = {
@@ -159,7 +164,6 @@ def _connect(config: Config) -> None:
             address="local",
             num_cpus=max(os.cpu_count() or 1, low),
             object_store_memory=100_000_000,  # Nothing big goes through Ray: images and features have their own ways.
-            include_dashboard=False,
             logging_level=logging_level,
             runtime_env={"env_vars": environment | _QUIET},
         )

@@ -97,8 +97,8 @@ def _read_markers(config: Config, team: Team, facts: WorkerFacts) -> None:
     unseen = [str(rank) for rank in range(team.world_size) if not storage.exists(f"{MARKERS}/{rank}")]
     if unseen:
         facts.faults.append(
-            f"run.dir {config.run.dir} does not show what rank {', '.join(unseen)} wrote: it is not the same storage on "
-            "all nodes; use a shared mount or a URL"
+            f"run.dir {config.run.dir} does not show what rank {', '.join(unseen)} wrote: it is not the same storage "
+            "on all nodes; use a shared mount or a URL"
         )
 
 

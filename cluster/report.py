@@ -53,13 +53,12 @@ class RunReporter:
             workers = self.team.world_size
             self.folder.status(images=count * workers, images_per_s=round(count * workers / max(elapsed, 1e-3), 1))
 
-    def step(self, entry: dict[str, Any], *, epochs: int, steps: int) -> None:
+    def step(self, entry: dict[str, Any], *, steps_left: int, epochs: int) -> None:
+        """One step's log entry; `steps_left` of the stage are estimated (PK epochs differ by a few steps)."""
         if self.folder:
             self.folder.log(entry)
-            self.folder.status(
-                phase=f"stage {entry['stage']}", epochs=epochs, steps_per_epoch=steps,
-                **{key: entry[key] for key in ("stage", "epoch", "step", "loss", "images_per_s")},
-            )  # fmt: skip
+            facts = {key: entry[key] for key in ("stage", "epoch", "step", "loss", "images_per_s")}
+            self.folder.status(phase=f"stage {entry['stage']}", epochs=epochs, steps_left=steps_left, **facts)
 
     def saved(self, name: str) -> None:
         if self.folder:

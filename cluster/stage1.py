@@ -41,7 +41,7 @@ class Stage1:
         self.text = text
         self.bank, self.labels = bank, train.labels
         if settings.features == "average":
-            features, labels = torch.from_numpy(np.array(bank)), torch.from_numpy(train.labels)
+            features, labels = torch.tensor(bank), torch.tensor(train.labels)
             means = method.identity_means(features, labels, train.num_identities)
             self.bank, self.labels = means.numpy(), np.arange(train.num_identities)
         self.label_names = train.label_names
@@ -65,9 +65,9 @@ class Stage1:
     def losses(self, rows: np.ndarray) -> dict[str, Tensor]:
         own = rows[method.rank_slice(len(rows), self.team.rank, self.team.world_size)]
         device = self.team.device
-        images = torch.from_numpy(np.array(self.bank[own])).to(device, non_blocking=True)
-        labels = torch.from_numpy(self.labels[own]).to(device, non_blocking=True)
-        batch_labels = torch.from_numpy(self.labels[rows])
+        images = torch.tensor(self.bank[own], device=device)
+        labels = torch.tensor(self.labels[own], device=device)
+        batch_labels = torch.tensor(self.labels[rows])
         return method.step(
             self._encode, images, labels, batch_labels, self.team.rank, self.team.world_size, self.team.gather
         )

@@ -29,7 +29,9 @@ def test_a_file_inherits_from_its_base_and_overrides_win(tmp_path):
 
 
 def test_a_mistyped_key_is_named_with_the_closest_known_one():
-    assert faults({"stage2": {"idenities": 4}})[0].startswith("stage2.idenities: unknown key; did you mean stage2.identities?")
+    assert faults({"stage2": {"idenities": 4}})[0].startswith(
+        "stage2.idenities: unknown key; did you mean stage2.identities?"
+    )
 
 
 def test_every_fault_is_reported_at_once():
