@@ -29,8 +29,8 @@ def wait_for_nodes(address: str, wanted: int) -> int:
             return 0
         time.sleep(1)
     print(
-        f"error: {len(alive)} of {wanted} nodes joined {address} within {PATIENCE_S:.0f} s: {', '.join(alive) or cause}. "
-        f"Nodes that are missing cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
+        f"error: {len(alive)} of {wanted} nodes at {address} after {PATIENCE_S:.0f} s: {', '.join(alive) or cause}. "
+        f"The others cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
         file=sys.stderr,
     )
     return 1
