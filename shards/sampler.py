@@ -1,4 +1,4 @@
-"""Draw the identity-balanced (PK) batches of an epoch.
+"""Choose the identities and images of every identity-balanced (PK) batch of an epoch.
 
     pack -> index -> [sampler] -> loader -> stage 2
 
@@ -6,14 +6,17 @@ In:  the labels (and cameras, shards) of the training split, but no pixels.
 Out: int64 [steps, P, K], row numbers of the split: P identities a batch, K images each.
 
 A plan depends on the dataset, the settings and the epoch alone, so every rank computes the same one and takes its
-part of every batch, on any number of ranks; state is (epoch, step). Only `Generator.random` is drawn from: numpy
-may change what its other methods make of the same bits, and a resumed run would then see other batches.
+part of every batch, on any number of ranks; state is (epoch, step). How identities are drawn and images are cut
+into groups of K is in `draws.py`.
 """
 
+import heapq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from shards.draws import Cut, camera_groups, draw_until_used, draw_weighted, identity_groups, occurrence
 from shards.errors import DataError
 from shards.index import SplitIndex
 
@@ -30,9 +33,14 @@ class PKSettings:
     """K."""
     seed: int = 0
     strategy: str = "identity"
-    """One of STRATEGIES."""
+    """One of STRATEGIES.
+
+    identity: as published. camera_aware: as published, but the images of an identity are cut into groups that
+    hold as many of its cameras as they can. balanced: a batch draws identities with probability proportional to
+    (their images) ** balance_alpha, each goes through its images again and again, and an epoch has as many batches
+    as the dataset has full ones.
+    """
     balance_alpha: float = 0.5
-    """`balanced`: an identity is drawn with probability proportional to (its images) ** alpha."""
     virtual_nodes: int = 0
     """V: each fills its P / V identities of every batch from its own shards of the epoch; 0: no locality."""
 
@@ -43,22 +51,30 @@ def epoch_plan(split: SplitIndex, settings: PKSettings, epoch: int) -> np.ndarra
     Epoch rule of the released code (METHOD section 4): every identity's images are shuffled and cut into groups of
     K; one with fewer than K is sampled with replacement to K; a remainder is dropped. P identities are drawn
     without replacement among those with groups left, until fewer than P are left.
-    Raises DataError when the split has fewer identities than a batch.
+
+    With virtual nodes, the training shards are dealt to them anew, each follows that rule with P / V identities
+    and its own shards, and the epoch ends with the first node that can't fill its part. Node v has identities
+    v*P/V ... (v+1)*P/V of every batch.
+
+    Raises DataError when the split or a virtual node has fewer identities than its part of a batch.
     """
-    check_identities(split, settings)
-    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(epoch,)))
-    rows, first, count = _identity_groups(split.labels, settings.images_per_identity, rng)
-    identities = _draw(count, settings.identities, rng)
-    turn = _occurrence(identities.reshape(-1)).reshape(identities.shape)
-    return rows[first[identities] + turn]
-
-
-def check_identities(split: SplitIndex, settings: PKSettings) -> None:
-    if split.num_identities < settings.identities:
-        raise DataError(
-            f"stage2.identities: {settings.identities} identities per batch, but {split.index.name} has "
-            f"{split.num_identities} in {split.name}; set stage2.identities to at most {split.num_identities}"
-        )
+    check_settings(split, settings)
+    nodes = settings.virtual_nodes
+    if not nodes:
+        return _plan(split, np.arange(len(split)), settings, settings.identities, _generator(settings, epoch))
+    node_of_shard = _deal_shards(split, settings, _generator(settings, epoch, nodes))
+    share, parts = settings.identities // nodes, []
+    for node in range(nodes):
+        rows = np.flatnonzero(node_of_shard[split.shard] == node)
+        parts.append(_plan(split, rows, settings, share, _generator(settings, epoch, node)))
+        if not len(parts[-1]):
+            raise DataError(
+                f"data.virtual_nodes: in epoch {epoch} a virtual node got {len(np.unique(split.labels[rows]))} "
+                f"identities, but has to give {share} to every batch; use fewer virtual nodes, or smaller shards "
+                "(pack with a lower --shard-mb)"
+            )
+    steps = min(map(len, parts))
+    return np.concatenate([part[:steps] for part in parts], axis=1)
 
 
 def rank_part(plan: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -66,59 +82,101 @@ def rank_part(plan: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
     Raises DataError when the ranks can't hold equal numbers of identities.
     """
-    num_identities = plan.shape[1]
-    if num_identities % world_size:
-        fits = [n for n in range(1, num_identities + 1) if num_identities % n == 0]
-        raise DataError(
-            f"stage2.identities: {num_identities} identities per batch can't be split over {world_size} workers; "
-            f"use a multiple of {world_size}, or one of {fits} workers"
-        )
-    share = num_identities // world_size
+    _check_ranks(plan.shape[1], world_size)
+    share = plan.shape[1] // world_size
     return plan[:, rank * share : (rank + 1) * share]
 
 
-def _identity_groups(labels: np.ndarray, group: int, rng: np.random.Generator):
-    """Groups of K rows: int64 [groups, K] sorted by identity, the first group and the number of groups of each."""
-    order = np.lexsort((rng.random(len(labels)), labels))
-    _, start, images = np.unique(labels[order], return_index=True, return_counts=True)
-    count = np.maximum(images // group, 1)
-    first = np.cumsum(count) - count
-    place = np.arange(group) + group * (np.arange(count.sum()) - np.repeat(first, count))[:, None]
-    small = images < group
-    place[first[small]] = rng.random((small.sum(), group)) * images[small, None]  # with replacement
-    return order[np.repeat(start, count)[:, None] + place], first, count
+def shards_needed(split: SplitIndex, part: np.ndarray) -> list[int]:
+    """The shards that hold the rows of a part of a plan, in the order in which they are first needed."""
+    shards, first = np.unique(split.shard[part.reshape(-1)], return_index=True)
+    return shards[np.argsort(first)].tolist()
 
 
-def _draw(count: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `batch` identities without replacement among those with groups left, until fewer are left.
+def check_settings(split: SplitIndex, settings: PKSettings, world_size: int = 1) -> None:
+    """Raises DataError for what can never work with this dataset and number of ranks."""
+    name, nodes = split.index.name, settings.virtual_nodes
+    if settings.strategy not in STRATEGIES:
+        raise DataError(f"data.sampler is {settings.strategy!r}; known: {', '.join(STRATEGIES)}")
+    if split.num_identities < settings.identities:
+        raise DataError(
+            f"stage2.identities: {settings.identities} identities per batch, but {name} has {split.num_identities} "
+            f"in {split.name}; set stage2.identities to at most {split.num_identities}"
+        )
+    if settings.strategy == "camera_aware" and (split.cameras < 0).all():
+        raise DataError(f"data.sampler: camera_aware, but {name} knows no cameras; use identity or balanced")
+    _check_ranks(settings.identities, world_size)
+    if nodes and settings.identities % nodes:
+        raise DataError(
+            f"stage2.identities: {settings.identities} identities per batch can't be split over {nodes} virtual "
+            f"nodes; make it a multiple of data.virtual_nodes"
+        )
+    if nodes and (shards := len(np.unique(split.shard))) < nodes:
+        raise DataError(
+            f"data.virtual_nodes: {nodes}, but {name} has {shards} training shards; use at most {shards}, or smaller "
+            "shards (pack with a lower --shard-mb)"
+        )
 
-    count: groups of each identity. Returns int64 [steps, batch]. A partial Fisher-Yates shuffle of the identities
-    left draws each step exactly uniformly, at a cost that depends on the batch and not on the number of identities.
-    """
-    left, groups = list(range(len(count))), count.tolist()
-    uniform = rng.random((int(count.sum()) // batch, batch)).tolist()
-    steps = []
-    for numbers in uniform:
-        num_left = len(left)
-        if num_left < batch:
-            break
-        for place, number in enumerate(numbers):
-            chosen = place + int(number * (num_left - place))
-            left[place], left[chosen] = left[chosen], left[place]
-        drawn = left[:batch]
-        steps.append(drawn)
-        for place in range(batch - 1, -1, -1):
-            groups[drawn[place]] -= 1
-            if not groups[drawn[place]]:
-                left[place] = left[-1]
-                left.pop()
-    return np.array(steps, np.int64).reshape(-1, batch)
+
+def _check_ranks(num_identities: int, world_size: int) -> None:
+    if num_identities % world_size:
+        fits = [str(n) for n in range(1, num_identities + 1) if num_identities % n == 0]
+        raise DataError(
+            f"stage2.identities: {num_identities} identities per batch can't be split over {world_size} workers; "
+            f"make it a multiple of {world_size}, or use {' or '.join(fits)} workers"
+        )
 
 
-def _occurrence(values: np.ndarray) -> np.ndarray:
-    """How often each value came before: [a, b, a, a] -> [0, 0, 1, 2]."""
-    order = np.argsort(values, kind="stable")
-    _, start, times = np.unique(values[order], return_index=True, return_counts=True)
-    result = np.empty_like(values)
-    result[order] = np.arange(len(values)) - np.repeat(start, times)
-    return result
+def _generator(settings: PKSettings, epoch: int, *part: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(epoch, *part)))
+
+
+def _plan(
+    split: SplitIndex, rows: np.ndarray, settings: PKSettings, batch: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Batches of `batch` identities from some rows of the split; int64 [steps, batch, K]."""
+    _, identity, images = np.unique(split.labels[rows], return_inverse=True, return_counts=True)
+    groups = np.maximum(images // settings.images_per_identity, 1)
+    if settings.strategy == "balanced":
+        steps = int(groups.sum()) // batch if len(groups) >= batch else 0
+        drawn = draw_weighted(images**settings.balance_alpha, batch, steps, rng)
+    else:
+        drawn = draw_until_used(groups, batch, rng)
+    cut: Cut = identity_groups
+    if settings.strategy == "camera_aware":
+        cut = partial(camera_groups, split.cameras[rows])
+    return rows[_images_of(drawn, identity, groups, settings.images_per_identity, cut, rng)]
+
+
+def _images_of(
+    drawn: np.ndarray, identity: np.ndarray, groups: np.ndarray, size: int, cut: Cut, rng: np.random.Generator
+) -> np.ndarray:
+    """Give every drawn identity its next group; cut its images anew when it has used them all (`balanced`)."""
+    flat = drawn.reshape(-1)
+    turn = occurrence(flat)
+    result = np.empty((len(flat), size), np.int64)
+    for number in range(int((turn // groups[flat]).max(initial=-1)) + 1):
+        places = np.flatnonzero(turn // groups[flat] == number)
+        used = np.zeros(len(groups), bool)
+        used[flat[places]] = True
+        among = np.flatnonzero(used[identity])
+        first = np.cumsum(groups * used) - groups * used
+        number = (np.cumsum(used) - 1)[identity[among]]
+        cut_rows = among[cut(among, number, size, rng)]
+        result[places] = cut_rows[first[flat[places]] + turn[places] % groups[flat[places]]]
+    return result.reshape(*drawn.shape, size)
+
+
+def _deal_shards(split: SplitIndex, settings: PKSettings, rng: np.random.Generator) -> np.ndarray:
+    """Virtual node of each shard, int64; in random order, each to the node with the fewest groups so far."""
+    _, first, images = np.unique(split.labels, return_index=True, return_counts=True)
+    groups = np.maximum(images // settings.images_per_identity, 1)
+    load = np.bincount(split.shard[first], weights=groups, minlength=len(split.shard_names))
+    node_of_shard = np.full(len(load), -1)
+    nodes = [(0.0, node) for node in range(settings.virtual_nodes)]
+    for shard in np.argsort(rng.random(len(load)), kind="stable"):
+        if load[shard]:
+            filled, node = heapq.heappop(nodes)
+            node_of_shard[shard] = node
+            heapq.heappush(nodes, (filled + load[shard], node))
+    return node_of_shard
