@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import uuid
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class ShardIndex:
         self.views: int = facts["views"]
         self.fingerprint: str = facts["fingerprint"]
         self.splits: dict[str, dict] = facts["splits"]
+        self.files: dict[str, dict] = facts.get("files", {})
 
     @classmethod
     def open(cls, url: str, cache_dir: str | None = None) -> "ShardIndex":
@@ -83,6 +85,18 @@ class ShardIndex:
         table = self.table.slice(rows[0], len(rows)) if contiguous else self.table.take(rows)
         return SplitIndex(self, name, table)
 
+    def shard_bytes(self, name: str) -> int:
+        """Length of a shard: as `dataset.json` says, else the end of its last image."""
+        if name in self.files:
+            return self.files[name]["bytes"]
+        return int(self._shard_ends[self.shard_names.index(name)])
+
+    @cached_property
+    def _shard_ends(self) -> np.ndarray:
+        ends = np.zeros(len(self.shard_names), np.int64)
+        np.maximum.at(ends, self._codes("shard"), _numpy(self.table, "offset") + _numpy(self.table, "size"))
+        return ends
+
     def _dictionary(self, column: str) -> pa.Array:
         return self.table.column(column).chunk(0).dictionary
 
@@ -90,18 +104,16 @@ class ShardIndex:
         return self.table.column(column).chunk(0).indices.to_numpy()
 
     def _check_local_shards(self) -> None:
-        """Every listed shard is there and long enough for the last image listed in it."""
-        ends = np.zeros(len(self.shard_names), np.int64)
-        np.maximum.at(ends, self._codes("shard"), _numpy(self.table, "offset") + _numpy(self.table, "size"))
-        for name, end in zip(self.shard_names, ends.tolist(), strict=True):
-            path = self.source.local_root / name
+        """Every listed shard is there and as long as it was packed."""
+        for name in self.shard_names:
+            path, expected = self.source.local_root / name, self.shard_bytes(name)
             length = path.stat().st_size if path.is_file() else None
             if length is None:
                 raise DataError(f"{path}: no such file, but the index lists its images; copy it again or re-pack")
-            if length < end:
+            if length < expected:
                 raise DataError(
-                    f"{path}: {length} bytes, but the index lists an image that ends at byte {end}; "
-                    "the copy is cut short: copy the file again or re-pack"
+                    f"{path}: {length} bytes, but it was packed with {expected}; the copy was cut short: copy it "
+                    "again or re-pack"
                 )
 
 
@@ -250,9 +262,9 @@ def _open_table(source: ShardSource, facts: dict, cache_dir: Path) -> pa.Table:
         state = source.state(INDEX_FILE)
     except FileNotFoundError as error:
         raise DataError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
-    name = hashlib.sha256(json.dumps([source.url, facts["fingerprint"], state]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([source.url, facts, state]).encode()).hexdigest()[:32]
     path = cache_dir / "index" / f"{name}.arrow"
-    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+    with contextlib.suppress(OSError, pa.ArrowInvalid):
         return _map(path)
     table = _decode(source, facts)
     try:
@@ -274,8 +286,15 @@ def _map(path: Path) -> pa.Table:
 def _decode(source: ShardSource, facts: dict) -> pa.Table:
     """index.parquet as one Arrow batch, repeated strings as codes into sorted dictionaries."""
     where = source.where(INDEX_FILE)
+    data = source.read(INDEX_FILE)
+    packed = facts.get("files", {}).get(INDEX_FILE)
+    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+        raise DataError(
+            f"{where}: not the file that {DATASET_FILE} (fingerprint {facts['fingerprint']}) was packed with; one of "
+            "the two comes from another packing, or was cut short: copy both again or re-pack"
+        )
     try:
-        table = pq.read_table(pa.BufferReader(source.read(INDEX_FILE)))
+        table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
     if missing := [name for name in COLUMNS if name not in table.column_names]:

@@ -74,9 +74,9 @@ def write_shards(folder, splits, *, images_per_shard=40, make=picture, kinds=("j
     return write_index(folder, rows, counts, **facts)
 
 
-def write_index(folder, rows, counts, *, name="tiny", cameras=3, views=2):
-    """dataset.json and index.parquet for rows that are given as dictionaries."""
-    table = pa.Table.from_pylist(rows, schema=index_schema())
+def write_index(folder, rows, counts, *, name="tiny", cameras=3, views=2, table=None):
+    """dataset.json and index.parquet for rows that are given as dictionaries, or as a table."""
+    table = pa.Table.from_pylist(rows, schema=index_schema()) if table is None else table
     pq.write_table(table, folder / "index.parquet")
     facts = {"format_version": 1, "name": name, "noun": "thing", "cameras": cameras, "views": views, "splits": counts}
     facts["fingerprint"] = fingerprint([name, "thing", cameras, views], table)
