@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipreid.blocks import attend
+
 # B = images, L = tokens (1 + rows * columns), W = width of the tower, C = channels
 
 
@@ -73,7 +75,10 @@ class ViTEncoder(ImageEncoder):
         for block in blocks:
             x_BLW = block(x_BLW)
         pre = x_BLW[:, 0]
-        img = self.ln_post(_class_token_after(last, x_BLW))
+        # Of the last block only the class token is used: the queries and MLP of the others are a fifteenth of
+        # a ViT-B's work.
+        keys_BLW = last.ln_1(x_BLW)
+        img = self.ln_post(attend(last, x_BLW[:, :1], keys_BLW[:, :1], keys_BLW)[:, 0])
         return Features(pre, img, img @ self.proj)
 
     def _embed(self, images: Tensor, sie: Tensor | None) -> Tensor:
@@ -85,18 +90,6 @@ class ViTEncoder(ImageEncoder):
             if self.sie_tokens == "all":
                 patches = patches + sie
         return torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-
-
-def _class_token_after(block: nn.Module, x_BLW: Tensor) -> Tensor:
-    """The class token [B, W] after a transformer block: the other tokens serve as keys and values only.
-
-    Nothing else of the last block is used, and its queries and MLP are a twelfth of a ViT-B's work.
-    """
-    keys_BLW = block.ln_1(x_BLW)
-    token = x_BLW[:, :1]
-    token = token + block.ls_1(block.attention(keys_BLW[:, :1], keys_BLW, keys_BLW))
-    token = token + block.ls_2(block.mlp(block.ln_2(token)))
-    return token[:, 0]
 
 
 class ResNetEncoder(ImageEncoder):

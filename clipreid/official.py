@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipreid.errors import ModelError
-from clipreid.pretrained import read_state_dict
+from clipreid.pretrained import read_state_dict, with_batch_counters
 from clipreid.prompts import PREFIX_POSITIONS, PromptedText
 from clipreid.spec import ModelSpec
 
@@ -89,9 +89,7 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
 
 def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
     wanted = module.state_dict()
-    for name, value in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, torch.zeros_like(value))  # counts batches for nobody; older files lack it
+    state = with_batch_counters(state, wanted)
     for name in sorted(wanted.keys() | state.keys()):
         here = tuple(wanted[name].shape) if name in wanted else None
         there = tuple(state[name].shape) if name in state else None
@@ -113,8 +111,7 @@ def _remedy(name: str, spec: ModelSpec) -> str:
         )
     if name == "cv_embed":
         return (
-            f"model.sie is {spec.sie} for {spec.cameras} cameras and {spec.views} views; "
-            "set it as it was in training"
+            f"model.sie is {spec.sie} for {spec.cameras} cameras and {spec.views} views; set it as it was in training"
         )
     if name.startswith("classifier") or name == _TOKENS[1]:
         return (

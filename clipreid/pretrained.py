@@ -48,9 +48,7 @@ def read_pretrained(pretrained: str, arch: str, quick_gelu: bool) -> dict[str, T
     entry = get_pretrained_cfg(arch, pretrained)
     if not entry:
         tags = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
-        raise ModelError(
-            f"model.pretrained {pretrained!r} is no file, and no tag of {arch} in open_clip; tags: {tags}"
-        )
+        raise ModelError(f"model.pretrained {pretrained!r} is no file, and no tag of {arch} in open_clip; tags: {tags}")
     _check_activation(pretrained, arch, quick_gelu, bool(entry.get("quick_gelu")))
     try:
         path = download_pretrained(entry)
@@ -78,14 +76,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(value, Tensor) for value in loaded.values())
-    ):
-        raise ModelError(
-            f"{path}: holds no state dict (names with tensors); give a CLIP or CLIP-ReID checkpoint"
-        )
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ModelError(f"{path}: holds no state dict (names with tensors); give a CLIP or CLIP-ReID checkpoint")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
@@ -110,8 +102,15 @@ def load_clip(clip: nn.Module, state: dict[str, Tensor], source: str) -> None:
         if module is not None and rows is not None and _is_square_grid(rows):
             module.positional_embedding = nn.Parameter(torch.empty_like(rows, dtype=torch.float32))
     wanted = {name: value for name, value in clip.state_dict().items() if name not in _UNUSED}
+    state = with_batch_counters(state, wanted)
     check_fit(state, wanted, source)
     clip.load_state_dict(state, strict=False)
+
+
+def with_batch_counters(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with BatchNorm's counters of batches, which older files lack and nothing here reads, set to 0."""
+    counters = [name for name in wanted if name.endswith("num_batches_tracked")]
+    return {name: torch.zeros((), dtype=torch.int64) for name in counters} | state
 
 
 def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
@@ -129,9 +128,7 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
         if names:
             first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
-            raise ModelError(
-                f"{source}: {problem} {first}{more}: these weights are not of the configured model.arch"
-            )
+            raise ModelError(f"{source}: {problem} {first}{more}: these weights are not of the configured model.arch")
 
 
 def _is_square_grid(rows: Tensor) -> bool:
