@@ -172,7 +172,8 @@ def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable
 
 def _in_processes(draw: Callable, identities: range, processes: int | None) -> Iterator[list[RenderedImage]]:
     """draw(identity) for each, in order."""
-    processes = min(processes or len(os.sched_getaffinity(0)), len(identities))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(processes or cores, len(identities))
     if processes == 1:
         yield from map(draw, identities)
         return

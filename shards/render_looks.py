@@ -56,74 +56,33 @@ class Shape:
     roof_rear: float
     deck: float  # foot of the rear window
     wheel: float  # radius
-    wheel_at: tuple[float, float]
     windows: tuple[tuple[float, float], ...]  # side windows, as spans of the cabin's side
     taper: float = 0.86  # width of nose and tail, and
     tumblehome: float = 0.80  # width of the roof, relative to the body's
+    wheel_at: tuple[float, float] = (0.19, 0.80)
     end: float = 1.0  # where the painted body ends; a truck's box follows
 
 
+_ONE, _CAB = ((0.02, 0.2),), ((0.1, 0.85),)
 _TWO = ((0.06, 0.46), (0.50, 0.93))
-_THREE = ((0.05, 0.35), (0.38, 0.66), (0.69, 0.95))
-_SIX = tuple((0.05 + 0.15 * i, 0.18 + 0.15 * i) for i in range(6))
-_CAR_WHEELS = (0.19, 0.80)
-# In the order of VeRi-776's type numbers.
+_MORE = ((0.05, 0.35), (0.38, 0.66), (0.69, 0.95))
+_ROW = tuple((0.05 + 0.15 * i, 0.18 + 0.15 * i) for i in range(6))
+_BUS, _BOX = (0.22, 0.74), (0.14, 0.78)
+# In the order of VeRi-776's type numbers, which count from 1.
+# fmt: off
 SHAPES: dict[str, Shape] = {
-    "sedan": Shape(20, 4.6, 1.80, 1.46, 0.22, 0.92, 0.70, 0.88, 0.27, 0.42, 0.70, 0.86, 0.33, _CAR_WHEELS, _TWO),
-    "suv": Shape(
-        18, 4.6, 1.88, 1.80, 0.36, 1.10, 0.95, 1.02, 0.25, 0.37, 0.89, 0.97, 0.39, _CAR_WHEELS, _THREE, 0.90, 0.84
-    ),
-    "van": Shape(
-        12,
-        5.1,
-        1.95,
-        2.25,
-        0.30,
-        1.15,
-        0.90,
-        1.13,
-        0.12,
-        0.26,
-        0.97,
-        0.98,
-        0.35,
-        (0.17, 0.80),
-        ((0.02, 0.2),),
-        0.93,
-        0.90,
-    ),
-    "hatchback": Shape(14, 3.8, 1.72, 1.50, 0.22, 0.92, 0.70, 0.88, 0.24, 0.40, 0.84, 0.97, 0.31, _CAR_WHEELS, _TWO),
-    "mpv": Shape(
-        9, 4.7, 1.86, 1.78, 0.25, 1.00, 0.78, 0.95, 0.15, 0.34, 0.90, 0.97, 0.34, _CAR_WHEELS, _THREE, 0.88, 0.84
-    ),
-    "pickup": Shape(
-        9, 5.2, 1.88, 1.80, 0.40, 1.08, 0.98, 1.06, 0.25, 0.35, 0.52, 0.56, 0.40, _CAR_WHEELS, _TWO, 0.92, 0.82
-    ),
-    "bus": Shape(
-        6, 8.4, 2.40, 2.95, 0.32, 1.30, 1.22, 1.28, 0.02, 0.04, 0.98, 0.985, 0.46, (0.22, 0.74), _SIX, 0.96, 0.93
-    ),
-    "truck": Shape(
-        8,
-        6.4,
-        2.10,
-        2.30,
-        0.45,
-        1.25,
-        1.10,
-        1.20,
-        0.03,
-        0.08,
-        0.27,
-        0.28,
-        0.44,
-        (0.14, 0.78),
-        ((0.1, 0.85),),
-        0.95,
-        0.90,
-        0.30,
-    ),
-    "estate": Shape(8, 4.7, 1.80, 1.50, 0.22, 0.93, 0.70, 0.90, 0.27, 0.41, 0.91, 0.98, 0.33, _CAR_WHEELS, _THREE),
+    # weight, length, width, height; clearance, belt, nose, tail; cowl, roof front and rear, deck; wheel, windows, ...
+    "sedan": Shape(20, 4.6, 1.80, 1.46, 0.22, 0.92, 0.70, 0.88, 0.27, 0.42, 0.70, 0.86, 0.33, _TWO),
+    "suv": Shape(18, 4.6, 1.88, 1.80, 0.36, 1.10, 0.95, 1.02, 0.25, 0.37, 0.89, 0.97, 0.39, _MORE, 0.90, 0.84),
+    "van": Shape(12, 5.1, 1.95, 2.25, 0.30, 1.15, 0.90, 1.13, 0.12, 0.26, 0.97, 0.98, 0.35, _ONE, 0.93, 0.90),
+    "hatchback": Shape(14, 3.8, 1.72, 1.50, 0.22, 0.92, 0.70, 0.88, 0.24, 0.40, 0.84, 0.97, 0.31, _TWO),
+    "mpv": Shape(9, 4.7, 1.86, 1.78, 0.25, 1.00, 0.78, 0.95, 0.15, 0.34, 0.90, 0.97, 0.34, _MORE, 0.88, 0.84),
+    "pickup": Shape(9, 5.2, 1.88, 1.80, 0.40, 1.08, 0.98, 1.06, 0.25, 0.35, 0.52, 0.56, 0.40, _TWO, 0.92, 0.82),
+    "bus": Shape(6, 8.4, 2.40, 2.95, 0.32, 1.30, 1.22, 1.28, 0.02, 0.04, 0.97, 0.98, 0.46, _ROW, 0.96, 0.93, _BUS),
+    "truck": Shape(8, 6.4, 2.10, 2.30, 0.45, 1.25, 1.1, 1.2, 0.03, 0.08, 0.27, 0.28, 0.44, _CAB, 0.95, 0.90, _BOX, 0.3),
+    "estate": Shape(8, 4.7, 1.80, 1.50, 0.22, 0.93, 0.70, 0.90, 0.27, 0.41, 0.91, 0.98, 0.33, _MORE),
 }
+# fmt: on
 LOADS = ("bars", "box", "ladder", "kayak", "lights", "sign", "luggage", "cooler")
 STRIPES = ("single", "twin", "wide", "edges")
 BANDS = ("low", "middle", "wide", "rear", "door")
@@ -158,7 +117,7 @@ class Looks:
 def draw_looks(seed: int, identity: int) -> Looks:
     """The looks of one identity: a pure function of its arguments.
 
-    Shapes and colours are few, so identities share them; between two and four marks tell those apart.
+    Shapes and colours are few, so identities share them; three or four marks tell those apart.
     """
     rng = np.random.default_rng((seed, 1, identity))
     weights = np.array([s.weight for s in SHAPES.values()])
@@ -167,7 +126,7 @@ def draw_looks(seed: int, identity: int) -> Looks:
     body = _shifted(COLOURS[colour], rng)
     marks = ["roof", "skirt", "stripe", "band", "emblem", "load"]
     chances = np.array([0.16, 0.14, 0.2, 0.2, 0.1, 0.2])
-    worn = set(rng.choice(marks, size=rng.integers(2, 5), replace=False, p=chances).tolist())
+    worn = set(rng.choice(marks, size=rng.integers(3, 5), replace=False, p=chances).tolist())
     accent = {mark: _contrasting(body, rng) for mark in marks}
     style = {"stripe": STRIPES, "band": BANDS, "emblem": EMBLEMS, "load": LOADS}
     picked = {mark: str(rng.choice(names)) for mark, names in style.items()}

@@ -56,20 +56,20 @@ def get_camera(seed: int, camera: int) -> Camera:
     first = int(np.random.default_rng((seed, 3)).integers(8))
     side, height = rng.uniform(-1.1, 1.1), rng.uniform(0.5, 1.3)
     light = np.array([np.sin(side), height, np.cos(side)])
-    balance = np.exp(rng.normal(0, 0.13, size=3))
-    keep = rng.uniform(0.55, 1.1)
-    level = rng.uniform(0.62, 1.18)
-    grain = rng.normal(128, rng.uniform(2, 11), size=(256, 320, 3)).clip(0, 255).astype(np.uint8)
+    balance = np.exp(rng.normal(0, 0.08, size=3))
+    keep = rng.uniform(0.75, 1.1)
+    level = rng.uniform(0.78, 1.16)
+    grain = rng.normal(128, rng.uniform(2, 9), size=(256, 320, 3)).clip(0, 255).astype(np.uint8)
     return Camera(
         eighth=(first + 3 * camera) % 8,
-        elevation=float(np.radians(rng.uniform(13, 31))),
+        elevation=float(np.radians(rng.uniform(15, 32))),
         distance=float(rng.uniform(1.9, 4.0)),
         resolution=float(rng.uniform(82, 132)),
         light=light / np.linalg.norm(light),
         sun=float(rng.uniform(0.5, 1.0)),
         colour=np.diag(balance * level) @ (keep * np.eye(3) + (1 - keep) * _GREY),
         gamma=float(rng.uniform(0.8, 1.25)),
-        blur=float(rng.uniform(0.0, 1.3)),
+        blur=float(rng.uniform(0.0, 1.2)),
         grain=Image.fromarray(grain),
         quality=int(rng.integers(62, 93)),
         backdrop=_backdrop(rng),
@@ -126,7 +126,7 @@ def _crop(points: np.ndarray, camera: Camera, rng: np.random.Generator):
     low, high = points.min(axis=0), points.max(axis=0)
     extent = high - low
     scale = camera.resolution * _SUPERSAMPLE * rng.uniform(0.9, 1.1) / np.sqrt(extent.prod())
-    before, after = rng.uniform(-0.05, 0.16, size=(2, 2)) * extent
+    before, after = rng.uniform(-0.04, 0.13, size=(2, 2)) * extent
     size = tuple(round(v) * _SUPERSAMPLE for v in (extent + before + after) * scale / _SUPERSAMPLE)
     return scale, low - before, size
 
@@ -215,14 +215,14 @@ def _weather(canvas: Image.Image, rng: np.random.Generator) -> tuple[Image.Image
             draw.line((x, y, x + slant, y + 0.13 * height), fill=(205, 212, 222, 90), width=2)
         return canvas, float(rng.uniform(0.08, 0.22))
     elif kind < 0.46:
-        return canvas, float(rng.uniform(0.18, 0.48))
+        return canvas, float(rng.uniform(0.12, 0.35))
     return canvas, 0.0
 
 
 def _develop(canvas: Image.Image, camera: Camera, fog: float, rng: np.random.Generator) -> Image.Image:
     """Reduce to the photo's size; then the camera's colours, exposure, blur and grain."""
     image = canvas.reduce(_SUPERSAMPLE)
-    exposure = np.exp(rng.normal(0, 0.1))
+    exposure = np.exp(rng.normal(0, 0.08))
     matrix = np.concatenate([camera.colour * exposure * (1 - fog), np.full((3, 1), 188.0 * fog)], axis=1)
     image = image.convert("RGB", tuple(matrix.ravel().tolist()))
     if camera.blur > 0.25:
