@@ -1,10 +1,216 @@
-"""The node's cache folder: what its processes share."""
+"""The node's cache folder: whole remote shards, shared by all processes of the node.
 
+    remote shards ──▶ [cache: fetch ahead, evict] ──▶ reader (maps the file)
+
+A shard appears under its name only when it is complete, and its checksum is compared with `dataset.json`. Locks on
+the files say what goes on: whoever reads a shard holds a shared one, and eviction, which takes the least recently
+opened first, passes it by; whoever downloads holds an exclusive one on the working file, so no shard is fetched
+twice, and a working file that nobody holds was left by a process that died.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
 import os
 import tempfile
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
+
+from shards.errors import DataError
+from shards.source import ShardSource
+
+log = logging.getLogger(__name__)
+RANGE_BYTES = 8 << 20
+DOWNLOADS = 2
+"""A shard whose checksum is wrong this often is wrong at its source. It is kept: its records name what is damaged."""
 
 
 def node_cache_dir(cache_dir: str | None) -> Path:
     """The node's cache folder; by default one of this user's own below the system's temporary folder."""
     return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"clipreid-cache-{os.getuid()}"
+
+
+class Busy(Exception):
+    """Another process downloads the shard just now."""
+
+
+class ShardCache:
+    """Shards of one remote dataset, as files of this node."""
+
+    def __init__(self, source: ShardSource, files: dict[str, dict], dataset: str, folder: Path, limit_bytes: int):
+        """
+        Args:
+            files: {shard: {"bytes": length, "crc32": checksum or None}}.
+            dataset: a name that no other packing has.
+            folder: the node's cache folder.
+            limit_bytes: of all shards in that folder, whatever dataset they are of.
+        """
+        self.source, self.files, self.limit_bytes = source, files, limit_bytes
+        self.root = folder / "shards"
+        self.folder = self.root / dataset
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A complete cached shard, kept in the cache until the file is closed; None when it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            file = open(self.folder / name, "rb")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if os.fstat(file.fileno()).st_nlink:  # else it was evicted between the two lines above
+                os.utime(file.fileno())
+                return file
+            file.close()
+        return None
+
+    def fetch(self, name: str, wait: bool = True, stop: threading.Event | None = None) -> BinaryIO | None:
+        """Like `open`, but downloads what is not there. None when there is no room, or when `stop` was set.
+
+        Raises DataError when the source keeps failing; without `wait`, Busy while another process downloads it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        working = self.folder / f"{name}.part"
+        while (file := self.open(name)) is None:
+            part = os.fdopen(os.open(working, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if not _has_name(part, working):  # who held it has finished, or given up
+                    part.close()
+                    continue
+                if self._reserve(part, self.files[name]["bytes"]) and self._download(name, part, stop):
+                    working.replace(self.folder / name)
+                    fcntl.flock(part, fcntl.LOCK_SH)
+                    return part
+                working.unlink()
+            except BlockingIOError as error:
+                part.close()
+                raise Busy from error
+            except BaseException:
+                working.unlink(missing_ok=True)
+                part.close()
+                raise
+            part.close()
+            return None
+        return file
+
+    def discard(self, name: str) -> bool:
+        """Drop a damaged copy; those who have it mapped keep it. False when there was none."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / name).unlink()
+            log.warning("%s: the cached copy is damaged; it is fetched again", self.source.where(name))
+            return True
+        return False
+
+    def _download(self, name: str, part: BinaryIO, stop: threading.Event | None) -> bool:
+        length, expected = self.files[name]["bytes"], self.files[name]["crc32"]
+        for _ in range(DOWNLOADS):
+            part.seek(0)
+            checksum = 0
+            for start in range(0, length, RANGE_BYTES):
+                if stop is not None and stop.is_set():
+                    return False
+                data = self.source.read_range(name, start, min(start + RANGE_BYTES, length))
+                checksum = zlib.crc32(data, checksum)
+                try:
+                    part.write(data)
+                    part.flush()
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    log.warning("%s: the disk is full; %s is read from its source", self.root, name)
+                    return False
+            if expected in (None, checksum):
+                break
+            log.warning("%s: arrived with a wrong checksum", self.source.where(name))
+        return True
+
+    def _reserve(self, part: BinaryIO, length: int) -> bool:
+        """Give the working file its final length, within the limit; evict others where needed."""
+        with open(self.root / ".lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            files = sorted(self._files())
+            too_much = sum(size for _, _, size in files) + length - self.limit_bytes
+            for _, path, size in files if length <= self.limit_bytes else []:
+                if too_much <= 0:
+                    break
+                if _evict(path):
+                    too_much -= size
+            if too_much > 0:
+                return False
+            part.truncate(length)
+            return True
+
+    def _files(self) -> Iterator[tuple[float, str, int]]:
+        """(time of last opening, path, bytes) of every shard of every dataset, finished or not."""
+        for folder in self.root.iterdir():
+            for file in os.scandir(folder) if folder.is_dir() else ():
+                with contextlib.suppress(FileNotFoundError):
+                    stat = file.stat()
+                    yield stat.st_mtime, file.path, stat.st_size
+
+
+class Prefetcher:
+    """Fetches shards in the order given, on a thread of its own, and keeps them in the cache until the next order."""
+
+    def __init__(self, cache: ShardCache):
+        self._cache = cache
+        self._held: dict[str, BinaryIO] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, names: Sequence[str]) -> None:
+        """Fetch these, first ones first, until the cache is full of shards that are in use."""
+        self._halt()
+        for name in [name for name in self._held if name not in names]:
+            self._held.pop(name).close()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(list(names), self._stop), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._halt()
+        for file in self._held.values():
+            file.close()
+        self._held.clear()
+
+    def _halt(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, names: list[str], stop: threading.Event) -> None:
+        try:
+            while names:
+                busy = []  # another process is downloading them: looked at again later
+                for name in names:
+                    try:
+                        file = self._held.get(name) or self._cache.fetch(name, wait=False, stop=stop)
+                    except Busy:
+                        busy.append(name)
+                        continue
+                    if file is None:
+                        return
+                    self._held[name] = file
+                names = busy
+                if names and stop.wait(0.2):
+                    return
+        except (DataError, OSError) as error:
+            log.warning("fetching ahead has stopped: %s", error)  # whoever needs the shard meets the same error
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _evict(path: str) -> bool:
+    """Delete a file that nobody has locked."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(path).unlink()
+        return True
+    return False

@@ -5,41 +5,26 @@
 In:  the folder that `launch/pack.py build` wrote, any fsspec URL.
 Out: `SplitIndex`, one numpy array per column and one row per image; its pixels stay in the tar files.
 
-The Parquet file is decoded once per node into an uncompressed Arrow file in the node's cache. Every process of
-the node maps that file, so that the index of millions of images is in memory once and opens in milliseconds.
+All processes of a node map one decoded copy of the index (`index_file.py`); a column is decoded when it is used.
 """
 
-import contextlib
-import hashlib
-import json
-import uuid
-import zlib
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from shards.cache import node_cache_dir
 from shards.errors import DataError
-from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE
+from shards.index_file import address, open_table, read_facts, single
 from shards.source import ShardSource
-
-CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
-COLUMNS = {
-    **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
-    **dict.fromkeys(("offset", "size", "label", "camera", "view"), pa.int64()),
-    "crc32": pa.uint32(),
-}
 
 
 class ShardIndex:
     """A packed dataset: its facts (`dataset.json`) and its splits."""
 
-    def __init__(self, source: ShardSource, facts: dict, table: pa.Table, cache_dir: str | None):
-        self.source, self.facts, self.table, self.cache_dir = source, facts, table, cache_dir
+    def __init__(self, source: ShardSource, facts: dict, address: str, cache_dir: str | None):
+        self.source, self.facts, self.address, self.cache_dir = source, facts, address, cache_dir
+        self.table = open_table(source, facts, node_cache_dir(cache_dir) / "index" / f"{address}.arrow")
         self.url: str = source.url
         self.name: str = facts["name"]
         self.noun: str = facts["noun"]
@@ -57,8 +42,8 @@ class ShardIndex:
         Raises DataError for a missing or unfinished dataset, another format, or files that do not fit each other.
         """
         source = ShardSource(url)
-        facts = _read_facts(source)
-        index = cls(source, facts, _open_table(source, facts, node_cache_dir(cache_dir)), cache_dir)
+        facts = read_facts(source)
+        index = cls(source, facts, address(source, facts), cache_dir)
         if source.local_root is not None:
             index._check_local_shards()
         return index
@@ -221,10 +206,10 @@ class SplitIndex:
         return f"shard {self.shard_names[self.shard[row]]}, key {self.key(row)}"
 
     def _codes(self, column: str) -> np.ndarray:
-        return _single(self.table.column(column)).indices.to_numpy()
+        return single(self.table.column(column)).indices.to_numpy()
 
     def _strings(self, column: str) -> np.ndarray:
-        values = _single(self.table.column(column))
+        values = single(self.table.column(column))
         if isinstance(values, pa.DictionaryArray):
             return np.asarray(values.dictionary.to_pylist(), dtype=object)[values.indices.to_numpy()]
         return values.to_numpy(zero_copy_only=False)
@@ -237,102 +222,5 @@ def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> Spl
     return index.split(name)
 
 
-def _read_facts(source: ShardSource) -> dict:
-    where = source.where(DATASET_FILE)
-    try:
-        facts = json.loads(source.read(DATASET_FILE))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
-            "give the --out of `launch/pack.py build`, or run that command again"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{where}: format_version is {facts.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-            "pack the dataset again with this version"
-        )
-    return facts
-
-
-def _open_table(source: ShardSource, facts: dict, cache_dir: Path) -> pa.Table:
-    """Map the node's decoded copy of the index; make it when this index was not seen before."""
-    try:
-        state = source.state(INDEX_FILE)
-    except FileNotFoundError as error:
-        raise DataError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
-    name = hashlib.sha256(json.dumps([source.url, facts, state]).encode()).hexdigest()[:32]
-    path = cache_dir / "index" / f"{name}.arrow"
-    with contextlib.suppress(OSError, pa.ArrowInvalid):
-        return _map(path)
-    table = _decode(source, facts)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        working = path.with_suffix(f".{uuid.uuid4().hex}")
-        with pa.ipc.new_file(str(working), table.schema) as writer:
-            writer.write_table(table)
-        working.replace(path)
-    except OSError as error:
-        raise DataError(f"data.cache_dir: can't write {path.parent} ({error}); give another folder") from error
-    return _map(path)
-
-
-def _map(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def _decode(source: ShardSource, facts: dict) -> pa.Table:
-    """index.parquet as one Arrow batch, repeated strings as codes into sorted dictionaries."""
-    where = source.where(INDEX_FILE)
-    data = source.read(INDEX_FILE)
-    packed = facts.get("files", {}).get(INDEX_FILE)
-    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
-        raise DataError(
-            f"{where}: not the file that {DATASET_FILE} (fingerprint {facts['fingerprint']}) was packed with; one of "
-            "the two comes from another packing, or was cut short: copy both again or re-pack"
-        )
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise DataError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
-    if not table.num_rows:
-        raise DataError(f"{where}: lists no images; pack the dataset again")
-    table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
-    _check_counts(where, facts, table)
-    for name in CODED:
-        table = table.set_column(table.column_names.index(name), name, _coded(_single(table.column(name))))
-    return table.combine_chunks()
-
-
-def _check_counts(where: str, facts: dict, table: pa.Table) -> None:
-    counts = {row["values"]: row["counts"] for row in pc.value_counts(table.column("split")).to_pylist()}
-    listed = {name: split["images"] for name, split in facts["splits"].items() if split["images"]}
-    if counts != listed:
-        raise DataError(
-            f"{where}: lists {_counts(counts)}, {DATASET_FILE} says {_counts(listed)}; the two files come from two "
-            "packings: copy both again or re-pack"
-        )
-
-
-def _counts(images: dict[str, int]) -> str:
-    return ", ".join(f"{images[name]} {name}" for name in sorted(images)) or "no"
-
-
-def _coded(values: pa.Array) -> pa.DictionaryArray:
-    encoded = values.dictionary_encode()
-    order = pc.sort_indices(encoded.dictionary)
-    place = np.empty(len(order), np.int32)
-    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    return pa.DictionaryArray.from_arrays(place[encoded.indices.to_numpy()], encoded.dictionary.take(order))
-
-
-def _single(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
 def _numpy(table: pa.Table, column: str) -> np.ndarray:
-    return _single(table.column(column)).to_numpy()
+    return single(table.column(column)).to_numpy()

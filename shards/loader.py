@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.cache import Prefetcher
 from shards.decode import decode, resize_into
 from shards.errors import DataError
-from shards.index import ShardIndex, SplitIndex
+from shards.index import ShardIndex
 from shards.pool import Pool
-from shards.reader import RowReader
-from shards.sampler import PKSettings, epoch_plan, rank_part
+from shards.reader import RowReader, shard_cache
+from shards.sampler import PKSettings, epoch_plan, rank_part, shards_needed
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class PKLoader:
             workers: decoding processes; 0 decodes in this process.
             on_error: what an image that can't be read does: "raise", or "skip": the next readable image of its
                 identity, in index order, takes the place. After `skip_limit` different ones it is an error too.
-            cache_dir, cache_bytes: this node's cache for remote shards.
+            cache_dir, cache_bytes: the node's cache for remote shards; by default where the index has its own.
             pin_memory: batches lie in page-locked memory, for copies to the GPU beside its work.
             prefetch: batches that the decoding processes are ahead.
 
@@ -82,7 +83,9 @@ class PKLoader:
         self._skip_limit, self._skipped = skip_limit, set()
         self._plans: dict[int, np.ndarray] = {}
         self._batch = rank_part(self._plan(1), rank, world_size)[0].size
-        fill = FillBatch(self.split, image_size, on_error)
+        cache = shard_cache(index, cache_dir, cache_bytes)
+        self._prefetcher = Prefetcher(cache) if cache else None
+        fill = FillBatch(RowReader(self.split, cache, fetch=False), image_size, on_error)
         self._pool = Pool(fill, workers, prefetch, self._batch * 3 * image_size[0] * image_size[1])
 
     def steps_per_epoch(self, epoch: int) -> int:
@@ -90,8 +93,11 @@ class PKLoader:
 
     def epoch(self, epoch: int, start_step: int = 1) -> Iterator[PKBatch]:
         """Batches `start_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
-        plan = rank_part(self._plan(epoch), self.rank, self.world_size)
-        results = self._pool.run(plan[start_step - 1 :])
+        part = self._part(epoch)[start_step - 1 :]
+        if self._prefetcher:
+            coming = [*shards_needed(self.split, part), *shards_needed(self.split, self._part(epoch + 1))]
+            self._prefetcher.start([self.split.shard_names[shard] for shard in dict.fromkeys(coming)])
+        results = self._pool.run((epoch, rows) for rows in part)
         for step, ((rows, skipped), slot) in enumerate(results, start_step):
             self._count_skipped(skipped)
             yield self._batch_of(rows, slot, epoch, step)
@@ -103,10 +109,17 @@ class PKLoader:
 
     def close(self) -> None:
         self._pool.close()
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _part(self, epoch: int) -> np.ndarray:
+        return rank_part(self._plan(epoch), self.rank, self.world_size)
 
     def _plan(self, epoch: int) -> np.ndarray:
         if epoch not in self._plans:
-            self._plans = {epoch: epoch_plan(self.split, self.settings, epoch)}
+            self._plans[epoch] = epoch_plan(self.split, self.settings, epoch)
+            while len(self._plans) > 2:  # this epoch's and the next one's
+                del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
 
     def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, step: int) -> PKBatch:
@@ -128,24 +141,29 @@ class PKLoader:
 class FillBatch:
     """Reads, decodes and resizes the images of one job; runs in the decoding processes."""
 
-    def __init__(self, split: SplitIndex, image_size: tuple[int, int], on_error: str):
-        self.split, self.image_size, self.on_error = split, image_size, on_error
-        self._reader: RowReader | None = None
+    def __init__(self, reader: RowReader, image_size: tuple[int, int], on_error: str):
+        self.reader, self.split, self.image_size, self.on_error = reader, reader.split, image_size, on_error
+        self._epoch = 0
 
-    def __call__(self, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """rows: int64 [p, K], an identity per line. Returns the rows in the slot, int64 [p*K], and the skipped."""
-        if self._reader is None:
-            self._reader = RowReader(self.split)
-        used = rows.reshape(-1).copy()
+    def __call__(self, job: tuple[int, np.ndarray], slot: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """job: epoch, and rows int64 [p, K], an identity per line.
+
+        Returns the rows whose images are in the slot, int64 [p*K], and (row, why) of those that were skipped.
+        """
+        epoch, rows = job
+        if epoch != self._epoch:  # the shards of the last one may make room in the cache
+            self.reader.release()
+            self._epoch = epoch
+        used, skipped = rows.reshape(-1).copy(), []
         out = torch.from_numpy(slot).view(len(used), 3, *self.image_size)
-        skipped = []
-        for place, data in enumerate(self._reader.read(used)):
-            error = self._decode(used[place], data, out[place])
+        for place, data in enumerate(self.reader.read(used)):
+            row = int(used[place])
+            error = self._decode(row, data, out[place])
             if error is not None:
                 if self.on_error == "raise":
                     raise error
-                used[place] = self._substitute(used[place], out[place], skipped)
-                skipped.append((int(rows.reshape(-1)[place]), str(error)))
+                skipped.append((row, str(error)))
+                used[place] = self._substitute(row, out[place], skipped)
         return used, skipped
 
     def _decode(self, row: int, data: np.ndarray | DataError, out: Tensor) -> DataError | None:
@@ -164,13 +182,13 @@ class FillBatch:
         """Fill the place of an unreadable image with the next readable one of its identity; returns its row."""
         same = np.flatnonzero(self.split.labels == self.split.labels[row])
         start = int(np.searchsorted(same, row))
-        for other in [*same[start + 1 :], *same[:start]]:
-            error = self._decode(other, self._reader.read([other])[0], out)
+        for other in [*same[start + 1 :].tolist(), *same[:start].tolist()]:
+            error = self._decode(other, self.reader.read([other])[0], out)
             if error is None:
-                return int(other)
-            skipped.append((int(other), str(error)))
+                return other
+            skipped.append((other, str(error)))
         identity = self.split.identities[self.split.identity_codes[row]]
         raise DataError(
-            f"{self.split.where(row)}: no image of identity {identity} can be read; "
-            "copy the shard again, or drop the identity and re-pack"
+            f"{self.split.where(row)}: no image of identity {identity} can be read; copy the shard again, or drop "
+            "the identity and re-pack"
         )

@@ -1,86 +1,166 @@
 """The bytes of images, by row of a split: checked, and read in as few pieces as possible.
 
-    index + shards -> [reader] -> decode
+    index + shards (+ the node's cache) -> [reader] -> decode
 
-Local shards are memory-mapped. Of remote ones only the bytes that are needed are read, in one request where the
-images lie together, as those of one identity do.
+Local and cached shards are memory-mapped. Of other remote ones only the bytes that are needed are read: one
+request where the images lie together, as those of one identity do, and several requests at a time.
 """
 
 import mmap
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 
+from shards.cache import ShardCache, node_cache_dir
 from shards.errors import DataError
-from shards.index import SplitIndex
+from shards.index import ShardIndex, SplitIndex
 from shards.source import ShardSource
 
 GAP_BYTES = 1 << 20
 """Images less than this apart are read with one request: about what a request's round trip costs."""
+REQUESTS = 16
+"""Ranges of a remote source that one process reads at a time."""
+MAX_MAPS = 256
+"""Shards that one process holds open, well below the usual limit of open files."""
+
+
+def shard_cache(index: ShardIndex, cache_dir: str | None, limit_bytes: int) -> ShardCache | None:
+    """The node's cache for a remote dataset; None for a local one."""
+    if index.source.local_root is not None:
+        return None
+    files = {
+        name: {"bytes": index.shard_bytes(name), "crc32": index.files.get(name, {}).get("crc32")}
+        for name in index.shard_names
+    }
+    return ShardCache(index.source, files, index.address, node_cache_dir(cache_dir or index.cache_dir), limit_bytes)
 
 
 class RowReader:
-    """Reads images of one split. Holds maps of the shards it has touched until `release`."""
+    """Reads images of one split. Holds maps of the shards it has touched until `release`. Pickles without them."""
 
-    def __init__(self, split: SplitIndex):
-        self.split = split
+    def __init__(self, split: SplitIndex, cache: ShardCache | None, fetch: bool):
+        """
+        Args:
+            cache: the node's, for remote shards; None for local ones.
+            fetch: download a remote shard that is not cached (for passes over whole shards), instead of reading
+                only what is needed until a `Prefetcher` has brought it.
+        """
+        self.split, self.fetch, self._cache = split, fetch, cache
         self.source: ShardSource = split.index.source
         self._maps: dict[str, np.ndarray] = {}
+        self._files: dict[str, BinaryIO] = {}  # their locks keep the maps' files in the cache
+        self._requests: ThreadPoolExecutor | None = None
+
+    def __reduce__(self):
+        return RowReader, (self.split, self._cache, self.fetch)
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | DataError]:
         """Each row's bytes, uint8 [size], checksum right; or the error that names its shard and key."""
         rows = np.asarray(rows)
-        results: list[np.ndarray | DataError] = [None] * len(rows)
+        starts = self.split.offsets[rows]
+        stops = starts + self.split.sizes[rows]
+        pieces: list[np.ndarray] = [None] * len(rows)
+        ranges: list[tuple[str, np.ndarray]] = []
         shards = self.split.shard[rows]
-        for shard in dict.fromkeys(shards.tolist()):
-            places = np.flatnonzero(shards == shard)
-            for place, data in zip(places, self._of_shard(shard, rows[places]), strict=True):
-                results[place] = data
-        return results
+        for shard in np.unique(shards):
+            name, places = self.split.shard_names[shard], np.flatnonzero(shards == shard)
+            whole = self._map(name)
+            if whole is None:
+                ranges += [(name, near) for near in _neighbours(places, starts, stops)]
+            else:
+                for place in places:
+                    pieces[place] = whole[starts[place] : stops[place]]
+        for places, first, data in self._read_ranges(ranges, starts, stops):
+            for place in places:
+                pieces[place] = data[starts[place] - first : stops[place] - first]
+        return [self._checked(row, piece) for row, piece in zip(rows.tolist(), pieces, strict=True)]
 
     def span(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start ... stop-1 of a shard, unchecked."""
-        return self.source.read_range(name, start, stop)
+        whole = self._map(name)
+        return self.source.read_range(name, start, stop) if whole is None else whole[start:stop].tobytes()
 
     def release(self) -> None:
-        """Let go of all shards."""
-        self._maps.clear()
+        """Let go of all shards, so that the cache may evict them."""
+        for name in list(self._maps):
+            self._drop(name)
 
-    def _of_shard(self, shard: int, rows: np.ndarray) -> list[np.ndarray | DataError]:
-        name = self.split.shard_names[shard]
-        starts, stops = self.split.offsets[rows], self.split.offsets[rows] + self.split.sizes[rows]
-        if self.source.local_root is not None:
-            whole = self._map(name)
-            pieces = [whole[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        else:
-            pieces = self._ranges(name, starts, stops)
-        return [self._checked(row, piece) for row, piece in zip(rows.tolist(), pieces, strict=True)]
+    def discard(self, name: str) -> bool:
+        """Drop the cached copy of a shard, which is damaged. False when there is none: its source is."""
+        if self._cache is None or name not in self._maps:
+            return False
+        self._drop(name)
+        return self._cache.discard(name)
 
-    def _map(self, name: str) -> np.ndarray:
+    def _map(self, name: str) -> np.ndarray | None:
+        """A whole local or cached shard; None for one that has to be read from its source."""
         if name not in self._maps:
-            try:
-                with open(self.source.local_root / name, "rb") as file:
-                    # A private writable map: torch takes no read-only arrays. Nothing is ever written to it.
-                    self._maps[name] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-            except (FileNotFoundError, ValueError) as error:
-                raise DataError(f"{self.source.where(name)}: missing or empty; copy it again or re-pack") from error
+            if self._cache is None:
+                file = _open_local(self.source, name)
+            else:
+                file = self._cache.fetch(name) if self.fetch else self._cache.open(name)
+            if file is None:
+                return None
+            if len(self._maps) == MAX_MAPS:
+                self._drop(next(iter(self._maps)))
+            self._files[name] = file
+            self._maps[name] = _mapped(file, self.source.where(name))
         return self._maps[name]
 
-    def _ranges(self, name: str, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-        pieces: list[np.ndarray] = [None] * len(starts)
-        order = np.argsort(starts, kind="stable")
-        cuts = np.flatnonzero(starts[order[1:]] - np.maximum.accumulate(stops[order])[:-1] > GAP_BYTES) + 1
-        for places in np.split(order, cuts):
-            first, last = int(starts[places].min()), int(stops[places].max())
-            data = np.frombuffer(bytearray(self.source.read_range(name, first, last)), np.uint8)
-            for place in places:
-                pieces[place] = data[starts[place] - first : stops[place] - first]
-        return pieces
+    def _drop(self, name: str) -> None:
+        del self._maps[name]
+        self._files.pop(name).close()
+
+    def _read_ranges(self, ranges: list[tuple[str, np.ndarray]], starts: np.ndarray, stops: np.ndarray):
+        """One request for each (shard, neighbouring places); yields (places, first byte, data)."""
+
+        def request(item: tuple[str, np.ndarray]) -> tuple[np.ndarray, int, np.ndarray]:
+            name, places = item
+            first = int(starts[places].min())
+            data = self.source.read_range(name, first, int(stops[places].max()))
+            return places, first, np.frombuffer(bytearray(data), np.uint8)
+
+        if not ranges:
+            return ()
+        if self._requests is None:
+            self._requests = ThreadPoolExecutor(REQUESTS)
+        return self._requests.map(request, ranges)
 
     def _checked(self, row: int, data: np.ndarray) -> np.ndarray | DataError:
         if zlib.crc32(data) == self.split.crc32[row]:
             return data
+        if self._cache is not None:  # damaged on the way or in the cache, if its source is not damaged too
+            name, start = self.split.shard_names[self.split.shard[row]], int(self.split.offsets[row])
+            again = self.source.read_range(name, start, start + int(self.split.sizes[row]))
+            if zlib.crc32(again) == self.split.crc32[row]:
+                if self.discard(name) and (file := self._cache.fetch(name)) is not None:
+                    file.close()
+                return np.frombuffer(bytearray(again), np.uint8)
         return DataError(
             f"{self.split.where(row)}: its bytes don't fit the checksum in the index; copy the shard again, or re-pack"
         )
+
+
+def _open_local(source: ShardSource, name: str) -> BinaryIO:
+    try:
+        return open(source.local_root / name, "rb")
+    except FileNotFoundError as error:
+        raise DataError(f"{source.where(name)}: no such file; copy it again or re-pack") from error
+
+
+def _mapped(file: BinaryIO, where: str) -> np.ndarray:
+    """A private writable map, because torch takes no read-only arrays; nothing is ever written to it."""
+    try:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except ValueError as error:
+        raise DataError(f"{where}: the file is empty; copy it again or re-pack") from error
+
+
+def _neighbours(places: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
+    """Cut places in one shard into runs whose images lie close together."""
+    order = places[np.argsort(starts[places], kind="stable")]
+    reach = np.maximum.accumulate(stops[order])
+    return np.split(order, np.flatnonzero(starts[order[1:]] - reach[:-1] > GAP_BYTES) + 1)

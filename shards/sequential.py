@@ -8,6 +8,7 @@ reads just that part. This is exact for any number of ranks, processes and shard
 """
 
 import io
+import math
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ import webdataset
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from shards.cache import Prefetcher
 from shards.decode import decode, resize_into
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
-from shards.index import ShardIndex, SplitIndex
+from shards.index import ShardIndex
 from shards.pool import Pool
-from shards.reader import RowReader
+from shards.reader import RowReader, shard_cache
 
 
 @dataclass
@@ -51,6 +53,7 @@ class SequentialLoader:
         batch_size: int,
         workers: int = 0,
         cache_dir: str | None = None,
+        cache_bytes: int = 50_000_000_000,
         interpolation: str = "bilinear",
         pin_memory: bool = False,
     ):
@@ -58,12 +61,15 @@ class SequentialLoader:
         Args:
             image_size: (H, W), pixels.
             workers: decoding processes; 0 decodes in this process.
+            cache_dir, cache_bytes: the node's cache for remote shards; by default where the index has its own.
         """
         self.split = index.split(split)
         self.image_size, self.batch_size, self.pin_memory = image_size, batch_size, pin_memory
         total = len(self.split)
         self.start, self.stop = total * rank // world_size, total * (rank + 1) // world_size
-        fill = FillSequence(self.split, image_size, interpolation)
+        cache = shard_cache(index, cache_dir, cache_bytes)
+        self._prefetcher = Prefetcher(cache) if cache else None
+        fill = FillSequence(RowReader(self.split, cache, fetch=True), image_size, interpolation)
         workers = min(workers, len(self))
         self._pool = Pool(fill, workers, 2 * workers, batch_size * 3 * image_size[0] * image_size[1])
 
@@ -75,6 +81,9 @@ class SequentialLoader:
         """Raises DataError, with shard and key, for an image that can't be read."""
         starts = range(self.start, self.stop, self.batch_size)
         jobs = [(start, min(start + self.batch_size, self.stop)) for start in starts]
+        if self._prefetcher:
+            shards = np.unique(self.split.shard[self.start : self.stop])
+            self._prefetcher.start([self.split.shard_names[shard] for shard in shards])
         try:
             for (start, stop), slot in self._pool.run(jobs):
                 shape = (stop - start, 3, *self.image_size)
@@ -83,23 +92,32 @@ class SequentialLoader:
                 yield ImageBatch(images, torch.arange(start, stop))
         finally:
             self._pool.close()
+            if self._prefetcher:
+                self._prefetcher.close()
 
 
 class FillSequence:
     """Streams, decodes and resizes neighbouring rows; runs in the decoding processes."""
 
-    def __init__(self, split: SplitIndex, image_size: tuple[int, int], interpolation: str):
-        self.split, self.image_size, self.interpolation = split, image_size, interpolation
-        self._reader: RowReader | None = None
+    def __init__(self, reader: RowReader, image_size: tuple[int, int], interpolation: str):
+        self.reader, self.split, self.image_size, self.interpolation = reader, reader.split, image_size, interpolation
 
     def __call__(self, job: tuple[int, int], slot: np.ndarray) -> tuple[int, int]:
-        """job: rows start ... stop-1. Returns it."""
-        if self._reader is None:
-            self._reader = RowReader(self.split)
+        """job: rows start ... stop-1. Returns it. A damaged cached shard is fetched again."""
         start, stop = job
-        count = stop - start
-        out = torch.from_numpy(slot)[: count * 3 * self.image_size[0] * self.image_size[1]]
-        out = out.view(count, 3, *self.image_size)
+        shape = (stop - start, 3, *self.image_size)
+        out = torch.from_numpy(slot)[: math.prod(shape)].view(shape)
+        try:
+            self._stream(start, stop, out)
+        except DataError:
+            shards = np.unique(self.split.shard[start:stop])
+            discarded = [self.reader.discard(self.split.shard_names[shard]) for shard in shards]
+            if not any(discarded):
+                raise
+            self._stream(start, stop, out)
+        return job
+
+    def _stream(self, start: int, stop: int, out: Tensor) -> None:
         pipeline = webdataset.DataPipeline(partial(self._parts, start, stop), tar_file_expander, group_by_keys)
         try:
             row = start
@@ -112,7 +130,6 @@ class FillSequence:
             raise self._broken(row, f"the archive is damaged there ({error})") from error
         if row < stop:
             raise self._broken(row, "the archive is damaged before it, or was cut short")
-        return job
 
     def _fill(self, row: int, key: str, data: bytes, out: Tensor) -> None:
         if row >= len(self.split) or key != self.split.key(row):
@@ -141,7 +158,7 @@ class FillSequence:
             follows = first > 0 and self.split.shard[first - 1] == self.split.shard[first]
             begin = self._end(first - 1) if follows else 0
             name = self.split.shard_names[self.split.shard[first]]
-            yield {"url": name, "stream": io.BytesIO(self._reader.span(name, begin, self._end(last - 1)))}
+            yield {"url": name, "stream": io.BytesIO(self.reader.span(name, begin, self._end(last - 1)))}
 
     def _end(self, row: int) -> int:
         """Where the tar member of a row's image ends, with its padding."""

@@ -9,16 +9,19 @@ the length that was asked for; whether it is right is checked by those who know 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from fsspec.core import url_to_fs
 
 from shards.errors import DataError
 from shards.storage import join, local_path
 
-ATTEMPTS = 8
-PAUSE_S = 0.05  # doubles after every attempt: 6.35 s in all
-T = TypeVar("T")
+OPEN_ATTEMPTS = 7
+"""For the first files of a run: 3 s of pauses, so that a mistyped address shows soon."""
+READ_ATTEMPTS = 10
+"""For images: 26 s of pauses, so that a run survives a short failure of the store."""
+FIRST_PAUSE_S = 0.05
+"""Doubles after every attempt."""
 
 
 class ShardSource:
@@ -39,28 +42,10 @@ class ShardSource:
         """A whole small file. Raises FileNotFoundError, or DataError when the source keeps failing."""
         if self.local_root is not None:
             return (self.local_root / name).read_bytes()
-        return self._retried(name, lambda fs, path: fs.cat_file(path))
-
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Exactly bytes start ... stop-1 of a file. Raises like `read`."""
-
-        def once(fs, path) -> bytes:
-            data = fs.cat_file(path, start=start, end=stop)
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came for the {stop - start} at {start} that were asked for")
-            return data
-
-        if self.local_root is None:
-            return self._retried(name, once)
-        with open(self.local_root / name, "rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
-        if len(data) != stop - start:
-            raise DataError(f"{self.where(name)}: ends before byte {stop}, which the index lists; copy it again")
-        return data
+        return self._retried(name, OPEN_ATTEMPTS, lambda fs, path: fs.cat_file(path))
 
     def state(self, name: str) -> list:
-        """What changes when the file does: its size, and its time or tag where the source has one."""
+        """What changes when the file does: its size, and its time or tag where the source has one. Raises as `read`."""
         if self.local_root is not None:
             stat = (self.local_root / name).stat()
             return [stat.st_size, stat.st_mtime_ns]
@@ -70,22 +55,52 @@ class ShardSource:
             info = fs.info(path)
             return [info.get("size"), *(str(info.get(tag, "")) for tag in ("ETag", "LastModified", "mtime"))]
 
-        return self._retried(name, once)
+        return self._retried(name, OPEN_ATTEMPTS, once)
 
-    def _retried(self, name: str, request: Callable[..., T]) -> T:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Exactly bytes start ... stop-1 of a shard. Raises DataError."""
+        try:
+            if self.local_root is not None:
+                return self._read_local(name, start, stop)
+            return self._retried(name, READ_ATTEMPTS, lambda fs, path: _exactly(fs, path, start, stop))
+        except FileNotFoundError as error:
+            raise DataError(f"{self.where(name)}: no such file; copy it again or re-pack") from error
+
+    def _read_local(self, name: str, start: int, stop: int) -> bytes:
+        with open(self.local_root / name, "rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
+            raise DataError(f"{self.where(name)}: ends before byte {stop}, which the index lists; copy it again")
+        return data
+
+    def _retried(self, name: str, attempts: int, request: Callable[[Any, str], Any]) -> Any:
         if self._fs is None:
-            self._fs, self._root = url_to_fs(self.url)
-        path = self._root.rstrip("/") + "/" + name
-        for attempt in range(ATTEMPTS):
             try:
-                return request(self._fs, path)
-            except (FileNotFoundError, PermissionError):
+                self._fs, self._root = url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise DataError(f"{self.url}: can't be opened ({error})") from error
+        for attempt in range(attempts):
+            try:
+                return request(self._fs, self._root.rstrip("/") + "/" + name)
+            except FileNotFoundError:
                 raise
+            except PermissionError as error:
+                raise DataError(f"{self.where(name)}: access denied ({error}); check the credentials") from error
             except Exception as error:  # every fsspec backend has its own types for a broken connection
-                if attempt == ATTEMPTS - 1:
-                    raise DataError(
-                        f"{self.where(name)}: failed {ATTEMPTS} times, at last with {type(error).__name__}: {error}; "
-                        "check the network and the address"
-                    ) from error
-            time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("unreachable")
+                failure = error
+            if attempt < attempts - 1:
+                time.sleep(FIRST_PAUSE_S * 2**attempt)
+        raise DataError(
+            f"{self.where(name)}: failed {attempts} times, at last with {type(failure).__name__}: {failure}; "
+            "check the address and the network"
+        ) from failure
+
+
+def _exactly(fs, path: str, start: int, stop: int) -> bytes:
+    data = fs.cat_file(path, start=start, end=stop)
+    if len(data) > stop - start:
+        raise OSError("the server ignores range requests")
+    if len(data) < stop - start:
+        raise OSError(f"only {len(data)} of {stop - start} bytes came")
+    return data

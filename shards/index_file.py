@@ -1,0 +1,135 @@
+"""dataset.json and index.parquet, read and checked; the index decoded once per node.
+
+    pack -> dataset.json + index.parquet -> [index file] -> index
+
+The Parquet file becomes an uncompressed Arrow file in the node's cache, which every process of the node maps: an
+index of millions of images is in memory once and opens in milliseconds.
+"""
+
+import contextlib
+import hashlib
+import json
+import uuid
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.errors import DataError
+from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE
+from shards.source import ShardSource
+
+CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
+COLUMNS = {
+    **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
+    **dict.fromkeys(("offset", "size", "label", "camera", "view"), pa.int64()),
+    "crc32": pa.uint32(),
+}
+
+
+def read_facts(source: ShardSource) -> dict:
+    """dataset.json; raises DataError when it is missing, damaged or of another format."""
+    where = source.where(DATASET_FILE)
+    try:
+        facts = json.loads(source.read(DATASET_FILE))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
+            "give the --out of `launch/pack.py build`, or run that command again"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format_version is {facts.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+            "pack the dataset again with this version"
+        )
+    return facts
+
+
+def address(source: ShardSource, facts: dict) -> str:
+    """Names this packing at this place, for what the node's cache keeps of it."""
+    try:
+        state = source.state(INDEX_FILE)
+    except FileNotFoundError as error:
+        raise DataError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
+    return hashlib.sha256(json.dumps([source.url, facts, state]).encode()).hexdigest()[:32]
+
+
+def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
+    """Map the node's decoded copy of the index; make it when this index was not seen before. Raises DataError.
+
+    Columns are COLUMNS, in one chunk; those of CODED are dictionary arrays with sorted dictionaries.
+    """
+    with contextlib.suppress(OSError, pa.ArrowInvalid):
+        return _map(path)
+    table = _decode(source, facts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working = path.with_suffix(f".{uuid.uuid4().hex}")
+        with pa.ipc.new_file(str(working), table.schema) as writer:
+            writer.write_table(table)
+        working.replace(path)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: can't write {path.parent} ({error}); give another folder") from error
+    return _map(path)
+
+
+def _map(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _decode(source: ShardSource, facts: dict) -> pa.Table:
+    """index.parquet as one Arrow batch, repeated strings as codes into sorted dictionaries."""
+    where = source.where(INDEX_FILE)
+    data = source.read(INDEX_FILE)
+    packed = facts.get("files", {}).get(INDEX_FILE)
+    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+        raise DataError(
+            f"{where}: not the file that {DATASET_FILE} (fingerprint {facts['fingerprint']}) was packed with; one of "
+            "the two comes from another packing, or was cut short: copy both again or re-pack"
+        )
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise DataError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
+    if not table.num_rows:
+        raise DataError(f"{where}: lists no images; pack the dataset again")
+    table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
+    _check_counts(where, facts, table)
+    for name in CODED:
+        table = table.set_column(table.column_names.index(name), name, _coded(single(table.column(name))))
+    return table.combine_chunks()
+
+
+def _check_counts(where: str, facts: dict, table: pa.Table) -> None:
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(table.column("split")).to_pylist()}
+    listed = {name: split["images"] for name, split in facts["splits"].items() if split["images"]}
+    if counts != listed:
+        raise DataError(
+            f"{where}: lists {_counts(counts)}, {DATASET_FILE} says {_counts(listed)}; the two files come from two "
+            "packings: copy both again or re-pack"
+        )
+
+
+def _counts(images: dict[str, int]) -> str:
+    return ", ".join(f"{images[name]} {name}" for name in sorted(images)) or "no"
+
+
+def _coded(values: pa.Array) -> pa.DictionaryArray:
+    encoded = values.dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary)
+    place = np.empty(len(order), np.int32)
+    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    return pa.DictionaryArray.from_arrays(place[encoded.indices.to_numpy()], encoded.dictionary.take(order))
+
+
+def single(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, without a copy where it is in one piece."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
