@@ -1,15 +1,14 @@
-"""Parameter groups for Adam: which parameter learns how fast.
+"""The optimizer: which parameter learns how fast.
 
-    model, prompt tokens -> [parameter_groups] -> torch.optim.Adam (L2 decay, not AdamW) in the engine
+    model, prompt tokens -> [parameter_groups -> adam] -> engine
 
-The caller gives a group schedules.stage1_lr or stage2_lr times its `lr_factor`. Decay goes through the
-gradient (`torch.optim.Adam(weight_decay=…)`), so every trained parameter moves at every step, also the
-tokens of identities that are not in the batch.
+The engine gives a group schedules.stage1_lr or stage2_lr times its `lr_factor`.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -35,3 +34,12 @@ def parameter_groups(
             group["params"].append(parameter)
             group["names"].append(name)
     return [group for group in groups if group["params"]]
+
+
+def adam(groups: list[dict[str, Any]], fused: bool = False) -> torch.optim.Adam:
+    """Adam with L2 decay, its learning rate 0 until a schedule sets it. fused: one kernel, on a GPU.
+
+    Decay goes through the gradient (not AdamW), so every trained parameter moves at every step, also the tokens of
+    identities that are not in the batch.
+    """
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
