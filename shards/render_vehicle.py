@@ -2,20 +2,34 @@
 
     render_looks -> [Looks -> VehicleModel] -> render_scene (one image) -> render (the dataset)
 
-Bodies, glass, lamps, wheels and marks are laid out here; how faces are made is in render_solids, how they are
-lit and projected in render_scene. Marks go on several sides of the body, so that most directions show them.
+Bodies, glass, lamps and marks are laid out here; wheels and what is carried are in render_parts, how faces are
+made in render_solids, how they are lit and projected in render_scene. Marks go on several sides of the body, so
+that most directions show them.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from shards.render_looks import RGB, SHAPES, Looks
+from shards.render_looks import RGB, Looks
+from shards.render_parts import (
+    BODY,
+    CABIN,
+    RUBBER,
+    TAIL_LAMP,
+    Frame,
+    bed_cargo,
+    cargo_box,
+    mirrors,
+    mix,
+    roof_load,
+    shade,
+    tread,
+    wheel,
+)
 from shards.render_solids import FaceBuilder, LowerBody, UpperBody
 
-_RUBBER, _PLATE, _LAMP, _TAIL = (26, 26, 28), (226, 226, 214), (248, 244, 220), (190, 22, 26)
-_SHEEN = (150, 170, 186)
-_FIRST, _BODY, _CABIN, _LOAD = range(4)  # ranks of groups: what carries is painted before what it carries
+_PLATE, _LAMP, _SHEEN = (226, 226, 214), (248, 244, 220), (150, 170, 186)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +51,27 @@ class VehicleModel:
 
 def build_vehicle(looks: Looks) -> VehicleModel:
     """The model of a vehicle with these looks: a pure function, some 150 faces."""
-    frame = _Frame(looks)
+    frame = Frame(looks)
     builder = FaceBuilder()
     lower, upper = _lower_body(builder, frame), _upper_body(builder, frame)
 
-    builder.group(_BODY, lower.centre)
+    builder.group(BODY, lower.centre)
     _paint_lower(lower, frame)
     if looks.shape == "truck":
         _paint_upper(upper, frame)  # the cab is one body beside the cargo box
-        _cargo_box(builder, frame)
+        cargo_box(builder, frame)
     else:
-        builder.group(_CABIN, upper.centre)
+        builder.group(CABIN, upper.centre)
         _paint_upper(upper, frame)
-    _mirrors(builder, upper, frame)
+    mirrors(builder, upper, frame)
     if looks.shape == "pickup":
-        _bed_cargo(builder, frame)
+        bed_cargo(builder, frame)
     if looks.load:
-        _roof_load(builder, upper, frame)
+        roof_load(builder, upper, frame)
     return _model(builder, lower, upper, frame)
 
 
-class _Frame:
-    """Looks and shape with the identity's proportions applied, in metres."""
-
-    def __init__(self, looks: Looks):
-        shape = SHAPES[looks.shape]
-        self.looks, self.shape = looks, shape
-        self.length, self.half = shape.length * looks.length, shape.width * looks.width / 2
-        self.belt, self.nose, self.tail = (z * looks.height for z in (shape.belt, shape.nose, shape.tail))
-        self.height, self.clearance, self.wheel = shape.height * looks.height, shape.clearance, shape.wheel
-
-    def x(self, fraction: float) -> float:
-        return self.length * (0.5 - fraction)
-
-
-def _lower_body(builder: FaceBuilder, frame: _Frame) -> LowerBody:
+def _lower_body(builder: FaceBuilder, frame: Frame) -> LowerBody:
     shape, half, foot = frame.shape, frame.half, frame.clearance
     narrow, end = half * shape.taper, shape.end
     rear = narrow if end == 1.0 else half
@@ -88,7 +88,7 @@ def _lower_body(builder: FaceBuilder, frame: _Frame) -> LowerBody:
     return LowerBody(builder, [(frame.x(f), z, h) for f, z, h in profile])
 
 
-def _upper_body(builder: FaceBuilder, frame: _Frame) -> UpperBody:
+def _upper_body(builder: FaceBuilder, frame: Frame) -> UpperBody:
     shape = frame.shape
     foot, top = frame.half * 0.97, frame.half * shape.tumblehome
     places = [(shape.cowl, foot), (shape.roof_front, top), (shape.roof_rear, top), (shape.deck, foot)]
@@ -99,13 +99,13 @@ def _upper_body(builder: FaceBuilder, frame: _Frame) -> UpperBody:
 # --- lower body: paint, face, rear, wheels --------------------------------------------------------------------
 
 
-def _paint_lower(lower: LowerBody, frame: _Frame) -> None:
+def _paint_lower(lower: LowerBody, frame: Frame) -> None:
     looks, shape = frame.looks, frame.shape
     wheels = [f for f in shape.wheel_at if f < shape.end]
     for fraction in wheels:
-        _tread(lower.builder, frame, fraction)
+        tread(lower.builder, frame, fraction)
     lower.paint(looks.body)
-    lower.side_span((0.0, 1.0), (0.0, 0.3), _shade(looks.body, 0.72))  # sills turn away from the sky
+    lower.side_span((0.0, 1.0), (0.0, 0.3), shade(looks.body, 0.72))  # sills turn away from the sky
     if looks.skirt:
         lower.side_span((0.0, 1.0), (0.0, 0.5), looks.skirt)
         for edge in (LowerBody.BUMPER, LowerBody.REAR_BUMPER):
@@ -113,7 +113,7 @@ def _paint_lower(lower: LowerBody, frame: _Frame) -> None:
     _band(lower, frame)
     for seam in (0.0, 0.5, 1.0) if shape.end == 1.0 else (0.9,):
         place = shape.cowl + 0.02 + seam * (min(shape.deck, 0.82) - shape.cowl - 0.06)
-        lower.side_span((place, place + 0.006), (0.12, 0.97), _shade(looks.body, 0.45))
+        lower.side_span((place, place + 0.006), (0.12, 0.97), shade(looks.body, 0.45))
     _front_face(lower, frame)
     _rear_face(lower, frame)
     if looks.stripe:
@@ -123,12 +123,12 @@ def _paint_lower(lower: LowerBody, frame: _Frame) -> None:
         lower.edge(LowerBody.BOOT, (-0.86, 0.86), (0.04, 0.95), (34, 34, 36))
     for fraction in wheels:
         beside = np.interp(-frame.x(fraction), -lower.x[2:-2], lower.half[2:-2])
-        _wheel(lower.builder, frame, fraction, float(beside))
+        wheel(lower.builder, frame, fraction, float(beside))
     if looks.emblem:
         _emblem(lower, frame, looks.emblem)
 
 
-def _front_face(lower: LowerBody, frame: _Frame) -> None:
+def _front_face(lower: LowerBody, frame: Frame) -> None:
     looks = frame.looks
     lower.edge(LowerBody.FRONT, (-0.5, 0.5), (0.12, 0.85), looks.grille)
     for sign in (-1, 1):
@@ -138,17 +138,17 @@ def _front_face(lower: LowerBody, frame: _Frame) -> None:
     lower.edge(LowerBody.BUMPER, (-0.27, 0.27), (0.6, 0.95), _PLATE, 0.8)
 
 
-def _rear_face(lower: LowerBody, frame: _Frame) -> None:
+def _rear_face(lower: LowerBody, frame: Frame) -> None:
     for sign in (-1, 1):
-        lower.edge(LowerBody.REAR, (sign * 0.66, sign * 0.98), (0.05, 0.75), _TAIL, 0.9)
+        lower.edge(LowerBody.REAR, (sign * 0.66, sign * 0.98), (0.05, 0.75), TAIL_LAMP, 0.9)
     lower.edge(LowerBody.REAR, (-0.27, 0.27), (0.3, 0.8), _PLATE, 0.8)
     lower.edge(LowerBody.REAR_BUMPER, (-0.9, 0.9), (0.55, 1.0), (40, 40, 42))
     if frame.looks.spare_wheel:
-        lower.edge(LowerBody.REAR, (-0.3, 0.5), (-0.3, 1.0), _RUBBER)
+        lower.edge(LowerBody.REAR, (-0.3, 0.5), (-0.3, 1.0), RUBBER)
         lower.edge(LowerBody.REAR, (-0.16, 0.36), (-0.05, 0.75), frame.looks.rim)
 
 
-def _band(lower: LowerBody, frame: _Frame) -> None:
+def _band(lower: LowerBody, frame: Frame) -> None:
     """A band around the sides; it runs on over front and rear where it is not a mark of the doors."""
     if not frame.looks.band:
         return
@@ -179,7 +179,7 @@ def _stripe(solid: LowerBody | UpperBody, edge: int, stripe: tuple[str, RGB]) ->
         solid.edge(edge, span, (0.0, 1.0), rgb)
 
 
-def _emblem(lower: LowerBody, frame: _Frame, emblem: tuple[str, RGB]) -> None:
+def _emblem(lower: LowerBody, frame: Frame, emblem: tuple[str, RGB]) -> None:
     """A sign on the doors, as large as they are, and on the bonnet."""
     style, rgb = emblem
     corners = {"disc": 12, "diamond": 4, "square": 4}[style]
@@ -197,51 +197,21 @@ def _emblem(lower: LowerBody, frame: _Frame, emblem: tuple[str, RGB]) -> None:
         lower.builder.face([(x, y, centre[1] + slope * (x - centre[0])) for x, y in points], rgb, 0.65)
 
 
-def _tread(builder: FaceBuilder, frame: _Frame, fraction: float) -> None:
-    x, r = frame.x(fraction), frame.wheel
-    for sign in (-1, 1):
-        y = sorted((sign * (frame.half - 0.24), sign * frame.half * 0.97))
-        builder.box((x - 0.8 * r, x + 0.8 * r), (y[0], y[1]), (0.0, r), _RUBBER)
-
-
-def _wheel(builder: FaceBuilder, frame: _Frame, fraction: float, half: float) -> None:
-    """Arch, tyre, rim and spokes on both sides of a body of that half width; the arch cuts into its paint."""
-    looks, x, r, half = frame.looks, frame.x(fraction), frame.wheel, half + 0.01
-    builder.around((x, 0.0, r))
-
-    def disc(radius: float, rgb: RGB, ambient: float, corners: int = 14) -> None:
-        angles = np.arange(corners) * 2 * np.pi / corners
-        ring = np.stack([x + radius * np.cos(angles), np.full(corners, half), r + radius * np.sin(angles)], axis=1)
-        for sign in (-1, 1):
-            builder.face(ring * (1, sign, 1), rgb, ambient)
-
-    disc(r * 1.2, (16, 16, 18), 1.0)
-    disc(r, _RUBBER, 0.9)
-    disc(r * 0.68, looks.rim, 0.7)
-    disc(r * 0.6, _shade(looks.rim, 0.4), 0.8)
-    for spoke in range(looks.spokes):
-        angle = 2 * np.pi * spoke / looks.spokes + 0.3
-        fan = [(0.0, 0.0), (0.62, angle - 0.3), (0.62, angle + 0.3)]
-        points = np.array([(x + r * d * np.cos(a), half, r + r * d * np.sin(a)) for d, a in fan])
-        for sign in (-1, 1):
-            builder.face(points * (1, sign, 1), looks.rim, 0.7)
-
-
 # --- upper body: paint, glass, mirrors ------------------------------------------------------------------------
 
 
-def _paint_upper(upper: UpperBody, frame: _Frame) -> None:
+def _paint_upper(upper: UpperBody, frame: Frame) -> None:
     looks, shape = frame.looks, frame.shape
     upper.paint(looks.body)
     upper.edge(UpperBody.SCREEN, (-0.92, 0.92), (0.1, 0.9), looks.glass, 0.8)
-    upper.edge(UpperBody.SCREEN, (0.2, 0.75), (0.35, 0.88), _mix(looks.glass, _SHEEN, 0.45), 0.9)
+    upper.edge(UpperBody.SCREEN, (0.2, 0.75), (0.35, 0.88), mix(looks.glass, _SHEEN, 0.45), 0.9)
     if shape.end == 1.0:
         upper.edge(UpperBody.BACK, (-0.86, 0.86), (0.16, 0.62), looks.glass, 0.8)
     for front, rear in shape.windows:
         upper.side_span((front, rear), (0.1, 0.86), looks.glass, 0.8)
         slant = [(front + 0.3 * (rear - front), 0.1), (front + 0.55 * (rear - front), 0.1)]
         slant += [(front + 0.8 * (rear - front), 0.86), (front + 0.55 * (rear - front), 0.86)]
-        upper.side(slant, _mix(looks.glass, _SHEEN, 0.35), 0.9)
+        upper.side(slant, mix(looks.glass, _SHEEN, 0.35), 0.9)
     if looks.shape == "van":
         _van_panels(upper, looks)
     if looks.roof:
@@ -258,98 +228,16 @@ def _paint_upper(upper: UpperBody, frame: _Frame) -> None:
 
 def _van_panels(upper: UpperBody, looks: Looks) -> None:
     """The windowless sides of a van carry what doors are too small for."""
-    upper.side_span((0.24, 0.245), (0.0, 0.95), _shade(looks.body, 0.5))
+    upper.side_span((0.24, 0.245), (0.0, 0.95), shade(looks.body, 0.5))
     mark = looks.band or looks.emblem
     if mark:
         upper.side_span((0.3, 0.95), (0.15, 0.7), mark[1])
 
 
-def _mirrors(builder: FaceBuilder, upper: UpperBody, frame: _Frame) -> None:
-    x, z, half = upper.x[0] - 0.12 * (upper.x[0] - upper.x[1]), upper.z[0], upper.half[0]
-    for sign in (-1, 1):
-        y = sorted((sign * (half + 0.02), sign * (half + 0.2)))
-        builder.group(_CABIN if frame.shape.end == 1.0 else _BODY, (x, sign * (half + 0.1), z + 0.1))
-        builder.box((x - 0.14, x), (y[0], y[1]), (z + 0.02, z + 0.18), _shade(frame.looks.body, 0.8))
-
-
-# --- what a vehicle carries -----------------------------------------------------------------------------------
-
-
-def _cargo_box(builder: FaceBuilder, frame: _Frame) -> None:
-    """A truck's rear: frame, wheel, and a box that wears the marks of the identity on its large sides."""
-    looks, half = frame.looks, frame.half
-    front, rear, floor, top = frame.x(0.32), frame.x(1.0), 0.95, frame.height * 1.28
-    builder.group(_BODY, ((front + rear) / 2, 0.0, (floor + top) / 2))
-    _tread(builder, frame, frame.shape.wheel_at[1])
-    builder.box((rear + 0.1, front + 0.2), (-half * 0.8, half * 0.8), (0.55, floor), (44, 44, 48))
-    for sign in (-1, 1):
-        y = sorted((sign * half * 0.5, sign * half * 0.78))
-        builder.box((rear + 0.05, rear + 0.1), (y[0], y[1]), (0.65, 0.85), _TAIL)
-    _wheel(builder, frame, frame.shape.wheel_at[1], half)
-    box = UpperBody(builder, [(x, z, half * 1.04) for x, z in _outline(front, rear, floor, top)])
-    box.paint(looks.cargo)
-    mark = looks.band or looks.emblem or looks.stripe
-    if mark:
-        along = {"rear": (0.55, 1.0), "door": (0.1, 0.5)}.get(mark[0], (0.0, 1.0))
-        box.side_span(along, (0.3, 0.68), mark[1] if mark[1] != looks.cargo else looks.body)
-    if looks.roof:
-        box.edge(UpperBody.ROOF, (-1, 1), (0, 1), looks.roof)
-    box.edge(UpperBody.BACK, (-0.02, 0.02), (0, 1), _shade(looks.cargo, 0.5))
-
-
-def _outline(front: float, rear: float, low: float, high: float) -> list[tuple[float, float]]:
-    return [(front, low), (front, high), (rear, high), (rear, low)]
-
-
-def _bed_cargo(builder: FaceBuilder, frame: _Frame) -> None:
-    """A pickup carries a crate in the colour of its cargo."""
-    front, rear = frame.x(0.62), frame.x(0.9)
-    builder.group(_CABIN, ((front + rear) / 2, 0.0, frame.belt + 0.2))
-    half = frame.half * 0.62
-    builder.box((rear, front), (-half, half), (frame.belt - 0.02, frame.belt + 0.36), frame.looks.cargo)
-
-
-def _roof_load(builder: FaceBuilder, upper: UpperBody, frame: _Frame) -> None:
-    style, rgb = frame.looks.load
-    front, rear, top, half = upper.x[1], upper.x[2], upper.z[1], upper.half[1]
-    long, middle = front - rear, (front + rear) / 2
-    builder.group(_LOAD, (middle, 0.0, top + 0.15))
-
-    def put(along: tuple[float, float], across: tuple[float, float], height: float, colour: RGB) -> None:
-        """A box on the roof: along 0 (front) to 1 (rear), across -1 (right) to 1 (left)."""
-        x, y = (front - along[1] * long, front - along[0] * long), (across[0] * half, across[1] * half)
-        builder.box(x, y, (top, top + height), colour)
-
-    tall = 0.34 + 0.05 * (frame.height > 2)
-    if style == "bars":
-        for at in (0.85, 0.5, 0.15):
-            put((at - 0.05, at + 0.05), (-1, 1), 0.13, rgb)
-    elif style == "box":
-        put((0.12, 0.88), (-0.66, 0.66), tall, rgb)
-    elif style == "ladder":
-        for across in (-0.55, 0.35):
-            put((-0.05, 1.1), (across, across + 0.2), 0.12, rgb)
-        for at in (0.8, 0.5, 0.2):
-            put((at - 0.04, at + 0.04), (-0.5, 0.5), 0.1, rgb)
-    elif style == "kayak":
-        put((-0.25, 1.25), (-0.2, 0.3), 0.28, rgb)
-    elif style == "lights":
-        put((0.2, 0.36), (-0.85, 0.0), 0.2, (214, 24, 30))
-        put((0.2, 0.36), (0.0, 0.85), 0.2, (28, 64, 214))
-    elif style == "sign":
-        put((0.4, 0.56), (-0.5, 0.5), 0.3, rgb)
-    elif style == "luggage":
-        put((0.55, 0.95), (-0.7, 0.6), tall, (112, 74, 44))
-        put((0.1, 0.5), (-0.6, 0.7), tall * 0.8, rgb)
-    elif style == "cooler":
-        put((0.45, 0.85), (-0.5, 0.5), 0.3, (214, 216, 218))
-        put((0.52, 0.78), (-0.3, 0.3), 0.34, rgb)
-
-
 # --- key points and the finished arrays -----------------------------------------------------------------------
 
 
-def _landmarks(lower: LowerBody, upper: UpperBody, frame: _Frame) -> tuple[np.ndarray, np.ndarray]:
+def _landmarks(lower: LowerBody, upper: UpperBody, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     """VeRi-776's 20 key points, in its order, with the direction that each of them faces."""
     left, ahead, back = (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)
     nose, tail, half = lower.x.max(), frame.x(1.0), frame.half
@@ -383,7 +271,7 @@ def _landmarks(lower: LowerBody, upper: UpperBody, frame: _Frame) -> tuple[np.nd
     return np.array(places, dtype=float), np.array(normals, dtype=float)
 
 
-def _model(builder: FaceBuilder, lower: LowerBody, upper: UpperBody, frame: _Frame) -> VehicleModel:
+def _model(builder: FaceBuilder, lower: LowerBody, upper: UpperBody, frame: Frame) -> VehicleModel:
     points, normals, rgb, ambient = zip(*builder.faces, strict=True)
     first, ranks, centres = zip(*builder.groups, strict=True)
     landmarks, landmark_normals = _landmarks(lower, upper, frame)
@@ -400,11 +288,3 @@ def _model(builder: FaceBuilder, lower: LowerBody, upper: UpperBody, frame: _Fra
         landmarks=landmarks,
         landmark_normals=landmark_normals,
     )
-
-
-def _shade(rgb: RGB, factor: float) -> RGB:
-    return tuple(int(v * factor) for v in rgb)
-
-
-def _mix(rgb: RGB, other: RGB, share: float) -> RGB:
-    return tuple(int(a + (b - a) * share) for a, b in zip(rgb, other, strict=True))
