@@ -1,0 +1,85 @@
+"""What the entry points share: mistakes as one line and exit code 2, argument parsing, a progress bar.
+
+Imports nothing heavy, so that --help is quick.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+USER_ERRORS = (
+    ("shards.errors", "DataError"),
+    ("clipreid.errors", "ModelError"),
+    ("cluster.errors", "ConfigError"),
+)
+"""Module and class of what a user can cause. A class whose module is not loaded was not raised."""
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(main: Callable[[list[str]], int | None]) -> int:
+    """Exit code of main(arguments of the command line): its own (None is 0), 2 after a user's mistake.
+
+    A mistake is told on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
+    """
+    try:
+        return main(sys.argv[1:]) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if not (message := user_mistake(error)):
+            raise
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        return USAGE_ERROR
+
+
+def user_mistake(error: Exception) -> str:
+    """What to tell the user about an error that a user can cause; empty for a fault of the program."""
+    loaded = [getattr(sys.modules.get(module), name, ()) for module, name in USER_ERRORS]
+    if any(isinstance(error, kind) for kind in loaded):
+        return str(error)
+    path_errors = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+    if isinstance(error, path_errors) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake, no abbreviated options, and an epilog kept as it is written."""
+
+    def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+@contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (images done, images in all): a bar with images/s and time left on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} images/s"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None, speed=0.0)
+
+        def update(done: int, total: int) -> None:
+            speed = done / max(bar.tasks[task].elapsed or 0.0, 1e-3)
+            bar.update(task, completed=done, total=total, speed=speed)
+
+        yield update

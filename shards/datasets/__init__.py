@@ -1,0 +1,52 @@
+"""The parsers: one file a dataset, one line in the dictionary.
+
+    native folders -> [datasets] -> ImageRecord -> pack
+
+A parser knows one layout on disk and nothing of tar files, labels, ranks or training.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from shards.datasets.manifest import Manifest
+from shards.datasets.omniglot import Omniglot
+from shards.datasets.veri776 import Veri776
+from shards.errors import DataError
+from shards.records import ImageRecord
+from shards.storage import Source
+
+
+class ReIDDataset(Protocol):
+    """Reads one dataset's native folders. Options are dataclass fields, each with a default."""
+
+    noun: str
+    """What an image shows, as the prompts say it: "person", "vehicle", ..."""
+    cameras: int | None
+    """Cameras of the dataset, 0 when it has none, None to count those of the records."""
+    views: int | None
+    """The same for viewpoints."""
+    splits: tuple[str, ...]
+    """Splits it has; each must hold images."""
+    known_counts: dict[str, tuple[int, int]]
+    """Published (images, identities) of its splits, for a note when the files hold something else."""
+
+    def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
+        """Every image of every split, in an order that only the names decide.
+
+        Raises DataError where folders, lists or names are not as they should be; `warn` takes one line about
+        what can be packed but is not as published.
+        """
+
+
+DATASETS: dict[str, type[ReIDDataset]] = {
+    "manifest": Manifest,
+    "omniglot": Omniglot,
+    "veri776": Veri776,
+}
+
+
+def get_dataset(name: str) -> type[ReIDDataset]:
+    """The parser of that name; raises DataError naming the known ones."""
+    if name not in DATASETS:
+        raise DataError(f"dataset {name!r} is not known; known: {', '.join(sorted(DATASETS))}")
+    return DATASETS[name]

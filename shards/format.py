@@ -1,0 +1,136 @@
+"""The shard format, said once: names, the bytes of a tar record, the columns of the index.
+
+    OUT/dataset.json  OUT/index.parquet  OUT/train-000000.tar ...
+
+pack writes it, verify and the readers rely on it. dataset.json is written last: without it there is no dataset.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from shards import storage
+from shards.errors import DataError
+from shards.records import ImageRecord
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+INDEX_FILE = "index.parquet"
+TAR_BLOCK = 512
+TAR_END = bytes(2 * TAR_BLOCK)
+
+
+def make_key(path: str) -> str:
+    """Name of an image in its shard: the source path without its extension, odd characters replaced by `_`."""
+    folder, _, name = path.rpartition("/")
+    stem = name.rsplit(".", 1)[0] if "." in name else name
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{folder}/{stem}" if folder else stem)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def metadata(record: ImageRecord, label: int) -> dict[str, Any]:
+    """What KEY.json says. `path` is the source path below its root."""
+    fields: dict[str, Any] = {
+        "identity": record.identity,
+        "label": label,
+        "camera": record.camera,
+        "view": record.view,
+        "time": record.time,
+        "path": record.path,
+    }
+    if record.lists:
+        fields["lists"] = record.lists
+    if record.attributes:
+        fields["attributes"] = dict(record.attributes)
+    return fields
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """The header of one file: no owner, no date, so that equal input gives equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = num_bytes
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+def tar_padding(num_bytes: int) -> bytes:
+    """Zeros that fill a file's last block."""
+    return bytes(-num_bytes % TAR_BLOCK)
+
+
+def index_schema() -> "pyarrow.Schema":
+    """Columns of index.parquet: one row an image, in the order of the tars."""
+    import pyarrow as pa
+
+    text, int32, int64 = pa.string(), pa.int32(), pa.int64()
+    return pa.schema(
+        [
+            ("split", text),
+            ("shard", text),
+            ("key", text),
+            ("offset", int64),  # of the image's bytes in the tar
+            ("size", int64),
+            ("crc32", pa.uint32()),
+            ("identity", text),
+            ("label", int64),
+            ("camera", int32),
+            ("view", int32),
+            ("time", text),
+            ("lists", text),
+            ("width", int32),
+            ("height", int32),
+        ]
+    )
+
+
+def read_dataset_json(url: str) -> dict[str, Any]:
+    """dataset.json of a packed dataset; raises DataError when there is none, or one of another format."""
+    path = storage.join(url, DATASET_FILE)
+    try:
+        dataset = json.loads(storage.read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{url}: no packed dataset there ({DATASET_FILE} is missing); pack it first") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); fetch or pack the dataset again") from error
+    version = dataset.get("format_version") if isinstance(dataset, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}: pack it again")
+    return dataset
+
+
+def read_index_table(url: str) -> "pyarrow.Table":
+    """index.parquet as it is written; raises DataError when it is missing or damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = storage.join(url, INDEX_FILE)
+    try:
+        table = parquet.read_table(pyarrow.BufferReader(storage.read_bytes(path)))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; the dataset is incomplete: fetch or pack it again") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); fetch or pack the dataset again") from error
+    if missing := [name for name in index_schema().names if name not in table.column_names]:
+        raise DataError(f"{path}: lacks column {', '.join(missing)}; pack the dataset again")
+    return table
+
+
+def fingerprint(facts: Iterable[Any], table: "pyarrow.Table") -> str:
+    """Hash of everything that results can depend on: dataset facts and, in order, each image and its content.
+
+    Where an image lies (shard, offset) is left out, so another --shard-mb keeps the fingerprint.
+    """
+    digest = hashlib.sha256(json.dumps(list(facts)).encode())
+    left_out = ("shard", "offset")
+    columns = [table.column(name).to_pylist() for name in table.column_names if name not in left_out]
+    for row in zip(*columns, strict=True):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()[:32]

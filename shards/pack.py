@@ -1,0 +1,259 @@
+"""Raw dataset to shards: the whole of `launch/pack.py build`.
+
+    read_collection -> check_collection -> plan_shards -> write_shard (processes) -> [index, dataset.json]
+
+Each file gets its name when it is complete, and dataset.json comes last: until then there is no dataset.
+Working files lie in OUT/.partial; a killed build is repeated with the same command and goes on.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from shards import storage
+from shards.datasets.joint import Collection, read_collection
+from shards.errors import DataError
+from shards.format import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    fingerprint,
+    index_schema,
+    make_key,
+    read_dataset_json,
+)
+from shards.plan import PlannedShard, plan_shards
+from shards.records import SPLITS
+from shards.storage import join
+from shards.validate import check_collection, examples
+from shards.workers import default_processes, run_tasks
+from shards.writer import ShardRows, WriteJob, rows_url, write_shard
+
+WORK_FOLDER = ".partial"
+DEFAULT_QUALITY = 95
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build found and did."""
+
+    dataset: dict[str, Any]
+    """dataset.json."""
+    warnings: list[str]
+    notes: list[str]
+    images_written: int
+    """0 when everything was there already."""
+    shards_kept: int
+    """Finished shards of an earlier, interrupted call."""
+
+
+def build(
+    dataset: str,
+    roots: Sequence[str],
+    out: str,
+    *,
+    options: dict[str, Any] | None = None,
+    noun: str | None = None,
+    processes: int | None = None,
+    shard_mb: int = 256,
+    resize: tuple[int, int] | None = None,
+    quality: int | None = None,
+    strict: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> BuildReport:
+    """Pack `dataset` (NAME[+NAME...]) from `roots` into the folder URL `out`.
+
+    options: fields of the parsers (views_files, drop_unlabelled, ...); resize: (height, width) in pixels;
+    processes: default the cores at hand. Raises DataError on faulty input, on warnings when `strict`, and when
+    `out` holds another dataset.
+    """
+    if quality is not None and not resize:
+        raise DataError("--quality only applies to resized images: give --resize HxW, or leave it out")
+    quality = quality or DEFAULT_QUALITY
+    collection = read_collection(dataset, roots, options, noun)
+    warnings = check_collection(collection)
+    if strict and warnings:
+        raise DataError(f"--strict, and there are {len(warnings)} warnings: {'; '.join(warnings)}")
+    said = _said_options(options, shard_mb, resize, quality)
+    shards = plan_shards(collection, shard_mb << 20, {"resize": resize, "quality": quality if resize else None})
+    if existing := _existing(out, collection, shards, said):
+        storage.remove(join(out, WORK_FOLDER))
+        return BuildReport(existing, warnings, collection.notes, 0, len(shards))
+    work = join(out, WORK_FOLDER)
+    storage.make_folder(work)
+    finished = _finished(out, work, shards)
+    jobs = [
+        WriteJob(shard, collection.sources, out, work, resize, quality)
+        for shard in shards
+        if shard.name not in finished
+    ]
+    images = _write(jobs, _processes(processes, out, collection), progress)
+    written = _publish(out, work, collection, shards, said)
+    return BuildReport(written, warnings, collection.notes, images, len(finished))
+
+
+def _said_options(
+    options: dict[str, Any] | None, shard_mb: int, resize: tuple[int, int] | None, quality: int
+) -> dict[str, Any]:
+    """The options as dataset.json tells them: no folders of this machine."""
+    said: dict[str, Any] = {"shard_mb": shard_mb, "resize": list(resize) if resize else None}
+    if resize:
+        said["quality"] = quality
+    for name, value in sorted((options or {}).items()):
+        said[name] = [PurePosixPath(file).name for file in value] if isinstance(value, tuple) else value
+    return said
+
+
+def _source_digest(collection: Collection, shards: Sequence[PlannedShard]) -> str:
+    facts = [collection.name, collection.noun, collection.cameras, collection.views]
+    content = json.dumps([facts, [(shard.name, shard.signature) for shard in shards]])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _existing(
+    out: str, collection: Collection, shards: Sequence[PlannedShard], said: dict[str, Any]
+) -> dict[str, Any] | None:
+    """dataset.json of a finished build of the same; raises DataError when `out` holds anything else."""
+    names = storage.list_folder(out)
+    if DATASET_FILE not in names:
+        if WORK_FOLDER not in names and any(not name.startswith(".") for name in names):
+            raise DataError(f"--out {out}: holds other files ({examples(names)}): give a new or empty folder")
+        return None
+    dataset = read_dataset_json(out)
+    remedy = "give another --out, or delete that folder first"
+    now = {"name": collection.name, "noun": collection.noun} | said
+    before = {"name": dataset["name"], "noun": dataset["noun"]} | dataset["options"]
+    if now != before:
+        changed = sorted(key for key in now | before if now.get(key) != before.get(key))
+        differences = ", ".join(f"{key} {before.get(key)} there, {now.get(key)} asked" for key in changed)
+        raise DataError(f"--out {out}: packed with other options ({differences}): {remedy}")
+    if dataset["source"] != _source_digest(collection, shards):
+        raise DataError(f"--out {out}: the source has changed since this was packed: {remedy}")
+    if missing := [name for name in dataset["files"] if name not in names]:
+        raise DataError(f"--out {out}: incomplete, {examples(missing)} missing: delete that folder, then repeat")
+    return dataset
+
+
+def _read_rows(work: str, shard: str) -> ShardRows:
+    return ShardRows(**json.loads(storage.read_bytes(rows_url(work, shard))))
+
+
+def _finished(out: str, work: str, shards: Sequence[PlannedShard]) -> set[str]:
+    """Names of the planned shards that an earlier call completed; what it left of other plans is deleted."""
+    signatures = {shard.name: shard.signature for shard in shards}
+    finished = set()
+    present = storage.list_folder(out)
+    for file in storage.list_folder(work):
+        if file.startswith("."):  # a working file of a killed process
+            storage.remove(join(work, file))
+            continue
+        shard = file.replace(".json", ".tar")
+        rows, url = _read_rows(work, shard), join(out, shard)
+        there = shard in present
+        if there and signatures.get(shard) == rows.signature and storage.size_bytes(url) == rows.num_bytes:
+            finished.add(shard)
+            continue
+        if there:
+            storage.remove(url)
+        storage.remove(join(work, file))
+    return finished
+
+
+def _processes(asked: int | None, out: str, collection: Collection) -> int:
+    urls = [out, *(source.root for source in collection.sources.values())]
+    return 1 if any(storage.is_process_local(url) for url in urls) else asked or default_processes()
+
+
+def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:
+    """Write the shards; returns the images written. Raises DataError naming the unreadable ones."""
+    total = sum(len(job.shard.records) for job in jobs)
+    bad: list[str] = []
+    for lines in run_tasks(write_shard, jobs, processes, lambda done: progress(done, total)):
+        bad += lines
+    if bad:
+        raise DataError(
+            f"{len(bad):,} images cannot be read: {examples(sorted(bad))}; replace them, or remove them from the "
+            "dataset and its lists, then repeat the command"
+        )
+    return total
+
+
+def _publish(
+    out: str, work: str, collection: Collection, shards: Sequence[PlannedShard], said: dict[str, Any]
+) -> dict[str, Any]:
+    """Write index.parquet and then dataset.json, from the rows of all shards; returns the latter."""
+    rows = {shard.name: _read_rows(work, shard.name) for shard in shards}
+    table = _index_table(shards, rows)
+    files = {name: {"bytes": row.num_bytes, "crc32": row.crc32} for name, row in rows.items()}
+    files[INDEX_FILE] = _write_index(out, work, table)
+    facts = {"noun": collection.noun, "cameras": collection.cameras, "views": collection.views}
+    dataset = {
+        "format_version": FORMAT_VERSION,
+        "name": collection.name,
+        **facts,
+        "splits": _split_counts(shards),
+        "fingerprint": fingerprint(facts.items(), table),
+        "options": said,
+        "source": _source_digest(collection, shards),
+        "files": files,
+    }
+    storage.write_json(join(out, DATASET_FILE), dataset, work)
+    storage.remove(work)
+    return dataset
+
+
+def _index_table(shards: Sequence[PlannedShard], rows: dict[str, ShardRows]) -> Any:
+    import pyarrow as pa
+
+    schema = index_schema()
+    batches = []
+    for shard in shards:
+        row, records = rows[shard.name], shard.records
+        columns = {
+            "split": [shard.split] * len(records),
+            "shard": [shard.name] * len(records),
+            "key": [make_key(r.path) for r in records],
+            "offset": row.offsets,
+            "size": row.sizes,
+            "crc32": row.crcs,
+            "identity": [r.identity for r in records],
+            "label": shard.labels,
+            "camera": [r.camera for r in records],
+            "view": [r.view for r in records],
+            "time": [r.time for r in records],
+            "lists": [r.lists for r in records],
+            "width": row.widths,
+            "height": row.heights,
+        }
+        batches.append(pa.RecordBatch.from_pydict(columns, schema))
+    return pa.Table.from_batches(batches, schema).combine_chunks()
+
+
+def _write_index(out: str, work: str, table: Any) -> dict[str, int]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table, sink, compression="none")
+    data = sink.getvalue()
+    with storage.write_atomic(join(out, INDEX_FILE), work) as file:
+        file.write(data)
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def _split_counts(shards: Sequence[PlannedShard]) -> dict[str, dict[str, int]]:
+    counts = {}
+    for split in SPLITS:
+        if mine := [shard for shard in shards if shard.split == split]:
+            counts[split] = {
+                "images": sum(len(shard.records) for shard in mine),
+                "identities": len({r.identity for shard in mine for r in shard.records}),
+                "shards": len(mine),
+            }
+    return counts

@@ -1,0 +1,96 @@
+"""Which image goes into which shard, decided before the first one is read.
+
+    Collection -> [plan] -> writer (one shard a task)
+
+The plan follows from names and file sizes alone, so any number of processes writes the same bytes and a
+later call knows which shards are finished.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import groupby
+from typing import Any
+
+from shards.datasets.joint import Collection, locate
+from shards.errors import DataError
+from shards.format import FORMAT_VERSION, TAR_BLOCK, shard_name
+from shards.records import SPLITS, ImageRecord
+from shards.validate import examples
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """Images of one shard, in its order."""
+
+    name: str
+    split: str
+    records: list[ImageRecord]
+    labels: list[int]
+    """0..N-1 of the sorted training identities; -1 outside train."""
+    signature: str
+    """Changes with anything that changes the shard's bytes, except a file rewritten with the same size."""
+
+
+def plan_shards(collection: Collection, shard_bytes: int, options: dict[str, Any]) -> list[PlannedShard]:
+    """Shards of about `shard_bytes`, each split ordered by identity and path.
+
+    A training identity stays whole, so its shard may be larger; elsewhere a shard ends at the next image.
+    Raises DataError when files are not there.
+    """
+    sizes = _file_sizes(collection)
+    identities = sorted({r.identity for r in collection.records if r.split == "train"})
+    labels = {identity: label for label, identity in enumerate(identities)}
+    shards = []
+    for split in SPLITS:
+        records = sorted(
+            (r for r in collection.records if r.split == split), key=lambda record: (record.identity, record.path)
+        )
+        for number, part in enumerate(_cut(records, sizes, shard_bytes, whole_identities=split == "train")):
+            part_labels = [labels[r.identity] if split == "train" else -1 for r in part]
+            signature = _signature(part, part_labels, sizes, options)
+            shards.append(PlannedShard(shard_name(split, number), split, part, part_labels, signature))
+    return shards
+
+
+def _file_sizes(collection: Collection) -> dict[str, int]:
+    """Bytes by record path. One call a source, so that remote ones can ask for many at a time."""
+    by_source: dict[int, list[tuple[str, str]]] = {}
+    for path in dict.fromkeys(record.path for record in collection.records):
+        source, below = locate(collection.sources, path)
+        by_source.setdefault(id(source), []).append((path, below))
+    sizes: dict[str, int] = {}
+    for source in collection.sources.values():
+        paths = by_source.get(id(source), [])
+        found = source.sizes([below for _, below in paths])
+        if missing := [below for (_, below), size in zip(paths, found, strict=True) if size is None]:
+            raise DataError(f"{source.root}: {len(missing):,} images are not there: {examples(missing)}")
+        sizes |= {path: size for (path, _), size in zip(paths, found, strict=True)}
+    return sizes
+
+
+def _cut(
+    records: list[ImageRecord], sizes: dict[str, int], limit: int, whole_identities: bool
+) -> Iterator[list[ImageRecord]]:
+    groups = groupby(records, key=lambda r: r.identity if whole_identities else r.path)
+    shard: list[ImageRecord] = []
+    filled = 0
+    for _, images in groups:
+        group = list(images)
+        # header and data of the image, header and data of its JSON
+        room = sum(3 * TAR_BLOCK + -(-sizes[r.path] // TAR_BLOCK) * TAR_BLOCK for r in group)
+        if shard and filled + room > limit:
+            yield shard
+            shard, filled = [], 0
+        shard += group
+        filled += room
+    if shard:
+        yield shard
+
+
+def _signature(records: list[ImageRecord], labels: list[int], sizes: dict[str, int], options: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True).encode())
+    for record, label in zip(records, labels, strict=True):
+        digest.update(repr((astuple(record), label, sizes[record.path])).encode())
+    return digest.hexdigest()

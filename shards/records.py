@@ -1,0 +1,29 @@
+"""What a dataset parser says about one image: everything but its pixels.
+
+datasets -> [records] -> pack -> shards + index.parquet
+"""
+
+from dataclasses import dataclass
+
+SPLITS = ("train", "query", "gallery", "test")
+"""All splits, in the order of the index. `test` is VehicleID's: it has no fixed query and gallery."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image of one split. Numbers are 0-based and global to the dataset; -1 is unknown."""
+
+    path: str
+    """Posix path below the root of its dataset."""
+    identity: str
+    """As in the source; the same string in every split means the same identity."""
+    split: str
+    """One of SPLITS."""
+    camera: int = -1
+    view: int = -1
+    time: str = ""
+    """When it was taken, as the source writes it; empty when unknown. Compared, never computed with."""
+    lists: str = ""
+    """VehicleID's test lists that hold the image ("800,1600,2400")."""
+    attributes: tuple[tuple[str, str], ...] = ()
+    """Further facts (colour, type), kept in the image's JSON beside it; nothing here reads them."""
