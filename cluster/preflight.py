@@ -22,7 +22,7 @@ from cluster.storage import Storage
 from cluster.team import Team
 from shards.errors import DataError
 from shards.index import ShardIndex
-from shards.reader import RowReader
+from shards.reader import RowReader, shard_cache
 
 PROBE_BYTES = 8_000_000
 MARKERS = "preflight"
@@ -107,7 +107,8 @@ def _read_data(config: Config, facts: WorkerFacts) -> None:
         index = ShardIndex.open(config.data.shards, config.data.cache_dir)
         facts.dataset = index.fingerprint
         train = index.split("train")
-        (record,) = RowReader(train).read([facts.rank % len(train)])
+        cache = shard_cache(index, config.data.cache_dir, int(config.data.cache_gb * 1e9))
+        (record,) = RowReader(train, cache, fetch=False).read([facts.rank % len(train)])
         if isinstance(record, DataError):
             raise record
     except (DataError, OSError) as error:
