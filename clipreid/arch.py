@@ -60,8 +60,7 @@ def check_arch(arch: str) -> dict[str, Any]:
 
 
 def check_arch_config(config: dict[str, Any], arch: str) -> None:
-    """Raise ModelError where the method cannot use the model of this configuration; `arch` names it in the
-    message."""
+    """Raise ModelError where the method cannot use the model of this configuration; `arch` names it in the message."""
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in config:
             raise ModelError(f"model.arch {arch}: the model configuration has no {key!r}")
@@ -69,13 +68,9 @@ def check_arch_config(config: dict[str, Any], arch: str) -> None:
         raise ModelError(f"model.arch {arch}: is a CoCa model; {_REMEDY}")
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
-        raise ModelError(
-            f"model.arch {arch}: its image tower is timm's {vision['timm_model_name']}; {_REMEDY}"
-        )
+        raise ModelError(f"model.arch {arch}: its image tower is timm's {vision['timm_model_name']}; {_REMEDY}")
     if "hf_model_name" in text:
-        raise ModelError(
-            f"model.arch {arch}: its text tower is Hugging Face's {text['hf_model_name']}; {_REMEDY}"
-        )
+        raise ModelError(f"model.arch {arch}: its text tower is Hugging Face's {text['hf_model_name']}; {_REMEDY}")
     if text.get("no_causal_mask"):
         raise ModelError(f"model.arch {arch}: its text tower is not causal (no_causal_mask); {_REMEDY}")
     if "hf_tokenizer_name" in text or "tokenizer_kwargs" in text:
@@ -92,6 +87,37 @@ def check_arch_config(config: dict[str, Any], arch: str) -> None:
 _REMEDY = "use one with a class-token ViT or ModifiedResNet and CLIP's causal text tower (ViT-B-16-quickgelu)"
 
 
+def check_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> None:
+    """Raise ModelError unless `model.pretrained` is a local file, or a tag of open_clip's that fits the model.
+
+    Imports open_clip (seconds) only where it is not a file. Downloads nothing.
+    """
+    if Path(pretrained).is_file():
+        return
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    entry = get_pretrained_cfg(arch, pretrained)
+    if not entry:
+        tags = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
+        raise ModelError(
+            f"model.pretrained {pretrained!r}: no such file, and no such weights of {arch} in open_clip; known: {tags}"
+        )
+    check_activation(pretrained, bool(entry.get("quick_gelu")), arch, config)
+
+
+def check_activation(pretrained: str, quick_gelu: bool, arch: str, config: dict[str, Any]) -> None:
+    """Raise ModelError unless the model computes the activation its weights were trained with; it is 1e-2 off else."""
+    model = bool(config.get("quick_gelu"))
+    if model != quick_gelu:
+        kinds = {True: "QuickGELU", False: "GELU"}
+        other = arch.removesuffix("-quickgelu") if model else f"{arch}-quickgelu"
+        remedy = '"quick_gelu" in that file' if arch.endswith(".json") else f"model.arch={other}"
+        raise ModelError(
+            f"model.pretrained {pretrained!r} was trained with {kinds[quick_gelu]}, but model.arch {arch} computes "
+            f"{kinds[model]}: set {remedy}"
+        )
+
+
 def is_resnet(config: dict[str, Any]) -> bool:
     """Whether the image tower is a ModifiedResNet; otherwise it is a ViT."""
     return isinstance(config["vision_cfg"]["layers"], list | tuple)
@@ -103,22 +129,14 @@ def _is_path(arch: str) -> bool:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ModelError(
-            f"model.arch {path}: no such file; give an open_clip model name or a JSON model configuration"
-        )
+        raise ModelError(f"model.arch {path}: no such file; give an open_clip model name or a JSON model configuration")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"model.arch {path}: is not valid JSON: {error}") from None
-    parts = (
-        (config, config.get("vision_cfg", {}), config.get("text_cfg", {}))
-        if isinstance(config, dict)
-        else (None,)
-    )
+    parts = (config, config.get("vision_cfg", {}), config.get("text_cfg", {})) if isinstance(config, dict) else (None,)
     if not all(isinstance(part, dict) for part in parts):
-        raise ModelError(
-            f"model.arch {path}: is not a model configuration with embed_dim, vision_cfg and text_cfg"
-        )
+        raise ModelError(f"model.arch {path}: is not a model configuration with embed_dim, vision_cfg and text_cfg")
     return config
 
 
@@ -136,9 +154,7 @@ def _read_named(arch: str) -> dict[str, Any]:
 def _open_clip_configs() -> Path:
     # find_spec locates the package without importing it: the import takes seconds, this microseconds.
     found = importlib.util.find_spec("open_clip")
-    assert found is not None and found.submodule_search_locations, (
-        "open_clip_torch is a dependency of this package"
-    )
+    assert found is not None and found.submodule_search_locations, "open_clip_torch is a dependency of this package"
     return Path(found.submodule_search_locations[0]) / "model_configs"
 
 
@@ -146,13 +162,9 @@ def _check_keys(arch: str, where: str, given: dict, known: set[str], neutral: di
     for key, value in given.items():
         if key in neutral:
             if value != neutral[key]:
-                raise ModelError(
-                    f"model.arch {arch}: {where}{key} = {value!r} is not supported, only {neutral[key]!r}"
-                )
+                raise ModelError(f"model.arch {arch}: {where}{key} = {value!r} is not supported, only {neutral[key]!r}")
         elif key not in known:
-            raise ModelError(
-                f"model.arch {arch}: unknown key {where}{key}; known: {', '.join(sorted(known))}"
-            )
+            raise ModelError(f"model.arch {arch}: unknown key {where}{key}; known: {', '.join(sorted(known))}")
 
 
 def _check_sizes(arch: str, config: dict[str, Any]) -> None:
@@ -171,19 +183,13 @@ def _check_sizes(arch: str, config: dict[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"model.arch {arch}: {key} must be a positive whole number, not {value!r}")
     if resnet and len(vision["layers"]) != 4:
-        raise ModelError(
-            f"model.arch {arch}: vision_cfg.layers of a ResNet has four entries, not {vision['layers']}"
-        )
+        raise ModelError(f"model.arch {arch}: vision_cfg.layers of a ResNet has four entries, not {vision['layers']}")
     if text.get("vocab_size") != VOCABULARY:
-        raise ModelError(
-            f"model.arch {arch}: text_cfg.vocab_size is {text.get('vocab_size')}, CLIP's is {VOCABULARY}"
-        )
+        raise ModelError(f"model.arch {arch}: text_cfg.vocab_size is {text.get('vocab_size')}, CLIP's is {VOCABULARY}")
     head_width = vision.get("head_width", 64)
     attended = vision["width"] * 32 if resnet else vision["width"]
     if attended % head_width:
-        raise ModelError(
-            f"model.arch {arch}: width {attended} is not a multiple of vision_cfg.head_width {head_width}"
-        )
+        raise ModelError(f"model.arch {arch}: width {attended} is not a multiple of vision_cfg.head_width {head_width}")
     if text["width"] % text["heads"]:
         raise ModelError(
             f"model.arch {arch}: text_cfg.width {text['width']} is not a multiple of {text['heads']} heads"

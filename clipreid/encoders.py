@@ -28,8 +28,7 @@ class Features(NamedTuple):
     """The three features of a batch of images, each float [B, *]."""
 
     pre: Tensor
-    """Before the last stage: class token after block n-1 of a ViT (W), spatial mean of a ResNet's layer 3 (16
-    w)."""
+    """Before the last stage: class token after block n-1 of a ViT (W), spatial mean of a ResNet's layer 3 (16 w)."""
     img: Tensor
     """After it: class token after the last block and `ln_post` (W), spatial mean of layer 4 (32 w)."""
     proj: Tensor
@@ -50,8 +49,7 @@ class ViTEncoder(ImageEncoder):
     """A CLIP vision transformer at any image size and stride, with side information (TransReID's SIE)."""
 
     def __init__(self, visual: nn.Module, grid: tuple[int, int], stride: int, sie_tokens: str) -> None:
-        """`visual` is an open_clip VisionTransformer, whose layers are adopted (it must not be used
-        afterwards).
+        """`visual` is an open_clip VisionTransformer, whose layers are adopted (it must not be used afterwards).
 
         `grid` is (rows, columns) of patches, `stride` the pixels between them, `sie_tokens` "cls" or "all".
         """
@@ -113,8 +111,7 @@ class ResNetEncoder(ImageEncoder):
         self.widths = (width // 2, width, self.attnpool.c_proj.out_features)
 
     def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
-        """Float images [B, 3, H, W] to Features. There is no side information for a ResNet: `sie` must be
-        None."""
+        """Float images [B, 3, H, W] to Features. There is no side information for a ResNet: `sie` must be None."""
         assert sie is None, "ModelSpec refuses side information for a ResNet"
         x = self.act1(self.bn1(self.conv1(images)))
         x = self.act2(self.bn2(self.conv2(x)))

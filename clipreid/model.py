@@ -53,25 +53,18 @@ class ReIDModel(nn.Module):
         self.cv_embed = nn.Parameter(torch.empty(spec.sie_rows, img)) if spec.sie_rows else None
         self._initialise()
 
-    def forward(
-        self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None
-    ) -> ReIDOutput:
+    def forward(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> ReIDOutput:
         """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features and scores."""
         features = self.features(images, cameras, views)
-        with torch.autocast(
-            images.device.type, enabled=False
-        ):  # BatchNorm statistics and logits in full precision
+        with torch.autocast(images.device.type, enabled=False):  # BatchNorm statistics and logits in full precision
             scores = (
                 self.classifier(self.bottleneck(features.img)),
                 self.classifier_proj(self.bottleneck_proj(features.proj)),
             )
         return ReIDOutput(features, scores)
 
-    def features(
-        self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None
-    ) -> Features:
-        """Features before the necks, at least float32. Without cameras and views: without side
-        information."""
+    def features(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> Features:
+        """Features before the necks, at least float32. Without cameras and views: without side information."""
         features = self.image_encoder(images, self.side_information(cameras, views))
         return Features(*(value.to(torch.promote_types(value.dtype, torch.float32)) for value in features))
 
@@ -93,9 +86,7 @@ class ReIDModel(nn.Module):
 
     def _initialise(self) -> None:
         for neck in (self.bottleneck, self.bottleneck_proj):
-            neck.bias.requires_grad_(
-                False
-            )  # stays 0, so that the classifier's planes pass through the origin
+            neck.bias.requires_grad_(False)  # stays 0, so that the classifier's planes pass through the origin
         for classifier in (self.classifier, self.classifier_proj):
             nn.init.normal_(classifier.weight, std=0.001)
         if self.cv_embed is not None:
@@ -103,8 +94,7 @@ class ReIDModel(nn.Module):
 
 
 def descriptor(features: Features, parts: Sequence[str] = ("img", "proj")) -> Tensor:
-    """What images are compared by: the chosen features concatenated, then L2-normalised as one vector, [B,
-    sum]."""
+    """What images are compared by: the chosen features concatenated, then L2-normalised as one vector, [B, sum]."""
     return F.normalize(torch.cat([getattr(features, part) for part in parts], dim=1), dim=1)
 
 
@@ -122,7 +112,7 @@ def build_models(
         with _seeded(seed, "clip"):
             clip = open_clip.CLIP(**_clip_arguments(spec))
         return _rewire(spec, clip, seed)
-    state = read_pretrained(pretrained, spec.arch, bool(spec.arch_config.get("quick_gelu")))
+    state = read_pretrained(pretrained, spec.arch, spec.arch_config)
     if is_official(state):
         model, text = empty_models(spec)
         return model, load_official(model, text, state, spec, pretrained)

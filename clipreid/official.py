@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clipreid.arch import check_activation
 from clipreid.errors import ModelError
 from clipreid.pretrained import read_state_dict, with_batch_counters
 from clipreid.prompts import PREFIX_POSITIONS, PromptedText
@@ -71,8 +72,7 @@ def load_official(
 
 
 def save_official(path: str | Path, model: nn.Module, text: PromptedText | None, spec: ModelSpec) -> None:
-    """Write a checkpoint that loads into the authors' model: float32, complete before it appears under its
-    name.
+    """Write a checkpoint that loads into the authors' model: float32, complete before it appears under its name.
 
     Without `text` it holds the image side only, which is all that their evaluation uses.
     """
@@ -90,15 +90,19 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
 def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
     wanted = module.state_dict()
     state = with_batch_counters(state, wanted)
-    for name in sorted(wanted.keys() | state.keys()):
+    for name in [*wanted, *sorted(state.keys() - wanted.keys())]:
         here = tuple(wanted[name].shape) if name in wanted else None
         there = tuple(state[name].shape) if name in state else None
         if here != there:
             raise ModelError(
-                f"{source}: {name} is {there or 'missing'}, the configuration needs {here or 'none'}: "
+                f"{source}: {_their_name(name)} is {there or 'missing'}, the configuration needs {here or 'none'}: "
                 f"{_remedy(name, spec)}"
             )
     module.load_state_dict(state)
+
+
+def _their_name(name: str) -> str:
+    return _TOKENS[0] if name == _TOKENS[1] else name
 
 
 def _remedy(name: str, spec: ModelSpec) -> str:
@@ -113,7 +117,7 @@ def _remedy(name: str, spec: ModelSpec) -> str:
         return (
             f"model.sie is {spec.sie} for {spec.cameras} cameras and {spec.views} views; set it as it was in training"
         )
-    if name.startswith("classifier") or name == _TOKENS[1]:
+    if name.startswith(("classifier", "prompt_learner.")):
         return (
             f"it is for other training data than the {spec.identities} identities (and model.prompt_tokens "
             f"{spec.prompt_tokens}) configured here"
@@ -122,11 +126,9 @@ def _remedy(name: str, spec: ModelSpec) -> str:
 
 
 def _check_activation(spec: ModelSpec, source: str) -> None:
-    if not spec.arch_config.get("quick_gelu") and not spec.arch.endswith(".json"):
-        raise ModelError(
-            f"{source}: the authors' model computes QuickGELU, model.arch {spec.arch} computes GELU: "
-            f"use model.arch={spec.arch}-quickgelu"
-        )
+    """The authors' model computes QuickGELU; a file of one of our own small models may hold another."""
+    if not spec.arch.endswith(".json"):
+        check_activation(source, True, spec.arch, spec.arch_config)
 
 
 def _check_end(text: PromptedText, spec: ModelSpec, source: str) -> None:

@@ -2,12 +2,10 @@
 
     tag or file -> [pretrained] -> model (towers filled at their native size, then re-wired)
 
-In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a TorchScript archive, a pickled
-`state_dict`
-     (bare, or under "state_dict" or "model", with or without "module." before its names), or a safetensors
-     file.
-Out: {name: Tensor} with names such as `visual.conv1.weight`. Files are read without running any code of
-theirs.
+In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a local file: a TorchScript archive, a
+     pickled `state_dict` (bare, or under "state_dict" or "model", with or without "module." before its names), or
+     safetensors. Pickles may hold tensors only.
+Out: {name: Tensor} with names such as `visual.conv1.weight`.
 """
 
 import pickle
@@ -15,12 +13,14 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clipreid.arch import check_activation, check_pretrained
 from clipreid.errors import ModelError
 
 OFFICIAL_PREFIX = "image_encoder."
@@ -31,27 +31,25 @@ _OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 # Parameters of CLIP that are no part of re-identification: similarities are unscaled dot products.
 _UNUSED = ("logit_scale", "logit_bias")
 
+_READ_ERRORS = (RuntimeError, SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError)
 
-def read_pretrained(pretrained: str, arch: str, quick_gelu: bool) -> dict[str, Tensor]:
+
+def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict behind `model.pretrained`: a local file, or a tag that open_clip knows for `arch`.
 
-    Raises ModelError, one line, for an unknown tag, a failed download, an unreadable file, and for weights
-    that are known to belong to another activation function than `arch` has (`quick_gelu`), which is an error
-    of 1e-2.
+    Raises ModelError, one line, for an unknown tag, a failed download, an unreadable file, and for weights that
+    are known to belong to another activation function than the model of `config` has.
     """
+    check_pretrained(pretrained, arch, config)
     if Path(pretrained).is_file():
         state = read_state_dict(Path(pretrained))
-        _check_activation(pretrained, arch, quick_gelu, True if _is_openai(state) else quick_gelu)
+        if all(mark in state for mark in _OPENAI_MARKS):
+            check_activation(pretrained, True, arch, config)
         return state
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
-    entry = get_pretrained_cfg(arch, pretrained)
-    if not entry:
-        tags = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
-        raise ModelError(f"model.pretrained {pretrained!r} is no file, and no tag of {arch} in open_clip; tags: {tags}")
-    _check_activation(pretrained, arch, quick_gelu, bool(entry.get("quick_gelu")))
     try:
-        path = download_pretrained(entry)
+        path = download_pretrained(get_pretrained_cfg(arch, pretrained))
     except Exception as error:  # open_clip and its hub client raise whatever their transports raise
         raise ModelError(
             f"model.pretrained {pretrained!r}: the weights of {arch} could not be downloaded "
@@ -61,8 +59,7 @@ def read_pretrained(pretrained: str, arch: str, quick_gelu: bool) -> dict[str, T
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a TorchScript archive, a pickled state dict or a safetensors file, without "module."
-    prefixes.
+    """Tensors of a TorchScript archive, a pickled state dict or a safetensors file, less any "module." prefix.
 
     Raises ModelError where the file is none of these. Dtypes are as stored.
     """
@@ -121,10 +118,7 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
                 f"{source}: {name} is {tuple(state[name].shape)}, the configured model needs "
                 f"{tuple(value.shape)}: choose the model.arch that these weights belong to"
             )
-    for problem, names in (
-        ("lacks", wanted.keys() - state.keys()),
-        ("has unknown", state.keys() - wanted.keys()),
-    ):
+    for problem, names in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
         if names:
             first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
@@ -135,10 +129,6 @@ def _is_square_grid(rows: Tensor) -> bool:
     return round((len(rows) - 1) ** 0.5) ** 2 == len(rows) - 1
 
 
-def _is_openai(state: dict[str, Tensor]) -> bool:
-    return all(mark in state for mark in _OPENAI_MARKS)
-
-
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
@@ -146,32 +136,15 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _check_activation(pretrained: str, arch: str, model: bool, weights: bool) -> None:
-    if model == weights:
-        return
-    kinds = {True: "QuickGELU", False: "GELU"}
-    other = arch.removesuffix("-quickgelu") if model else f"{arch}-quickgelu"
-    raise ModelError(
-        f"model.pretrained {pretrained!r} was trained with {kinds[weights]}, but model.arch {arch} computes "
-        f"{kinds[model]}: use model.arch={other} (or quick_gelu in a JSON configuration)"
-    )
-
-
 @contextmanager
 def _unreadable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except _READ_ERRORS as error:
+        unsafe = isinstance(error, pickle.UnpicklingError)  # its own message advises to load it all the same
+        reason = "pickled objects other than tensors" if unsafe else _first_line(error)
         raise ModelError(
-            f"{path}: cannot be read as weights ({type(error).__name__}: {_first_line(error)}); "
+            f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); "
             "give a TorchScript archive, a state dict saved by torch.save, or a .safetensors file"
         ) from None
 

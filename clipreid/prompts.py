@@ -32,8 +32,7 @@ class PromptLearner(nn.Module):
     """
 
     def __init__(self, words_LW: Tensor, end: int, identities: int, tokens: int) -> None:
-        """`words_LW`: the embedded template with M placeholders, [context, W]; `end`: its end token's
-        place."""
+        """`words_LW`: the embedded template with M placeholders, [context, W]; `end`: its end token's place."""
         super().__init__()
         self.length = end + 1
         self.tokens = nn.Parameter(words_LW.new_empty(identities, tokens, words_LW.shape[1]))
@@ -117,8 +116,7 @@ class PromptedText(nn.Module):
 
 
 def template_ids(noun: str, tokens: int, context: int) -> tuple[list[int], int]:
-    """Vocabulary ids of "A photo of a X … X {noun}." with `tokens` placeholders, and the end token's
-    position.
+    """Vocabulary ids of "A photo of a X … X {noun}." with `tokens` placeholders, and the end token's position.
 
     The ids are padded with zeros to `context`. Raises ModelError for an empty noun and for a prompt that is
     too long.

@@ -20,19 +20,16 @@ RESNET_STRIDE = 16
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that fixes the shapes of a ReIDModel and its prompts. Raises ModelError where it does not
-    fit."""
+    """Everything that fixes the shapes of a ReIDModel and its prompts. Raises ModelError where it does not fit."""
 
     arch: str
-    """open_clip model name, or the path of the JSON configuration it came from (for messages; not read
-    again)."""
+    """open_clip model name, or the path of the JSON configuration it came from (for messages; not read again)."""
     arch_config: dict[str, Any]
     """open_clip-style model configuration, as `clipreid.arch.check_arch` returns it."""
     image_size: tuple[int, int]
     """Height, width in pixels."""
     stride: int | None = None
-    """Pixels between patches of a ViT; None = its patch size (no overlap). 12 is the paper's OLP for patch
-    16."""
+    """Pixels between patches of a ViT; None = its patch size (no overlap). 12 is the paper's OLP for patch 16."""
     sie: str = "none"
     """Side information: none, camera, view, or camera+view."""
     sie_tokens: str = "cls"
@@ -56,9 +53,7 @@ class ModelSpec:
         if self.sie not in SIE_CHOICES:
             raise ModelError(f"model.sie is {self.sie!r}; known: {', '.join(SIE_CHOICES)}")
         if self.sie_tokens not in SIE_TOKEN_CHOICES:
-            raise ModelError(
-                f"model.sie_tokens is {self.sie_tokens!r}; known: {', '.join(SIE_TOKEN_CHOICES)}"
-            )
+            raise ModelError(f"model.sie_tokens is {self.sie_tokens!r}; known: {', '.join(SIE_TOKEN_CHOICES)}")
         for name, value in (("identities", self.identities), ("model.prompt_tokens", self.prompt_tokens)):
             if value < 1:
                 raise ModelError(f"{name} is {value}, it must be at least 1")
@@ -107,9 +102,7 @@ class ModelSpec:
     def _check_vit(self) -> None:
         patch = self.patch_size
         if self.stride is not None and not 1 <= self.stride <= patch:
-            raise ModelError(
-                f"model.stride is {self.stride}; it must lie between 1 and the patch size {patch}"
-            )
+            raise ModelError(f"model.stride is {self.stride}; it must lie between 1 and the patch size {patch}")
         if min(self.image_size) < patch:
             raise ModelError(
                 f"model.image_size {_by(self.image_size)} is smaller than a patch of {self.arch} ({patch})"
@@ -117,15 +110,11 @@ class ModelSpec:
 
     def _check_resnet(self) -> None:
         if self.sie != "none":
-            raise ModelError(
-                f"model.sie is {self.sie}, but {self.arch} is a ResNet: side information needs a ViT"
-            )
+            raise ModelError(f"model.sie is {self.sie}, but {self.arch} is a ResNet: side information needs a ViT")
         if self.stride not in (None, RESNET_STRIDE):
             raise ModelError(f"model.stride is {self.stride}, but {self.arch} is a ResNet: leave it out")
         if any(size < 16 or size % 16 for size in self.image_size):
-            raise ModelError(
-                f"model.image_size {_by(self.image_size)}: a ResNet needs multiples of 16 pixels"
-            )
+            raise ModelError(f"model.image_size {_by(self.image_size)}: a ResNet needs multiples of 16 pixels")
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -22,6 +22,9 @@ from clipreid.pretrained import check_fit
 from clipreid.prompts import PromptedText
 from clipreid.spec import ModelSpec
 
+MODEL_FILE = "model.safetensors"
+"""Name of the final weights in a run folder."""
+
 _CARD = "clipreid"
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
 
@@ -57,11 +60,21 @@ def save_model(path: str | Path, model: ReIDModel, card: ModelCard, text: Prompt
     partial.replace(path)
 
 
+def weights_file(weights: str | Path) -> Path:
+    """The file behind a run folder or a file of weights. Raises ModelError where there is none."""
+    path = Path(weights)
+    if path.is_dir():
+        path = path / MODEL_FILE
+        if not path.is_file():
+            raise ModelError(f"{weights}: holds no {MODEL_FILE}: not a run folder, or the run has not finished")
+    elif not path.is_file():
+        raise ModelError(f"{weights}: no such run folder or file of weights")
+    return path
+
+
 def read_card(path: str | Path) -> ModelCard:
-    """The card of a file written by `save_model`, without its weights. Raises ModelError for any other
-    file."""
-    if not Path(path).is_file():
-        raise ModelError(f"{path}: no such file; give a run folder that has finished, or a file of weights")
+    """The card of a file written by `save_model`, without its weights. Raises ModelError for any other file."""
+    path = weights_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -79,8 +92,7 @@ def read_card(path: str | Path) -> ModelCard:
 
 
 def load_model(path: str | Path) -> tuple[ReIDModel, ModelSpec]:
-    """The image model of a file written by `save_model`, on the CPU in evaluation mode, and its
-    specification."""
+    """The image model of a file written by `save_model`, on the CPU in evaluation mode, and its specification."""
     spec = read_card(path).spec
     model, _ = empty_models(spec)
     return _fill(model, path, text=False).eval(), spec

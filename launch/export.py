@@ -1,0 +1,43 @@
+"""Write a run's weights in the format of another system.
+
+python launch/export.py --weights runs/demo --format official --out demo.pth
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.cli import Parser, run
+
+EXAMPLE = """example:
+  python launch/export.py --weights runs/veri776_vit --format official --out ViT-B-16_60.pth
+
+The format `official` is that of the checkpoints released by CLIP-ReID's authors: a state dict that loads into their
+model (image encoder, necks, classifiers, side information, prompts and text encoder)."""
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="export.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
+    parser.add_argument("--weights", required=True, metavar="RUN|FILE", help="run folder, or its model.safetensors")
+    parser.add_argument("--format", required=True, choices=["official"], help="format to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    options = parser.parse_args(arguments)
+    if not Path(options.weights).exists():
+        parser.error(f"--weights {options.weights}: no such run folder or file of weights")
+    if not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: no such folder {options.out.absolute().parent}")
+
+    from clipreid.official import save_official
+    from clipreid.weights import load_model, load_text, weights_file
+
+    path = weights_file(options.weights)
+    model, spec = load_model(path)
+    text = load_text(path)
+    save_official(options.out, model, text, spec)
+    sides = "image and text side" if text is not None else "image side (the run has no text side)"
+    print(f"{options.out}: {sides} of {spec.arch}, {spec.identities} identities, in the format {options.format}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
