@@ -8,8 +8,13 @@ A parser knows one layout on disk and nothing of tar files, labels, ranks or tra
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from shards.datasets.dukemtmc import DukeMtmc
 from shards.datasets.manifest import Manifest
+from shards.datasets.market1501 import Market1501
+from shards.datasets.msmt17 import Msmt17
+from shards.datasets.occluded_duke import OccludedDuke
 from shards.datasets.omniglot import Omniglot
+from shards.datasets.vehicleid import VehicleId
 from shards.datasets.veri776 import Veri776
 from shards.errors import DataError
 from shards.records import ImageRecord
@@ -28,7 +33,7 @@ class ReIDDataset(Protocol):
     splits: tuple[str, ...]
     """Splits it has; each must hold images."""
     known_counts: dict[str, tuple[int, int]]
-    """Published (images, identities) of its splits, for a note when the files hold something else."""
+    """Published (images, identities) of its splits and of any "test list N", for a note when the files differ."""
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         """Every image of every split, in an order that only the names decide.
@@ -39,8 +44,13 @@ class ReIDDataset(Protocol):
 
 
 DATASETS: dict[str, type[ReIDDataset]] = {
+    "dukemtmc": DukeMtmc,
     "manifest": Manifest,
+    "market1501": Market1501,
+    "msmt17": Msmt17,
+    "occluded_duke": OccludedDuke,
     "omniglot": Omniglot,
+    "vehicleid": VehicleId,
     "veri776": Veri776,
 }
 

@@ -91,10 +91,11 @@ def _count(declared: int | None, numbers: Iterator[int]) -> int:
 
 def _compare_counts(name: str, known: dict[str, tuple[int, int]], records: list[ImageRecord]) -> str:
     differences = []
-    for split, (images, identities) in known.items():
-        found = [record.identity for record in records if record.split == split]
+    for part, (images, identities) in known.items():
+        test_list = part.removeprefix("test list ")
+        found = [r.identity for r in records if r.split == part or (r.lists and test_list in r.lists.split(","))]
         if (len(found), len(set(found))) != (images, identities):
-            differences.append(f"{split} {len(found):,}/{len(set(found)):,} (published {images:,}/{identities:,})")
+            differences.append(f"{part} {len(found):,}/{len(set(found)):,} (published {images:,}/{identities:,})")
     return f"{name}: images/identities differ from the published: {', '.join(differences)}" if differences else ""
 
 

@@ -1,0 +1,37 @@
+"""Market-1501: people under 6 cameras, with distractors in the gallery.
+
+    Market-1501-v15.09.15/ (or the root itself)
+        bounding_box_train/ query/ bounding_box_test/   0002_c1s1_000451_03.jpg = identity_camera+sequence_frame_box
+
+Identity -1 is junk (parts of people) and left out; 0000 are distractors, which stay in the gallery.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from shards.datasets.layout import find_base, image_files, match_names
+from shards.records import ImageRecord
+from shards.storage import Source
+
+NAME = re.compile(r"(?P<identity>-1|\d{4})_c(?P<camera>[1-6])(?P<time>s\d+_\d+)_\d+\.jpg(\.jpg)?")
+EXPECTED = "0002_c1s1_000451_03.jpg, camera c1 to c6"
+FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+JUNK = "-1"
+
+
+@dataclass(frozen=True)
+class Market1501:
+    noun = "person"
+    cameras = 6
+    views = 0
+    splits = ("train", "query", "gallery")
+    known_counts = {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 751)}  # noqa: RUF012
+
+    def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
+        base = find_base(source, ["Market-1501-v15.09.15", ""], FOLDERS.values())
+        for split, theirs in FOLDERS.items():
+            folder = f"{base}{theirs}"
+            for path, name in match_names(source, image_files(source, folder), NAME, EXPECTED, below=f"{folder}/"):
+                if name["identity"] != JUNK:
+                    yield ImageRecord(path, name["identity"], split, int(name["camera"]) - 1, time=name["time"])

@@ -1,0 +1,277 @@
+"""Are the shards what was packed? The whole of `launch/pack.py verify`.
+
+    dataset.json, index.parquet, *.tar -> [verify, one shard a task] -> list of problems
+
+Every byte of every shard is read once, from front to back, along the index: so a damaged record is named and
+the ones behind it are still checked.
+"""
+
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from PIL import Image
+
+from shards import storage
+from shards.errors import DataError
+from shards.format import (
+    INDEX_FILE,
+    fingerprint,
+    make_key,
+    read_dataset_json,
+    read_index_table,
+    tar_header,
+    tar_padding,
+)
+from shards.storage import join
+from shards.workers import Advance, default_processes, run_tasks
+from shards.writer import EXTENSIONS, READ_FORMATS, REPORT_EVERY
+
+DECODE_EVERY = 50
+"""Without --all, one of so many images is decoded (and the first of each shard)."""
+JSON_FIELDS = ("identity", "label", "camera", "view", "time")
+"""Facts that KEY.json and the index both hold."""
+COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding. `key` is empty when it concerns a whole file."""
+
+    file: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.key, self.what) if part)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at and what was wrong with it."""
+
+    problems: list[Problem]
+    shards: int
+    images: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to check in another process."""
+
+    url: str
+    name: str
+    rows: list[dict[str, Any]]
+    """Its rows of the index, by offset."""
+    expected: dict[str, int] | None
+    """{"bytes", "crc32"} of the whole file, where dataset.json tells them."""
+    decode_every: int
+
+
+def verify(
+    url: str,
+    *,
+    decode_all: bool = False,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Check counts, checksums, JSON and tar structure of a packed dataset, and decode a sample of its images.
+
+    `progress` is called with (images done, images in all). Raises DataError when there is no dataset.
+    """
+    dataset = read_dataset_json(url)
+    files = dataset.get("files", {})
+    try:
+        table = read_index_table(url)
+    except DataError as error:
+        return VerifyReport([Problem(INDEX_FILE, "", str(error))], 0, 0, 0)
+    problems = [*_check_index_file(url, files.get(INDEX_FILE)), *_check_counts(dataset, table)]
+    tasks = _tasks(url, table, files, 1 if decode_all else DECODE_EVERY)
+    known = {task.name for task in tasks}
+    problems += [
+        Problem(name, "", "is no part of the dataset: the index lists none of its images")
+        for name in storage.list_folder(url)
+        if name.endswith(".tar") and name not in known
+    ]
+    count = 1 if storage.is_process_local(url) else processes or default_processes()
+    decoded = 0
+    for found, images in run_tasks(check_shard, tasks, count, lambda done: progress(done, table.num_rows)):
+        problems += found
+        decoded += images
+    order = {task.name: place for place, task in enumerate(tasks, 1)}
+    problems.sort(key=lambda problem: order.get(problem.file, 0))  # keeps the order within a shard
+    return VerifyReport(problems, len(tasks), table.num_rows, decoded)
+
+
+def _check_index_file(url: str, expected: dict[str, int] | None) -> Iterator[Problem]:
+    data = storage.read_bytes(join(url, INDEX_FILE))
+    if expected and (len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]):
+        yield Problem(INDEX_FILE, "", "differs from the one that was packed; fetch it again, or pack again")
+
+
+def _check_counts(dataset: dict[str, Any], table: Any) -> Iterator[Problem]:
+    """The index against what dataset.json says of it."""
+    facts = [(name, dataset[name]) for name in ("noun", "cameras", "views")]
+    if fingerprint(facts, table) != dataset["fingerprint"]:
+        yield Problem(INDEX_FILE, "", "its content does not give the fingerprint in dataset.json")
+    rows = table.select(["split", "identity", "shard"]).to_pylist()
+    found = {}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        mine = [row for row in rows if row["split"] == split]
+        found[split] = {
+            "images": len(mine),
+            "identities": len({row["identity"] for row in mine}),
+            "shards": len({row["shard"] for row in mine}),
+        }
+    for split in found | dataset["splits"]:
+        there, said = found.get(split), dataset["splits"].get(split)
+        if there != said:
+            yield Problem(INDEX_FILE, "", f"split {split} holds {there}, dataset.json says {said}")
+
+
+def _tasks(url: str, table: Any, files: dict[str, dict[str, int]], decode_every: int) -> list[ShardTask]:
+    by_shard: dict[str, list[dict[str, Any]]] = {}
+    for batch in table.to_batches(max_chunksize=1 << 14):
+        for row in batch.to_pylist():
+            by_shard.setdefault(row["shard"], []).append(row)
+    return [
+        ShardTask(url, name, sorted(rows, key=lambda row: row["offset"]), files.get(name), decode_every)
+        for name, rows in by_shard.items()
+    ]
+
+
+class _Stream:
+    """A file read from front to back, its checksum taken on the way."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.position, self.crc32 = file, 0, 0
+
+    def read(self, num_bytes: int) -> bytes:
+        """The next bytes; fewer only at the end of the file."""
+        data = self.file.read(num_bytes)
+        self.position += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return data
+
+
+def check_shard(task: ShardTask, advance: Advance) -> tuple[list[Problem], int]:
+    """(problems of one shard in the order of its images, images decoded)."""
+    problems: list[Problem] = []
+
+    def report(key: str, what: str) -> None:
+        problems.append(Problem(task.name, key, what))
+
+    try:
+        with storage.open_read(join(task.url, task.name)) as file:
+            stream = _Stream(file)
+            decoded = _check_images(task, stream, report, advance)
+            while stream.read(COPY_BYTES):
+                pass
+    except FileNotFoundError:
+        report("", f"missing; the index lists {len(task.rows):,} images in it: fetch it again, or pack again")
+        return problems, 0
+    if task.expected and not problems:  # a bad record explains a wrong checksum
+        _check_whole(task.expected, stream, report)
+    return problems, decoded
+
+
+def _check_whole(expected: dict[str, int], stream: _Stream, report: Callable[[str, str], None]) -> None:
+    if stream.position != expected["bytes"]:
+        report("", f"{stream.position:,} bytes, packed were {expected['bytes']:,}: fetch it again, or pack again")
+    elif stream.crc32 != expected["crc32"]:
+        report("", "bytes between the records differ from those packed: fetch it again, or pack again")
+
+
+def _check_images(task: ShardTask, stream: _Stream, report: Callable[[str, str], None], advance: Advance) -> int:
+    """Walk the records; returns the number of images decoded."""
+    decoded = 0
+    before: dict[str, Any] | None = None
+    for place, row in enumerate(task.rows):
+        if row["offset"] < stream.position:
+            report(row["key"], f"the index gives offset {row['offset']}, inside the record before it")
+            continue
+        gap = stream.read(row["offset"] - stream.position)
+        data = stream.read(row["size"])
+        if len(data) < row["size"]:
+            for cut in task.rows[place:]:
+                report(cut["key"], "the shard ends before the end of this image")
+            return decoded
+        _check_gap(gap, before, row, report)
+        if zlib.crc32(data) != row["crc32"]:
+            report(row["key"], "the image's bytes do not give the checksum in the index")
+        elif place % task.decode_every == 0:
+            decoded += 1
+            if fault := _decode_fault(data, row):
+                report(row["key"], fault)
+        before = row
+        if place % REPORT_EVERY == REPORT_EVERY - 1:
+            advance(REPORT_EVERY)
+    advance(len(task.rows) % REPORT_EVERY)
+    _check_gap(stream.read(COPY_BYTES), before, None, report)
+    return decoded
+
+
+def _check_gap(
+    gap: bytes,
+    before: dict[str, Any] | None,
+    following: dict[str, Any] | None,
+    report: Callable[[str, str], None],
+) -> None:
+    """What lies between two images: the JSON of the one before, then the header of the following one."""
+    if before:
+        info, content = _first_member(gap[len(tar_padding(before["size"])) :])
+        if info is None or info.name != f"{before['key']}.json":
+            report(before["key"], "its JSON is missing from the tar, or has a damaged header")
+        elif fault := _json_fault(content, before):
+            report(before["key"], f"its JSON {fault}")
+    if following and not _ends_with_header(gap, following):
+        report(following["key"], "the tar header before the image is damaged or does not fit the index")
+
+
+def _ends_with_header(gap: bytes, row: dict[str, Any]) -> bool:
+    for extension in sorted(set(EXTENSIONS.values())):
+        name = f"{row['key']}.{extension}"
+        info, _ = _first_member(gap[-len(tar_header(name, row["size"])) :])
+        if info and info.name == name and info.size == row["size"]:
+            return True
+    return False
+
+
+def _first_member(block: bytes) -> tuple[tarfile.TarInfo | None, bytes]:
+    """A tar record and as much of its data as the block holds; (None, b"") when its header is damaged."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            info = tar.next()
+    except tarfile.TarError:
+        return None, b""
+    return info, block[info.offset_data :][: info.size] if info else b""
+
+
+def _json_fault(content: bytes, row: dict[str, Any]) -> str:
+    """What is wrong with KEY.json; empty when it says what the index says."""
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return "is not readable"
+    if not isinstance(facts, dict) or make_key(str(facts.get("path"))) != row["key"]:
+        return "names another source path"
+    different = [name for name in JSON_FIELDS if facts.get(name) != row[name]]
+    if facts.get("lists", "") != row["lists"]:
+        different.append("lists")
+    return f"differs from the index in {', '.join(different)}" if different else ""
+
+
+def _decode_fault(data: bytes, row: dict[str, Any]) -> str:
+    try:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+            image.load()
+    except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
+        return f"the image cannot be decoded ({error})"
+    if image.size != (row["width"], row["height"]):
+        return f"the image is {image.width}x{image.height}, the index says {row['width']}x{row['height']}"
+    return ""
