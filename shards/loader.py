@@ -155,7 +155,7 @@ class FillBatch:
             self.reader.release()
             self._epoch = epoch
         used, skipped = rows.reshape(-1).copy(), []
-        out = torch.from_numpy(slot).view(len(used), 3, *self.image_size)
+        out = slot.reshape(len(used), 3, *self.image_size)
         for place, data in enumerate(self.reader.read(used)):
             row = int(used[place])
             error = self._decode(row, data, out[place])
@@ -166,7 +166,7 @@ class FillBatch:
                 used[place] = self._substitute(row, out[place], skipped)
         return used, skipped
 
-    def _decode(self, row: int, data: np.ndarray | DataError, out: Tensor) -> DataError | None:
+    def _decode(self, row: int, data: np.ndarray | DataError, out: np.ndarray) -> DataError | None:
         if isinstance(data, DataError):
             return data
         try:
@@ -178,7 +178,7 @@ class FillBatch:
             )
         return None
 
-    def _substitute(self, row: int, out: Tensor, skipped: list[tuple[int, str]]) -> int:
+    def _substitute(self, row: int, out: np.ndarray, skipped: list[tuple[int, str]]) -> int:
         """Fill the place of an unreadable image with the next readable one of its identity; returns its row."""
         same = np.flatnonzero(self.split.labels == self.split.labels[row])
         start = int(np.searchsorted(same, row))

@@ -106,7 +106,7 @@ class FillSequence:
         """job: rows start ... stop-1. Returns it. A damaged cached shard is fetched again."""
         start, stop = job
         shape = (stop - start, 3, *self.image_size)
-        out = torch.from_numpy(slot)[: math.prod(shape)].view(shape)
+        out = slot[: math.prod(shape)].reshape(shape)
         try:
             self._stream(start, stop, out)
         except DataError:
@@ -117,7 +117,7 @@ class FillSequence:
             self._stream(start, stop, out)
         return job
 
-    def _stream(self, start: int, stop: int, out: Tensor) -> None:
+    def _stream(self, start: int, stop: int, out: np.ndarray) -> None:
         pipeline = webdataset.DataPipeline(partial(self._parts, start, stop), tar_file_expander, group_by_keys)
         try:
             row = start
@@ -131,7 +131,7 @@ class FillSequence:
         if row < stop:
             raise self._broken(row, "the archive is damaged before it, or was cut short")
 
-    def _fill(self, row: int, key: str, data: bytes, out: Tensor) -> None:
+    def _fill(self, row: int, key: str, data: bytes, out: np.ndarray) -> None:
         if row >= len(self.split) or key != self.split.key(row):
             raise self._broken(row, f"the archive holds key {key} in its place")
         if zlib.crc32(data) != self.split.crc32[row]:
