@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipreid.optim import adam as make_adam
 from cluster.errors import TrainingError
 from cluster.team import Team
 
@@ -55,7 +56,7 @@ class Engine:
         self.zero_stage = zero_stage
         self._groups = groups
         self._settings = [{k: g[k] for k in ("betas", "eps", "weight_decay") if k in g} for g in groups]
-        adam = torch.optim.Adam(groups, lr=0.0, fused=team.device.type == "cuda")
+        adam = make_adam(groups, fused=team.device.type == "cuda")
         deepspeed = prepare_deepspeed(team.device)
         deepspeed.init_distributed(dist_backend="nccl" if team.device.type == "cuda" else "gloo", verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
