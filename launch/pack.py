@@ -118,7 +118,7 @@ def build(options: argparse.Namespace) -> int:
 
     parser_options = {}
     if options.views:
-        parser_options["views_files"] = tuple(options.views)
+        parser_options["views"] = tuple(options.views)
     if options.drop_unlabelled:
         parser_options["drop_unlabelled"] = True
     if options.msmt17_val:

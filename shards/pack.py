@@ -69,7 +69,7 @@ def build(
 ) -> BuildReport:
     """Pack `dataset` (NAME[+NAME...]) from `roots` into the folder URL `out`.
 
-    options: fields of the parsers (views_files, drop_unlabelled, ...); resize: (height, width) in pixels;
+    options: fields of the parsers (views, drop_unlabelled, ...); resize: (height, width) in pixels;
     processes: default the cores at hand. Raises DataError on faulty input, on warnings when `strict`, and when
     `out` holds another dataset.
     """

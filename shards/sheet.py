@@ -49,7 +49,7 @@ def write_sheet(url: str, path: Path, identities: int = 8) -> None:
 
 def _caption(row: dict[str, Any]) -> str:
     camera = f"camera {row['camera']}" if row["camera"] >= 0 else "no camera"
-    view = f" view {row['view']}" if row["view"] >= 0 else ""
+    view = f", view {row['view']}" if row["view"] >= 0 else ""
     return f"{row['split']} {camera}{view}"
 
 

@@ -56,9 +56,10 @@ def list_folder(url: str) -> list[str]:
     fs, path = url_to_fs(url)
     fs.invalidate_cache()
     try:
-        return sorted(PurePosixPath(entry.rstrip("/")).name for entry in fs.ls(path, detail=False))
+        entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
     except FileNotFoundError:
         return []
+    return sorted(PurePosixPath(entry).name for entry in entries if entry != path.rstrip("/"))
 
 
 def open_read(url: str) -> IO[bytes]:

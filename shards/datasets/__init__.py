@@ -26,9 +26,9 @@ class ReIDDataset(Protocol):
 
     noun: str
     """What an image shows, as the prompts say it: "person", "vehicle", ..."""
-    cameras: int | None
+    num_cameras: int | None
     """Cameras of the dataset, 0 when it has none, None to count those of the records."""
-    views: int | None
+    num_views: int | None
     """The same for viewpoints."""
     splits: tuple[str, ...]
     """Splits it has; each must hold images."""

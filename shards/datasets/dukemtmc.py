@@ -20,8 +20,8 @@ FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding
 @dataclass(frozen=True)
 class DukeMtmc:
     noun = "person"
-    cameras = 8
-    views = 0
+    num_cameras = 8
+    num_views = 0
     splits = ("train", "query", "gallery")
     known_counts = {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)}  # noqa: RUF012
     folder_name = "DukeMTMC-reID"

@@ -46,7 +46,7 @@ def read_collection(
     options = dict(options or {})
     for option in options:
         if not any(option in _option_names(cls) for cls in classes):
-            raise DataError(f"option {option} does not apply to dataset {names}")
+            raise DataError(f"--{option.replace('_', '-')} does not apply to --dataset {names}")
     if not (len(roots) == len(parts) or (parts == ["manifest"] and len(roots) == 2)):
         raise DataError(f"--dataset {names} needs {len(parts)} --root, one each in the same order; got {len(roots)}")
     if len(parts) == 1:
@@ -78,8 +78,8 @@ def _read_part(name: str, roots: Sequence[str], options: dict[str, Any]) -> Coll
     for split in dataset.splits:
         if not any(record.split == split for record in collection.records):
             raise DataError(f"{name} at {roots[0]}: split {split!r} is empty; it needs {', '.join(dataset.splits)}")
-    collection.cameras = _count(dataset.cameras, (record.camera for record in collection.records))
-    collection.views = _count(dataset.views, (record.view for record in collection.records))
+    collection.cameras = _count(dataset.num_cameras, (record.camera for record in collection.records))
+    collection.views = _count(dataset.num_views, (record.view for record in collection.records))
     if note := _compare_counts(name, dataset.known_counts, collection.records):
         collection.notes.append(note)
     return collection

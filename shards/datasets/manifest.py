@@ -29,8 +29,8 @@ class Manifest:
     """The CSV or Parquet file."""
 
     noun = "object"
-    cameras = None
-    views = None
+    num_cameras = None
+    num_views = None
     splits = ("train", "query", "gallery")
     known_counts = {}  # noqa: RUF012
 

@@ -23,8 +23,8 @@ JUNK = "-1"
 @dataclass(frozen=True)
 class Market1501:
     noun = "person"
-    cameras = 6
-    views = 0
+    num_cameras = 6
+    num_views = 0
     splits = ("train", "query", "gallery")
     known_counts = {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 751)}  # noqa: RUF012
 

@@ -31,8 +31,8 @@ class Msmt17:
     """`merge` trains with the validation images too, as the paper did; `leave` leaves them out."""
 
     noun = "person"
-    cameras = 15
-    views = 0
+    num_cameras = 15
+    num_views = 0
     splits = ("train", "query", "gallery")
 
     @property

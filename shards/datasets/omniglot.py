@@ -23,8 +23,8 @@ QUERY_DRAWERS = range(1, 6)
 @dataclass(frozen=True)
 class Omniglot:
     noun = "character"
-    cameras = 20
-    views = 0
+    num_cameras = 20
+    num_views = 0
     splits = ("train", "query", "gallery")
     known_counts = {"train": (2240, 112), "query": (120, 24), "gallery": (360, 24)}  # noqa: RUF012
 

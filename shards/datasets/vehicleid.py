@@ -26,8 +26,8 @@ PUBLISHED_LISTS = {"800": "small", "1600": "medium", "2400": "large"}
 @dataclass(frozen=True)
 class VehicleId:
     noun = "vehicle"
-    cameras = 0
-    views = 0
+    num_cameras = 0
+    num_views = 0
     splits = ("train", "test")
     known_counts = {  # noqa: RUF012
         "train": (113346, 13164),

@@ -30,18 +30,18 @@ LABEL = re.compile(r'<Item\s+imageName="([^"]+)"[^>]*?colorID="(\d+)"\s+typeID="
 
 @dataclass(frozen=True)
 class Veri776:
-    views_files: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
     """Key-point files, each line `PATH x1 y1 ... x20 y20 VIEW`."""
     drop_unlabelled: bool = False
     """Leave out the images that have no view there, as the published numbers did."""
 
     noun = "vehicle"
-    cameras = 20
+    num_cameras = 20
     splits = ("train", "query", "gallery")
 
     @property
-    def views(self) -> int:
-        return NUM_VIEWS if self.views_files else 0
+    def num_views(self) -> int:
+        return NUM_VIEWS if self.views else 0
 
     @property
     def known_counts(self) -> dict[str, tuple[int, int]]:
@@ -50,9 +50,9 @@ class Veri776:
         return {"train": (37778, 576), "query": (1678, 200), "gallery": (11579, 200)}
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
-        if self.drop_unlabelled and not self.views_files:
+        if self.drop_unlabelled and not self.views:
             raise DataError("--drop-unlabelled needs the view labels: give --views FILE")
-        views = read_views(self.views_files)
+        views = read_views(self.views)
         base = find_base(source, ["VeRi", ""], [f"image_{theirs}" for theirs in FOLDERS.values()])
         attributes = read_labels(source, base)
         without_view = 0
