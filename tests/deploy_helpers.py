@@ -62,6 +62,10 @@ class FakeSlurm:
         """ "NODES: COMMAND" of each srun and "scontrol …", in the order of their start."""
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
 
+    def log(self) -> str:
+        """What the batch script and its steps wrote."""
+        return (self.folder / "log").read_text()
+
 
 def _executable(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

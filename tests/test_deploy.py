@@ -14,6 +14,7 @@ import pytest
 import ray.autoscaler
 import yaml
 from deploy_helpers import ROOT, SCRIPT, FakeSlurm
+from namespaces import network, why_unavailable
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.config import load_config
@@ -247,24 +248,26 @@ case "$*" in
     getent*) echo "10.0.0.1 STREAM node1" ;;
     "ray start"*) touch joined.$$; exec sleep 600 ;;
     *wait_for_nodes.py*) until [ "$(ls joined.* | wc -l)" -ge "$4" ]; do sleep 0.02; done; exit "${WAIT_CODE:-0}" ;;
-    "ray job submit"*) touch submitted; until [ -e ended ]; do sleep 0.02; done; exit "$(cat ended)" ;;
-    "ray job stop"*) echo 1 > ended ;;
+    "ray job submit"*) touch submitted; until [ -e ended ]; do sleep 0.02; done ;;
+    "ray job stop"*) touch ended ;;
+    "ray job status"*) echo "Job 'clipreid-4711' ${STATUS:-succeeded}"; [[ $STATUS != failed ]] ;;
 esac
 """
 
 
 def start_script(folder: Path, slurm: FakeSlurm, *arguments: str, **environment: str) -> subprocess.Popen:
     token = {"RAY_AUTH_TOKEN_PATH": str(folder / "secret" / "token")}
-    return subprocess.Popen(
-        ["bash", str(SCRIPT), *arguments], cwd=folder, env=slurm.environment(**(token | environment)),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    with open(slurm.folder / "log", "w") as log:
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *arguments], cwd=folder, env=slurm.environment(**(token | environment)),
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
-def wait_until(true, patience_s: float, script: subprocess.Popen) -> None:
+def wait_until(true, patience_s: float, script: subprocess.Popen, slurm: FakeSlurm) -> None:
     deadline = time.monotonic() + patience_s
     while not true():
-        assert time.monotonic() < deadline and script.poll() is None, script.communicate(timeout=60)[0]
+        assert time.monotonic() < deadline and script.poll() is None, slurm.log()
         time.sleep(0.05)
 
 
@@ -276,14 +279,13 @@ def test_slurm_script_is_bash_and_asks_for_two_nodes():
 
 def test_slurm_script_starts_head_workers_and_job_in_that_order(tmp_path):
     slurm = FakeSlurm(tmp_path, {"node1": NODE, "node2": NODE, "node3": NODE})
-    (tmp_path / "ended").write_text("0")
+    (tmp_path / "ended").touch()
     script = start_script(tmp_path, slurm, "--config", "a b.yaml", "cluster.workers={min: 1, max: 3}")
-    output, _ = script.communicate(timeout=30)
-    assert script.returncode == 0, output
+    assert script.wait(30) == 0, slurm.log()
     calls = slurm.calls()
     for pair in (slice(2, 4), slice(4, 6)):  # The start of nodes and the wait for them come at the same time.
         calls[pair] = sorted(calls[pair], key=lambda call: "wait_for_nodes" in call)
-    shown, address, head, one, workers, three, job = calls
+    shown, address, head, one, workers, three, job, status = calls
     assert shown == "scontrol show hostnames node[1-2]"
     assert address == "node3: getent ahostsv4 node1"
     assert head.startswith("node1: ray start --head --block --node-ip-address=10.0.0.1 --port=6379 ")
@@ -292,11 +294,12 @@ def test_slurm_script_starts_head_workers_and_job_in_that_order(tmp_path):
     assert three == "node1: python cluster/deploy/wait_for_nodes.py 10.0.0.1:6379 3"
     assert job.startswith("node1: ray job submit --address=http://127.0.0.1:8265 ")
     assert job.endswith("-- python launch/train.py --config a b.yaml cluster.workers={min: 1, max: 3}")
+    assert status.startswith("node1: ray job status ")
 
 
 def test_slurm_script_makes_a_token_for_its_owner_alone_and_keeps_it(tmp_path):
     slurm = FakeSlurm(tmp_path, {"node1": 'echo "$RAY_AUTH_MODE $(cat "$RAY_AUTH_TOKEN_PATH")" > seen\n' + NODE})
-    (tmp_path / "ended").write_text("0")
+    (tmp_path / "ended").touch()
     tokens = []
     for _ in range(2):
         assert start_script(tmp_path, slurm).wait(30) == 0
@@ -307,24 +310,102 @@ def test_slurm_script_makes_a_token_for_its_owner_alone_and_keeps_it(tmp_path):
     assert tokens[0] == tokens[1] and len(tokens[0].strip()) == 64
 
 
-@pytest.mark.parametrize("wait_code, job_code", [("1", "0"), ("0", "1")])
-def test_slurm_script_fails_without_requeue_when_nodes_or_job_fail(tmp_path, wait_code, job_code):
+@pytest.mark.parametrize("wait_code, status", [("1", "succeeded"), ("0", "failed"), ("0", "was stopped")])
+def test_slurm_script_fails_without_requeue_when_nodes_or_job_do_not_come_to_their_end(tmp_path, wait_code, status):
     slurm = FakeSlurm(tmp_path, {"node1": NODE, "node2": NODE})
-    (tmp_path / "ended").write_text(job_code)
-    script = start_script(tmp_path, slurm, WAIT_CODE=wait_code)
-    script.communicate(timeout=30)
-    assert script.returncode == 1
+    (tmp_path / "ended").touch()
+    script = start_script(tmp_path, slurm, WAIT_CODE=wait_code, STATUS=status)
+    assert script.wait(30) == 1, slurm.log()
     assert not any("requeue" in call for call in slurm.calls())
     assert any("job submit" in call for call in slurm.calls()) == (wait_code == "0")
 
 
-def test_slurm_script_warned_of_its_end_stops_the_job_and_queues_again(tmp_path):
+@pytest.mark.parametrize("status, queues_again", [("was stopped", True), ("failed", True), ("succeeded", False)])
+def test_slurm_script_warned_of_its_end_stops_the_job_and_queues_again(tmp_path, status, queues_again):
     slurm = FakeSlurm(tmp_path, {"node1": NODE, "node2": NODE})
-    script = start_script(tmp_path, slurm)
-    wait_until((tmp_path / "submitted").exists, 20, script)
+    script = start_script(tmp_path, slurm, STATUS=status)
+    wait_until((tmp_path / "submitted").exists, 20, script, slurm)
     script.send_signal(signal.SIGTERM)
-    output, _ = script.communicate(timeout=30)
-    *_, stop, requeue = slurm.calls()
-    assert stop.startswith("node1: ray job stop ") and stop.endswith(" clipreid-4711")
-    assert requeue == "scontrol requeue 4711"
-    assert script.returncode == 1, output
+    assert script.wait(30) == int(queues_again), slurm.log()
+    stops = [call for call in slurm.calls() if call.startswith("node1: ray job stop ")]
+    assert len(stops) == 1 and stops[0].endswith(" clipreid-4711")
+    assert (slurm.calls()[-1] == "scontrol requeue 4711") == queues_again
+
+
+# --- the Slurm script for real, with two nodes in network namespaces
+
+PROBE = '''
+"""Stands in for launch/train.py: says which nodes it reached, then waits to be stopped."""
+import json, os, signal, socket, sys, time
+from pathlib import Path
+import ray
+
+stopped = []
+ray.init(logging_level="ERROR")
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # After Ray, which has a handler of its own.
+group = ray.util.placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+
+@ray.remote(num_cpus=1)
+def place():
+    return socket.gethostname(), ray.util.get_node_ip_address(), os.environ["RAY_AUTH_MODE"]
+
+strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+places = ray.get([place.options(scheduling_strategy=strategy(group, n)).remote() for n in range(2)])
+print("probe at work", flush=True)
+Path("report.tmp").write_text(json.dumps({"places": places, "arguments": sys.argv[1:], "driver": socket.gethostname()}))
+Path("report.tmp").rename("report.json")
+while not stopped:
+    time.sleep(0.1)
+Path("saved").write_text("checkpoint")
+sys.exit(143)
+'''
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with network(2, tmp_path) as nodes:
+        yield nodes
+
+
+def slurm_on(nodes, tmp_path: Path, cwd: Path) -> FakeSlurm:
+    lines = {node.name: f'exec {shlex.join(node.command([], cwd=cwd))} "$@"' for node in nodes}
+    return FakeSlurm(tmp_path / "slurm", lines)
+
+
+@pytest.mark.faults
+def test_slurm_script_makes_a_two_node_cluster_runs_its_job_and_leaves_nothing(tmp_path, two_nodes):
+    checkout = tmp_path / "checkout"
+    (checkout / "launch").mkdir(parents=True)
+    (checkout / "launch" / "train.py").write_text(PROBE)
+    (checkout / "cluster").symlink_to(ROOT / "cluster")
+    slurm = slurm_on(two_nodes, tmp_path, checkout)
+    script = start_script(checkout, slurm, "--config", "x.yaml", "stages=[1]")
+    report = checkout / "report.json"
+    wait_until(report.exists, 150, script, slurm)
+    facts = json.loads(report.read_text())
+    assert sorted(facts["places"]) == [["node1", "10.77.0.1", "token"], ["node2", "10.77.0.2", "token"]]
+    assert facts["arguments"] == ["--config", "x.yaml", "stages=[1]"]
+    assert facts["driver"] == "node1"
+
+    jobs = ["ray", "job", "list", "--address=http://127.0.0.1:8265"]
+    right = slurm.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(checkout / "secret" / "token"))
+    wrong = slurm.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    assert "clipreid-4711" in two_nodes[0].run(jobs, env=right, check=True).stdout
+    refused = two_nodes[0].run(jobs, env=wrong)
+    assert refused.returncode != 0 and "token is invalid" in refused.stderr
+
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(120) == 1, slurm.log()
+    assert (checkout / "saved").exists(), slurm.log()
+    assert slurm.calls()[-1] == "scontrol requeue 4711", slurm.log()
+    assert "probe at work" in slurm.log()
+    wait_until_empty(two_nodes)
+
+
+def wait_until_empty(nodes) -> None:
+    deadline = time.monotonic() + 30
+    while left := [pid for node in nodes for pid in node.pids()]:
+        assert time.monotonic() < deadline, subprocess.run(["ps", "-fp", ",".join(map(str, left))], capture_output=True)
+        time.sleep(0.2)
