@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from shards.cache import node_cache_dir
 from shards.errors import DataError
-from shards.index_file import address, open_table, read_facts, single
+from shards.index_file import address, numpy, open_table, read_facts, single
 from shards.source import ShardSource
 
 
@@ -86,7 +86,7 @@ class ShardIndex:
         return self.table.column(column).chunk(0).dictionary
 
     def _codes(self, column: str) -> np.ndarray:
-        return self.table.column(column).chunk(0).indices.to_numpy()
+        return numpy(self.table.column(column).chunk(0).indices)
 
     def _check_local_shards(self) -> None:
         """Every listed shard is there and as long as it was packed."""
@@ -206,13 +206,13 @@ class SplitIndex:
         return f"shard {self.shard_names[self.shard[row]]}, key {self.key(row)}"
 
     def _codes(self, column: str) -> np.ndarray:
-        return single(self.table.column(column)).indices.to_numpy()
+        return numpy(single(self.table.column(column)).indices)
 
     def _strings(self, column: str) -> np.ndarray:
         values = single(self.table.column(column))
         if isinstance(values, pa.DictionaryArray):
-            return np.asarray(values.dictionary.to_pylist(), dtype=object)[values.indices.to_numpy()]
-        return values.to_numpy(zero_copy_only=False)
+            return np.array(values.dictionary.to_pylist(), dtype=object)[numpy(values.indices)]
+        return np.array(values.to_pylist(), dtype=object)
 
 
 def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> SplitIndex:
@@ -223,4 +223,4 @@ def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> Spl
 
 
 def _numpy(table: pa.Table, column: str) -> np.ndarray:
-    return single(table.column(column)).to_numpy()
+    return numpy(single(table.column(column)))

@@ -94,7 +94,7 @@ def _decode(source: ShardSource, facts: dict) -> pa.Table:
             "the two comes from another packing, or was cut short: copy both again or re-pack"
         )
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
     if missing := [name for name in COLUMNS if name not in table.column_names]:
@@ -125,11 +125,16 @@ def _counts(images: dict[str, int]) -> str:
 def _coded(values: pa.Array) -> pa.DictionaryArray:
     encoded = values.dictionary_encode()
     order = pc.sort_indices(encoded.dictionary)
-    place = np.empty(len(order), np.int32)
-    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    return pa.DictionaryArray.from_arrays(place[encoded.indices.to_numpy()], encoded.dictionary.take(order))
+    rank = pc.sort_indices(order).cast(pa.int32())  # sorting a permutation inverts it
+    return pa.DictionaryArray.from_arrays(rank.take(encoded.indices), encoded.dictionary.take(order))
 
 
 def single(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece, without a copy where it is in one piece."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def numpy(values: pa.Array) -> np.ndarray:
+    """Numbers without nulls as they lie in memory. (`to_numpy` imports pandas first, for half a second.)"""
+    data = np.frombuffer(values.buffers()[1], values.type.to_pandas_dtype())
+    return data[values.offset : values.offset + len(values)]
