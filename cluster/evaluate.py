@@ -38,24 +38,44 @@ def evaluate(
         ModelError: no query has a valid match in the gallery.
     """
     model.eval()
+    return measure(lambda split: encode_split(model, index, split, config, team, on_images), index, config, team)
 
-    def features(split: str) -> np.ndarray:
-        return encode_split(model, index, split, config, team, on_images)
 
+def measure(features: Callable[[str], np.ndarray], index: ShardIndex, config: Config, team: Team) -> dict[str, Any]:
+    """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name."""
     if "test" in index.splits:
         return _evaluate_vehicleid(features("test"), index.split("test"), config, team)
     query, gallery = index.split("query"), index.split("gallery")
-    query_features = torch.from_numpy(np.array(features("query"))).to(team.device)
-    gallery_features = features("gallery")
+    return measure_retrieval(
+        np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
+        rule=config.eval.rule, rerank=config.eval.rerank, team=team,
+    )  # fmt: skip
+
+
+def measure_retrieval(
+    query_features: np.ndarray,
+    query: Labels,
+    gallery_features: np.ndarray,
+    gallery: Labels,
+    *,
+    rule: str,
+    rerank: tuple[int, int, float] | None,
+    team: Team,
+) -> dict[str, Any]:
+    """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
+
+    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped.
+    """
+    on_device = torch.from_numpy(query_features).to(team.device)
     metrics = retrieve(
-        query_features, labels_of(query), gallery_features, labels_of(gallery), rule=config.eval.rule,
-        part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
+        on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
+        reduce_sum=_summed_by(team),
     ).metrics()  # fmt: skip
-    if config.eval.rerank:
-        k1, k2, weight = config.eval.rerank
+    if rerank:
+        k1, k2, weight = rerank
         metrics["rerank"] = evaluate_reranked(
-            query_features.cpu(), labels_of(query), torch.from_numpy(np.array(gallery_features)), labels_of(gallery),
-            rule=config.eval.rule, k1=k1, k2=k2, lam=weight,
+            torch.from_numpy(query_features), query, torch.from_numpy(np.array(gallery_features)), gallery,
+            rule=rule, k1=k1, k2=k2, lam=weight,
         )  # fmt: skip
     return metrics
 
@@ -74,15 +94,22 @@ def encode_split(
     views = torch.tensor(rows_of.views, device=team.device)
 
     def encode(images: Tensor, rows: Tensor) -> Tensor:
-        pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            features = model.features(pixels, cameras[rows], views[rows])
-        return descriptor(features, config.eval.descriptor)
+        return describe(model, config, images, cameras[rows], views[rows])
 
     return extract(
         encode, index, split, team, image_size=config.model.image_size, batch=config.eval.batch,
         loaders=config.data.loaders, cache_dir=config.data.cache_dir, on_images=on_images,
     )  # fmt: skip
+
+
+def describe(
+    model: ReIDModel, config: Config, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None
+) -> Tensor:
+    """Descriptors, float32 [b, D], L2-normalised, of uint8 images [b, 3, H, W]. Without cameras: none is known."""
+    pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        features = model.features(pixels, cameras, views)
+    return descriptor(features, config.eval.descriptor)
 
 
 def labels_of(split: SplitIndex) -> Labels:

@@ -7,7 +7,7 @@ Every image is encoded exactly once. Workers of a node map the same file, so 113
 
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 """uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width]."""
 
 
-@torch.no_grad()
 def extract(
     encode: Encode,
     index: ShardIndex,
@@ -47,16 +46,32 @@ def extract(
         index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
         workers=loaders, cache_dir=cache_dir,
     )  # fmt: skip
+    own_rows, own = encode_batches(encode, loader, batch, team.device, on_images)
+    return _share(own_rows, own, len(index.split(split).labels), team, cache_dir)
+
+
+@torch.no_grad()
+def encode_batches(
+    encode: Encode,
+    batches: Iterable[ImageBatch],
+    batch: int,
+    device: torch.device,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> tuple[Tensor, Tensor | None]:
+    """Row numbers int64 [n] and features float32 [n, width], on the CPU, of batches of up to `batch` images.
+
+    None in place of the features where there is no image.
+    """
     rows, features = [], []
     done = 0
-    for part in loader:
-        features.append(_encode_padded(encode, part, batch, team.device))
+    for part in batches:
+        features.append(_encode_padded(encode, part, batch, device))
         rows.append(part.rows)
         done += len(part.rows)
         on_images(done)
-    own_rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-    own = torch.cat(features) if features else None
-    return _share(own_rows, own, len(index.split(split).labels), team, cache_dir)
+    if not features:
+        return torch.empty(0, dtype=torch.int64), None
+    return torch.cat(rows), torch.cat(features)
 
 
 def _encode_padded(encode: Encode, part: ImageBatch, batch: int, device: torch.device) -> Tensor:

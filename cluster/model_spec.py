@@ -11,7 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def model_spec(config: Config, index: ShardIndex) -> ModelSpec:
-    """Raises ModelError where architecture, sizes or side information do not fit."""
+    """For the dataset to train on. Raises ModelError where architecture, sizes or side information do not fit."""
+    return configured_spec(
+        config, cameras=index.cameras, views=index.views, identities=index.split("train").num_identities,
+        noun=index.noun,
+    )  # fmt: skip
+
+
+def configured_spec(config: Config, *, cameras: int, views: int, identities: int, noun: str) -> ModelSpec:
+    """For any dataset of that many cameras, views and training identities. Raises ModelError as `model_spec`."""
     m = config.model
     return ModelSpec(
         arch=m.arch,
@@ -21,11 +29,11 @@ def model_spec(config: Config, index: ShardIndex) -> ModelSpec:
         sie=m.sie,
         sie_tokens=m.sie_tokens,
         sie_coefficient=m.sie_coefficient,
-        cameras=index.cameras,
-        views=index.views,
-        identities=index.split("train").num_identities,
+        cameras=cameras,
+        views=views,
+        identities=identities,
         prompt_tokens=m.prompt_tokens,
-        noun=index.noun,
+        noun=noun,
     )
 
 
