@@ -3,43 +3,25 @@
     stage 2 -> [weights] -> model.safetensors -> evaluate, extract, export
 
 One file holds the image encoder with necks and classifiers, the text side where there is one, and in its
-metadata all that is needed to use them: the ModelSpec with the architecture, the normalisation of pixels, and
-the descriptor. Weights of others come in through `pretrained.py` (CLIP) and `official.py` (the paper's
-authors).
+metadata the card (`card.py`) with all that is needed to use them. Weights of others come in through
+`pretrained.py` (CLIP) and `official.py` (the paper's authors).
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipreid.errors import ModelError
+from clipreid.card import MODEL_FILE, ModelCard, read_card, weights_file
 from clipreid.model import ReIDModel, empty_models
 from clipreid.pretrained import check_fit
 from clipreid.prompts import PromptedText
 from clipreid.spec import ModelSpec
 
-MODEL_FILE = "model.safetensors"
-"""Name of the final weights in a run folder."""
+__all__ = ["MODEL_FILE", "ModelCard", "load_model", "load_text", "read_card", "save_model", "weights_file"]
 
-_CARD = "clipreid"
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What has to be known to use a file of weights."""
-
-    spec: ModelSpec
-    pixel_mean: tuple[float, float, float]
-    """Mean of the red, green, blue values in 0..1 that is subtracted before the encoder."""
-    pixel_std: tuple[float, float, float]
-    """What the rest is divided by."""
-    descriptor: tuple[str, ...] = ("img", "proj")
-    """Features that images are compared by: any of pre, img, proj."""
 
 
 def save_model(path: str | Path, model: ReIDModel, card: ModelCard, text: PromptedText | None = None) -> None:
@@ -48,47 +30,10 @@ def save_model(path: str | Path, model: ReIDModel, card: ModelCard, text: Prompt
     The file appears under its name only when it is complete.
     """
     state = model.state_dict() | (text.state_dict() if text is not None else {})
-    fields = {
-        "spec": card.spec.to_dict(),
-        "pixel_mean": list(card.pixel_mean),
-        "pixel_std": list(card.pixel_std),
-        "descriptor": list(card.descriptor),
-    }
     partial = Path(f"{path}.partial")
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(contiguous, partial, metadata={_CARD: json.dumps(fields)})
+    save_file(contiguous, partial, metadata=card.to_metadata())
     partial.replace(path)
-
-
-def weights_file(weights: str | Path) -> Path:
-    """The file behind a run folder or a file of weights. Raises ModelError where there is none."""
-    path = Path(weights)
-    if path.is_dir():
-        path = path / MODEL_FILE
-        if not path.is_file():
-            raise ModelError(f"{weights}: holds no {MODEL_FILE}: not a run folder, or the run has not finished")
-    elif not path.is_file():
-        raise ModelError(f"{weights}: no such run folder or file of weights")
-    return path
-
-
-def read_card(path: str | Path) -> ModelCard:
-    """The card of a file written by `save_model`, without its weights. Raises ModelError for any other file."""
-    path = weights_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ModelError(f"{path}: is not a complete .safetensors file ({error}); copy it again") from None
-    if _CARD not in metadata:
-        raise ModelError(f"{path}: was not written by this system; for others' weights set model.pretrained")
-    fields = json.loads(metadata[_CARD])
-    return ModelCard(
-        spec=ModelSpec.from_dict(fields["spec"]),
-        pixel_mean=tuple(fields["pixel_mean"]),
-        pixel_std=tuple(fields["pixel_std"]),
-        descriptor=tuple(fields["descriptor"]),
-    )
 
 
 def load_model(path: str | Path) -> tuple[ReIDModel, ModelSpec]:

@@ -1,0 +1,74 @@
+"""What a file of weights says about itself, read without its weights and without torch.
+
+    model.safetensors -> [card] -> load_model; checks of a configuration before anything heavy is imported
+
+The metadata of the file holds the ModelSpec with the architecture, the normalisation of pixels, and the descriptor.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from clipreid.errors import ModelError
+from clipreid.spec import ModelSpec
+
+MODEL_FILE = "model.safetensors"
+"""Name of the final weights in a run folder."""
+
+_CARD = "clipreid"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What has to be known to use a file of weights."""
+
+    spec: ModelSpec
+    pixel_mean: tuple[float, float, float]
+    """Mean of the red, green, blue values in 0..1 that is subtracted before the encoder."""
+    pixel_std: tuple[float, float, float]
+    """What the rest is divided by."""
+    descriptor: tuple[str, ...] = ("img", "proj")
+    """Features that images are compared by: any of pre, img, proj."""
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the metadata of a .safetensors file; `read_card` reads it back."""
+        fields = {
+            "spec": self.spec.to_dict(),
+            "pixel_mean": list(self.pixel_mean),
+            "pixel_std": list(self.pixel_std),
+            "descriptor": list(self.descriptor),
+        }
+        return {_CARD: json.dumps(fields)}
+
+
+def weights_file(weights: str | Path) -> Path:
+    """The file behind a run folder or a file of weights. Raises ModelError where there is none."""
+    path = Path(weights)
+    if path.is_dir():
+        path = path / MODEL_FILE
+        if not path.is_file():
+            raise ModelError(f"{weights}: holds no {MODEL_FILE}: not a run folder, or the run has not finished")
+    elif not path.is_file():
+        raise ModelError(f"{weights}: no such run folder or file of weights")
+    return path
+
+
+def read_card(path: str | Path) -> ModelCard:
+    """The card of a file written by `save_model`, without its weights. Raises ModelError for any other file."""
+    path = weights_file(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"{path}: is not a complete .safetensors file ({error}); copy it again") from None
+    if _CARD not in metadata:
+        raise ModelError(f"{path}: was not written by this system; for others' weights set model.pretrained")
+    fields = json.loads(metadata[_CARD])
+    return ModelCard(
+        spec=ModelSpec.from_dict(fields["spec"]),
+        pixel_mean=tuple(fields["pixel_mean"]),
+        pixel_std=tuple(fields["pixel_std"]),
+        descriptor=tuple(fields["descriptor"]),
+    )
