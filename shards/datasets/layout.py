@@ -41,6 +41,14 @@ def image_files(source: Source, folder: str) -> list[str]:
     return [path for path in source.files(folder) if not is_stray(path)]
 
 
+def list_images(root: str) -> list[str]:
+    """Sorted paths of the images below a folder, zip or URL. Raises DataError where there is none."""
+    names = image_files(Source(root), "")
+    if not names:
+        raise DataError(f"{root}: holds no images ({', '.join(IMAGE_FORMATS)})")
+    return names
+
+
 def match_names(
     source: Source, paths: Iterable[str], pattern: re.Pattern, expected: str, below: str = ""
 ) -> Iterator[tuple[str, re.Match]]:
