@@ -5,6 +5,8 @@
 Reads the dataset's index and the model's name, but loads neither weights nor torch.
 """
 
+from collections.abc import Callable
+
 from clipreid.errors import ModelError
 from clipreid.spec import ModelSpec
 from cluster.config import Config
@@ -34,6 +36,27 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     return index, spec
 
 
+def check_evaluation(config: Config) -> ShardIndex:
+    """The dataset, which has images in the splits of evaluation. Raises ConfigError."""
+    return _with_splits(config, _evaluated)
+
+
+def check_split(config: Config, split: str) -> ShardIndex:
+    """The dataset, which has images in that split. Raises ConfigError."""
+    return _with_splits(config, lambda index: [split])
+
+
+def _with_splits(config: Config, wanted: Callable[[ShardIndex], list[str]]) -> ShardIndex:
+    index = _open_index(config)
+    if faults := list(_absent_splits(index, config, wanted(index))):
+        raise ConfigError("\n".join(faults))
+    return index
+
+
+def _evaluated(index: ShardIndex) -> list[str]:
+    return ["test"] if "test" in index.splits else ["query", "gallery"]
+
+
 def _open_index(config: Config) -> ShardIndex:
     try:
         return ShardIndex.open(config.data.shards, config.data.cache_dir)
@@ -42,12 +65,18 @@ def _open_index(config: Config) -> ShardIndex:
 
 
 def _split_faults(index: ShardIndex, config: Config):
-    wanted = ["train"]
-    if 2 in config.stages:
-        wanted += ["test"] if "test" in index.splits else ["query", "gallery"]
+    wanted = ["train", *(_evaluated(index) if 2 in config.stages else [])]
+    yield from _absent_splits(index, config, wanted)
+
+
+def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]):
     for split in wanted:
         if not index.splits.get(split, {}).get("images"):
-            yield f"data.shards: {config.data.shards} has no images in split {split}: pack the dataset with it"
+            filled = ", ".join(name for name, facts in index.splits.items() if facts["images"])
+            yield (
+                f"data.shards: {config.data.shards} has no images in split {split}, only in {filled}: "
+                "pack the dataset with it"
+            )
 
 
 def _batch_faults(index: ShardIndex, config: Config):

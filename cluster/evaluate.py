@@ -1,8 +1,6 @@
 """Evaluation on many workers: features once, then exact CMC and mAP from each rank's blocks of the gallery.
 
-    encoder ──▶ features of query and gallery (or VehicleID's test) ──▶ [evaluate] ──▶ metrics
-
-The distances are counted by `clipreid.retrieval`; here the counts of the ranks are added up.
+encoder ──▶ [evaluate]: features of query and gallery (or VehicleID's test) ──▶ measure ──▶ metrics
 """
 
 from collections.abc import Callable
@@ -14,11 +12,10 @@ from torch import Tensor
 
 from clipreid.augment import normalise
 from clipreid.model import ReIDModel, descriptor
-from clipreid.protocols import vehicleid
-from clipreid.rerank import evaluate_reranked
-from clipreid.retrieval import Labels, retrieve
+from clipreid.retrieval import Labels
 from cluster.config import Config
 from cluster.features import extract
+from cluster.measure import measure_retrieval, measure_vehicleid
 from cluster.team import Team
 from shards.index import ShardIndex, SplitIndex
 
@@ -44,40 +41,16 @@ def evaluate(
 def measure(features: Callable[[str], np.ndarray], index: ShardIndex, config: Config, team: Team) -> dict[str, Any]:
     """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name."""
     if "test" in index.splits:
-        return _evaluate_vehicleid(features("test"), index.split("test"), config, team)
+        test = index.split("test")
+        return measure_vehicleid(
+            np.array(features("test")), test.identity_codes, test.lists, draws=config.eval.draws,
+            seed=config.run.seed, team=team,
+        )  # fmt: skip
     query, gallery = index.split("query"), index.split("gallery")
     return measure_retrieval(
         np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
         rule=config.eval.rule, rerank=config.eval.rerank, team=team,
     )  # fmt: skip
-
-
-def measure_retrieval(
-    query_features: np.ndarray,
-    query: Labels,
-    gallery_features: np.ndarray,
-    gallery: Labels,
-    *,
-    rule: str,
-    rerank: tuple[int, int, float] | None,
-    team: Team,
-) -> dict[str, Any]:
-    """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
-
-    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped.
-    """
-    on_device = torch.from_numpy(query_features).to(team.device)
-    metrics = retrieve(
-        on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
-        reduce_sum=_summed_by(team),
-    ).metrics()  # fmt: skip
-    if rerank:
-        k1, k2, weight = rerank
-        metrics["rerank"] = evaluate_reranked(
-            torch.from_numpy(query_features), query, torch.from_numpy(np.array(gallery_features)), gallery,
-            rule=rule, k1=k1, k2=k2, lam=weight,
-        )  # fmt: skip
-    return metrics
 
 
 def encode_split(
@@ -114,14 +87,3 @@ def describe(
 
 def labels_of(split: SplitIndex) -> Labels:
     return Labels(split.identity_codes, split.cameras, split.times)
-
-
-def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: team.patient_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)
-
-
-def _evaluate_vehicleid(features: np.ndarray, test: SplitIndex, config: Config, team: Team) -> dict[str, Any]:
-    return vehicleid(
-        torch.from_numpy(np.array(features)).to(team.device), test.identity_codes, test.lists, draws=config.eval.draws,
-        seed=config.run.seed, part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
-    )  # fmt: skip

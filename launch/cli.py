@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 USER_ERRORS = (
@@ -59,6 +60,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+def check_out(parser: Parser, out: Path) -> None:
+    """Refuse a place for the result where it could not be written, before the work is done for nothing."""
+    if out.is_dir():
+        parser.error(f"--out {out}: is a folder; name a file in it")
+    if not out.absolute().parent.is_dir():
+        parser.error(f"--out {out}: no such folder {out.absolute().parent}")
 
 
 @contextmanager

@@ -1,0 +1,114 @@
+"""Weights applied to images, in one process on one device: evaluation and extraction.
+
+RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] ──▶ metrics, or arrays of a feature file
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from clipreid.card import ModelCard
+from clipreid.model import ReIDModel, build_models
+from clipreid.official import official_shapes
+from clipreid.pretrained import is_official, read_state_dict
+from clipreid.spec import ModelSpec
+from clipreid.weights import load_model
+from cluster.config import Config
+from cluster.evaluate import describe, encode_split, measure
+from cluster.features import encode_batches
+from cluster.model_spec import configured_spec, model_spec
+from cluster.team import Team, choose_device
+from shards.folder import FolderLoader
+from shards.index import ShardIndex
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""progress(what is done): a block with a function to be told (images done, images in all)."""
+
+
+class Applied:
+    """A model with loaded weights, as the settings want it applied."""
+
+    def __init__(self, config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None):
+        """`card`: of a file of our own, which fits the settings already. Raises ModelError where weights do not fit."""
+        self.config = config
+        self.team = Team(device=choose_device(0))
+        model = load_model(path)[0] if card else _load_others(config, path, index)
+        self.model: ReIDModel = model.to(self.team.device).eval()
+
+    def evaluate(self, index: ShardIndex, progress: Progress) -> dict[str, Any]:
+        """Metrics as of a run, `cluster.evaluate.evaluate`. Raises as it does."""
+        return measure(lambda split: self._encode(index, split, progress), index, self.config, self.team)
+
+    def extract_split(self, index: ShardIndex, split: str, progress: Progress) -> dict[str, np.ndarray]:
+        """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""
+        features = self._encode(index, split, progress)
+        rows = index.split(split)
+        return {
+            "features": features,
+            "identities": _strings(rows.identity),
+            "cameras": rows.cameras,
+            "views": rows.views,
+            "keys": _strings(rows.keys),
+            "splits": np.full(len(rows), split),
+            "lists": _strings(rows.lists),
+            "times": _strings(rows.times),
+        }
+
+    def extract_images(self, folder: str, names: list[str], progress: Progress) -> dict[str, np.ndarray]:
+        """The same for the images `names` of a plain folder: keys are the names, all else is unknown."""
+        loader = FolderLoader(
+            folder, names, image_size=self.config.model.image_size, batch_size=self.config.eval.batch,
+            workers=self.config.data.loaders,
+        )  # fmt: skip
+
+        def encode(images: Tensor, rows: Tensor) -> Tensor:
+            return describe(self.model, self.config, images)
+
+        with progress("encode images") as done:
+            _, features = encode_batches(
+                encode, loader, self.config.eval.batch, self.team.device, lambda count: done(count, len(names))
+            )
+        assert features is not None, "list_images refuses a folder without images"
+        unknown, empty = np.full(len(names), -1, np.int64), np.full(len(names), "")
+        return {
+            "features": features.numpy(),
+            **dict.fromkeys(("cameras", "views"), unknown),
+            **dict.fromkeys(("identities", "splits", "lists", "times"), empty),
+            "keys": np.array(names, str),
+        }
+
+    def _encode(self, index: ShardIndex, split: str, progress: Progress) -> np.ndarray:
+        total = len(index.split(split))
+        with progress(f"encode {split}") as done:
+            return encode_split(self.model, index, split, self.config, self.team, lambda count: done(count, total))
+
+
+def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDModel:
+    if index is not None and "train" in index.splits:
+        spec = model_spec(config, index)
+    else:
+        spec = _spec_of_shapes(config, path, index)
+    model, _ = build_models(spec, str(path), config.run.seed)
+    return model
+
+
+def _spec_of_shapes(config: Config, path: Path, index: ShardIndex | None) -> ModelSpec:
+    """Without a training set: its numbers of identities and, without any dataset, of side information, as in the
+    file. No camera or view is known then, so it does not matter which of them a row belongs to."""
+    identities, sie_rows = 1, 1
+    if is_official(read_state_dict(path)):
+        shapes = official_shapes(path)
+        identities, sie_rows = shapes.identities, max(shapes.sie_rows, 1)
+    if index is not None:
+        return configured_spec(config, cameras=index.cameras, views=index.views, identities=identities, noun=index.noun)
+    views_only = config.model.sie == "view"
+    cameras, views = (1, sie_rows) if views_only else (sie_rows, 1)
+    return configured_spec(config, cameras=cameras, views=views, identities=identities, noun="person")
+
+
+def _strings(values: np.ndarray) -> np.ndarray:
+    return values.astype(str)

@@ -1,0 +1,106 @@
+"""From descriptors to metrics on many workers, and from feature files on one.
+
+    evaluate, feature files ── descriptors ──▶ [measure] ──▶ metrics
+
+The distances are counted by `clipreid.retrieval`; here the counts of the ranks are added up. No encoder is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipreid.protocols import vehicleid
+from clipreid.rerank import evaluate_reranked
+from clipreid.retrieval import Labels, retrieve
+from cluster.feature_file import FeatureSet
+from cluster.team import Team, choose_device
+
+UNIT_TOLERANCE = 1e-6
+"""How far the length of a row that was normalised in float32 may be from 1."""
+BLOCK_ROWS = 8192
+
+
+def measure_retrieval(
+    query_features: np.ndarray,
+    query: Labels,
+    gallery_features: np.ndarray,
+    gallery: Labels,
+    *,
+    rule: str,
+    rerank: tuple[int, int, float] | None,
+    team: Team,
+) -> dict[str, Any]:
+    """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
+
+    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped.
+    """
+    on_device = torch.from_numpy(query_features).to(team.device)
+    metrics = retrieve(
+        on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
+        reduce_sum=_summed_by(team),
+    ).metrics()  # fmt: skip
+    if rerank:
+        k1, k2, weight = rerank
+        metrics["rerank"] = evaluate_reranked(
+            torch.from_numpy(query_features), query, torch.from_numpy(np.array(gallery_features)), gallery,
+            rule=rule, k1=k1, k2=k2, lam=weight,
+        )  # fmt: skip
+    return metrics
+
+
+def measure_vehicleid(
+    features: np.ndarray, identities: np.ndarray, lists: np.ndarray, *, draws: int, seed: int, team: Team
+) -> dict[str, Any]:
+    """`small`, `medium`, `large`, each with mean and std over the draws. Features float32 [n, D] of split test."""
+    return vehicleid(
+        torch.from_numpy(features).to(team.device), identities, lists, draws=draws, seed=seed,
+        part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
+    )  # fmt: skip
+
+
+def measure_pair(
+    query: FeatureSet, gallery: FeatureSet, *, normalize: bool, rule: str, rerank: tuple[int, int, float] | None
+) -> dict[str, Any]:
+    """Metrics of feature files, in this process. With `normalize` the sets' features are changed in place.
+
+    Raises ModelError for features that are not finite, and where no query has a valid match.
+    """
+    for part in (query, gallery) if normalize else ():
+        normalize_rows(part.features)
+    return measure_retrieval(
+        query.features, _labels(query), gallery.features, _labels(gallery), rule=rule, rerank=rerank,
+        team=_this_process(),
+    )  # fmt: skip
+
+
+def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int) -> dict[str, Any]:
+    """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
+    if normalize:
+        normalize_rows(test.features)
+    return measure_vehicleid(test.features, test.identities, test.lists, draws=draws, seed=seed, team=_this_process())
+
+
+def normalize_rows(features: np.ndarray) -> None:
+    """Scale the rows, float32 [n, D], to length 1 in place.
+
+    Those that have it already keep every bit, so that an extraction gives the very figures of its run.
+    """
+    for start in range(0, len(features), BLOCK_ROWS):
+        rows = torch.from_numpy(features[start : start + BLOCK_ROWS])
+        length = rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny)
+        rows /= length.where((length - 1).abs() > UNIT_TOLERANCE, 1.0)
+
+
+def _labels(part: FeatureSet) -> Labels:
+    return Labels(part.identities, part.cameras, part.times)
+
+
+def _this_process() -> Team:
+    return Team(device=choose_device(0))
+
+
+def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: team.patient_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)

@@ -1,0 +1,171 @@
+"""Judge weights on a packed dataset, or features of any model: mAP and CMC into metrics.json.
+
+python launch/evaluate.py --config configs/demo.yaml --weights runs/demo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.cli import Parser, check_out, progress_bar, run
+
+USAGE = """
+  evaluate.py --config FILE --weights FILE|RUN [key.path=value ...] [--out metrics.json]
+  evaluate.py --features FILE.npz [FILE.npz] [--normalize|--no-normalize] [--rule camera|none|camera_time]
+              [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out metrics.json]"""
+
+EXAMPLE = """examples:
+  python launch/evaluate.py --config configs/demo.yaml --weights runs/demo eval.rerank=[20,6,0.3]
+  python launch/evaluate.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth data.shards=data/market
+  python launch/evaluate.py --features query.npz gallery.npz --rerank 20,6,0.3 --out reranked.json
+  python launch/evaluate.py --features test.npz --protocol vehicleid --draws 10
+
+With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
+files written by extract.py, the query's first; or for vehicleid one extraction of split test. With --weights the rule,
+re-ranking and draws are those of the configuration (eval.rule, eval.rerank, eval.draws, run.seed)."""
+
+FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
+
+
+def main(arguments: list[str]) -> None:
+    parser = make_parser()
+    options = parser.parse_intermixed_args(arguments)
+    check_out(parser, options.out)
+    if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
+        parser.error(f"--out {options.out}: is the metrics.json of a run; choose another name")
+    metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
+
+    from cluster.storage import Storage
+
+    Storage(str(options.out.absolute().parent)).write_json(options.out.name, metrics)
+    show(metrics)
+    print(f"metrics: {options.out}")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="evaluate.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
+    parser.add_argument("--config", metavar="FILE", help="YAML settings: dataset, model, eval.*")
+    parser.add_argument(
+        "--weights", metavar="FILE|RUN",
+        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    parser.add_argument("--features", nargs="+", metavar="FILE.npz", help="features in place of weights")
+    parser.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction,
+        help="scale features to length 1 first (default), or judge them by their plain Euclidean distance",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", choices=("camera", "none", "camera_time"),
+        help="gallery images of the query's identity that do not count: same camera (default), none, or same camera "
+        "and time",
+    )  # fmt: skip
+    parser.add_argument("--rerank", type=rerank_settings, metavar="K1,K2,LAMBDA", help="re-ranked figures as well")
+    parser.add_argument("--protocol", choices=("vehicleid",), help="draw queries and gallery from the test lists")
+    parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
+    parser.add_argument("--seed", type=int, metavar="N", help="fixes the draws (default 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def rerank_settings(text: str) -> tuple[int, int, float]:
+    try:
+        k1, k2, weight = text.split(",")
+        settings = int(k1), int(k2), float(weight)
+    except ValueError:
+        settings = 0, 0, 0.0
+    if min(settings[:2]) < 1 or not 0 <= settings[2] <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K1,K2,LAMBDA such as 20,6,0.3 (LAMBDA from 0 to 1)")
+    return settings
+
+
+def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]:
+    if not options.config or not options.weights:
+        parser.error("give --config and --weights, or --features")
+    for name in FEATURE_OPTIONS:
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} belongs to --features; with --weights set eval.* or run.seed as key.path=value")
+
+    from cluster.check import check_evaluation
+    from cluster.config import load_config
+    from cluster.places import at_project_root
+    from cluster.trained import card_of, check_fits, local_weights
+
+    config = at_project_root(load_config(options.config, options.overrides))
+    with local_weights(options.weights) as path:
+        index = check_evaluation(config)
+        if card := card_of(path):
+            check_fits(card, config, index, options.weights)
+        from cluster.apply import Applied
+
+        applied = Applied(config, path, card, index)
+    return applied.evaluate(index, progress_bar)
+
+
+def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any]:
+    _check_feature_options(parser, options)
+    from cluster.feature_file import read_pair, read_test
+
+    normalize = options.normalize is not False
+    if options.protocol:
+        test = read_test(options.features[0])
+        from cluster.measure import measure_test
+
+        return measure_test(test, normalize=normalize, draws=options.draws or 10, seed=options.seed or 0)
+    rule = options.rule or "camera"
+    query, gallery = read_pair(options.features, rule)
+    from cluster.measure import measure_pair
+
+    return measure_pair(query, gallery, normalize=normalize, rule=rule, rerank=options.rerank)
+
+
+def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
+    for name in ("config", "weights"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} and --features exclude each other: features are judged without a model")
+    if options.overrides:
+        parser.error(f"{options.overrides[0]}: with --features there are no settings to replace")
+    most = 1 if options.protocol else 2
+    if len(options.features) > most:
+        parser.error(f"--features: {len(options.features)} files; give {'one' if most == 1 else 'one or two'}")
+    for name in ("rule", "rerank") if options.protocol else ("draws", "seed"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} does not go {'with' if options.protocol else 'without'} --protocol vehicleid")
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """A table of percentages: one line for the plain and the re-ranked figures, or for each size of VehicleID."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if "mAP" in metrics:
+        names = ("mAP", "mINP", "R1", "R5", "R10", "valid_queries")
+        parts = {"": metrics} | ({"re-ranked": metrics["rerank"]} if "rerank" in metrics else {})
+    else:
+        names = ("mAP", "R1", "R5", "queries", "gallery")
+        parts = metrics
+    table = Table("", *(name.replace("_", " ") for name in names))
+    for title, part in parts.items():
+        table.add_row(title, *(_cell(part[name]) for name in names))
+    Console(highlight=False).print(table)
+
+
+def _cell(value: float | int | dict[str, float]) -> str:
+    if isinstance(value, dict):
+        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+    return f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,75 @@
+"""Descriptors of a packed split, or of a plain folder of images, into features.npz.
+
+python launch/extract.py --config configs/demo.yaml --weights runs/demo --split query --out query.npz
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.cli import Parser, check_out, progress_bar, run
+
+USAGE = """
+  extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR) --out FILE.npz [key.path=value ...]"""
+
+EXAMPLE = """examples:
+  python launch/extract.py --config configs/demo.yaml --weights runs/demo --split gallery --out gallery.npz
+  python launch/extract.py --config runs/veri/config.yaml --weights runs/veri --images photos --out photos.npz
+  python launch/extract.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth --split query --out q.npz
+
+The file holds `features` float32 [n, D] of length 1 (eval.descriptor), `identities`, `keys`, `splits`, `lists`, `times`
+(strings), `cameras`, `views` (integers, -1 is unknown), in the order of the index, or of the names in the folder.
+Images of a folder are described without side information, as no camera or view of theirs is known."""
+
+
+def main(arguments: list[str]) -> None:
+    options = (parser := make_parser()).parse_intermixed_args(arguments)
+    check_out(parser, options.out)
+
+    from cluster.check import check_split
+    from cluster.config import load_config
+    from cluster.feature_file import write_features
+    from cluster.places import at_project_root
+    from cluster.trained import card_of, check_fits, local_weights
+
+    config = at_project_root(load_config(options.config, options.overrides))
+    with local_weights(options.weights) as path:
+        index = names = None
+        if options.split is not None:
+            index = check_split(config, options.split)
+        else:
+            from shards.datasets.layout import list_images
+
+            names = list_images(options.images)
+        if card := card_of(path):
+            check_fits(card, config, index, options.weights)
+        from cluster.apply import Applied
+
+        applied = Applied(config, path, card, index)
+    if index is not None:
+        arrays = applied.extract_split(index, options.split, progress_bar)
+    else:
+        arrays = applied.extract_images(options.images, names, progress_bar)
+    write_features(str(options.out.absolute()), arrays)
+    count, width = arrays["features"].shape
+    print(f"{options.out}: {count:,} images x {width:,} values")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="extract.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings: dataset, model, eval.*")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE|RUN",
+        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--split", metavar="NAME", help="split of data.shards: train, query, gallery, test")
+    what.add_argument("--images", metavar="DIR", help="folder, zip or URL with images, also in folders below it")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
