@@ -39,7 +39,7 @@ train: demo-data
 	@$(PY) launch/train.py --config configs/demo.yaml
 
 test: .venv/ready
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/ready
 	@$(PY) -m pytest -m faults --run-faults
