@@ -48,6 +48,13 @@ def prepare_deepspeed(device: torch.device):
     return deepspeed
 
 
+def _zero_settings(stage: int) -> dict[str, Any]:
+    settings = {"stage": stage, "reduce_bucket_size": 50_000_000}
+    # The norm is of no use without clipping. Reading it halts the GPU in every step, and where it is not finite
+    # DeepSpeed leaves the step out without a word.
+    return settings if stage == 0 else settings | {"compute_grad_norm": False}
+
+
 class Engine:
     """One module under DeepSpeed. `groups` come from `clipreid.optim`, each with its `lr_factor`."""
 
@@ -66,7 +73,9 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": 0.0,  # Its default is 1.0, the paper clips nothing.
-                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": 50_000_000},
+                "zero_optimization": _zero_settings(zero_stage),
+                # By default it waits for the GPU twice a step, to time what the run's own log times.
+                "timers": {"throughput": {"enabled": False, "synchronized": False}},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**40,
             },
