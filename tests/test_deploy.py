@@ -1,6 +1,7 @@
 """Cluster files: their schemas, the versions and settings they share, and the Slurm script against stand-ins."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import ray.autoscaler
+import runs
 import yaml
 from deploy_helpers import ROOT, SCRIPT, FakeSlurm
 from namespaces import network, why_unavailable
@@ -365,12 +367,17 @@ sys.exit(143)
 def two_nodes(tmp_path):
     if reason := why_unavailable():
         pytest.skip(reason)
-    with network(2, tmp_path) as nodes:
+    with network(2, tmp_path, shared=[tmp_path.parent]) as nodes:
         yield nodes
 
 
 def slurm_on(nodes, tmp_path: Path, cwd: Path) -> FakeSlurm:
-    lines = {node.name: f'exec {shlex.join(node.command([], cwd=cwd))} "$@"' for node in nodes}
+    """Each node with one core of this machine."""
+    cores = sorted(os.sched_getaffinity(0))
+    lines = {
+        node.name: f'exec taskset -c {cores[n % len(cores)]} {shlex.join(node.command([], cwd=cwd))} "$@"'
+        for n, node in enumerate(nodes)
+    }
     return FakeSlurm(tmp_path / "slurm", lines)
 
 
@@ -402,6 +409,32 @@ def test_slurm_script_makes_a_two_node_cluster_runs_its_job_and_leaves_nothing(t
     assert slurm.calls()[-1] == "scontrol requeue 4711", slurm.log()
     assert "probe at work" in slurm.log()
     wait_until_empty(two_nodes)
+
+
+@pytest.fixture
+def two_cores():
+    """What this test starts on one machine has two cores, as the two nodes have together."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.faults
+def test_training_on_two_slurm_nodes_ends_with_the_weights_and_metrics_of_one_machine(
+    tmp_path, two_nodes, two_cores, tiny_shards
+):
+    config, one, two = runs.config_file(tmp_path), tmp_path / "one", tmp_path / "two"
+    slurm = slurm_on(two_nodes, tmp_path, ROOT)
+    settings = [*runs.overrides(tiny_shards, two), "cluster.placement=STRICT_SPREAD"]
+    script = start_script(ROOT, slurm, "--config", str(config), *settings, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert script.wait(480) == 0, slurm.log()
+    assert json.loads((two / "status.json").read_text())["nodes"] == {"node1": 1, "node2": 1}
+    wait_until_empty(two_nodes)
+
+    runs.train(config, *runs.overrides(tiny_shards, one))
+    for name in ("metrics.json", "stage1.safetensors", "model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def wait_until_empty(nodes) -> None:
