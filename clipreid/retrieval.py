@@ -187,7 +187,9 @@ class _Products:
 
     def _load(self, source: Tensor | np.ndarray, start: int, size: int, name: str) -> tuple[Tensor, Tensor]:
         """Rows from `start`, filled up with zeros to [size, D], and their squared norms [size]."""
-        rows = torch.as_tensor(source[start : start + size])
+        rows = source[start : start + size]
+        if isinstance(rows, np.ndarray):
+            rows = torch.from_numpy(np.array(rows))  # a copy, since memory maps are read-only
         padded = torch.zeros(size, rows.shape[1], device=self.device)
         padded[: len(rows)] = rows
         squared = padded.square().sum(1)
