@@ -30,7 +30,7 @@ from shards.plan import PlannedShard, plan_shards
 from shards.records import SPLITS
 from shards.storage import join
 from shards.validate import check_collection, examples
-from shards.workers import default_processes, run_tasks
+from shards.workers import choose_processes, run_tasks
 from shards.writer import ShardRows, WriteJob, rows_url, write_shard
 
 WORK_FOLDER = ".partial"
@@ -93,7 +93,8 @@ def build(
         for shard in shards
         if shard.name not in finished
     ]
-    images = _write(jobs, _processes(processes, out, collection), progress)
+    urls = [out, *(source.root for source in collection.sources.values())]
+    images = _write(jobs, choose_processes(processes, len(collection.records), urls), progress)
     written = _publish(out, work, collection, shards, said)
     return BuildReport(written, warnings, collection.notes, images, len(finished))
 
@@ -163,11 +164,6 @@ def _finished(out: str, work: str, shards: Sequence[PlannedShard]) -> set[str]:
             storage.remove(url)
         storage.remove(join(work, file))
     return finished
-
-
-def _processes(asked: int | None, out: str, collection: Collection) -> int:
-    urls = [out, *(source.root for source in collection.sources.values())]
-    return 1 if any(storage.is_process_local(url) for url in urls) else asked or default_processes()
 
 
 def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:

@@ -28,7 +28,7 @@ from shards.format import (
     tar_padding,
 )
 from shards.storage import join
-from shards.workers import Advance, default_processes, run_tasks
+from shards.workers import Advance, choose_processes, run_tasks
 from shards.writer import EXTENSIONS, READ_FORMATS, REPORT_EVERY
 
 DECODE_EVERY = 50
@@ -98,7 +98,7 @@ def verify(
         for name in storage.list_folder(url)
         if name.endswith(".tar") and name not in known
     ]
-    count = 1 if storage.is_process_local(url) else processes or default_processes()
+    count = choose_processes(processes, table.num_rows, [url])
     decoded = 0
     for found, images in run_tasks(check_shard, tasks, count, lambda done: progress(done, table.num_rows)):
         problems += found

@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
 
+from shards import storage
 from shards.errors import DataError
 
 Task = TypeVar("Task")
@@ -23,6 +24,8 @@ Advance = Callable[[int], None]
 """Called by a task with the number of images it has done since the last call."""
 
 POLL_S = 0.2
+FEW_IMAGES = 2000
+"""Done by one process in about the time that a second one needs to start."""
 _shared: Any = None  # in a worker: (images done by all, whether to stop)
 
 
@@ -30,9 +33,15 @@ class _Stopped(Exception):
     """The parent has given up; the task ends without a result."""
 
 
-def default_processes() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def choose_processes(asked: int | None, images: int, urls: Iterable[str]) -> int:
+    """As asked; else the cores this process may use, or 1 where starting others takes longer than the work.
+
+    Always 1 when another process would not see the files at `urls`.
+    """
+    if any(storage.is_process_local(url) for url in urls) or (not asked and images < FEW_IMAGES):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or cores
 
 
 def run_tasks(
