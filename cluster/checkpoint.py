@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ class Checkpoints:
         self.attempt = team.from_first(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
         self.newest_name: str | None = None
         """Newest checkpoint known to be complete (rank 0 only)."""
+        self.damaged: set[str] = set()
+        """Checkpoints that were passed over; they go when the next one is complete (rank 0 only)."""
         self._writer: threading.Thread | None = None
+        self._writing: str | None = None
+        self._piece_done = threading.Event()
         self._failure: Exception | None = None
 
     def save(self, position: Position, engine: Engine, *, mAP: float | None = None, extras: dict | None = None) -> None:
@@ -68,24 +73,46 @@ class Checkpoints:
             name, position, self.team.world_size, engine.zero_stage, self.settings, self.fingerprint, {}, mAP,
             extras or {},
         )  # fmt: skip
+        self._writing = name
+        self._piece_done.clear()
         self._writer = threading.Thread(target=self._write, args=(manifest, tensors, starts), daemon=True)
         self._writer.start()
 
     def finish(self) -> None:
-        """Wait for the write under way. Raises TrainingError if it failed."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        self.check()
+        """Wait for the write under way. All ranks call this together, and none waits for pieces that will not come.
 
-    def check(self) -> None:
-        """Raise the background's failure, if there is one, as a TrainingError that names the remedy."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise TrainingError(
-                f"the checkpoint could not be written to {self.run.url}/{FOLDER} ({failure}); the one before it "
-                f"({self.newest_name or 'none'}) is intact: make room or mend the storage, then repeat the command"
-            ) from failure
+        Raises:
+            TrainingError: on every rank, if the write failed on any; it names the remedy.
+        """
+        if self._writer is None:
+            return
+        self._piece_done.wait()
+        self._fail_together()  # Before rank 0 waits for the other ranks' pieces.
+        self._writer.join()
+        self._fail_together()
+        self._writer = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's write in the background has failed."""
+        return self._failure is not None
+
+    def _fail_together(self) -> None:
+        news = (self._failure and str(self._failure), self.newest_name)
+        everyone = self.team.collect(news, "finish the checkpoint before")
+        failures = [failure for failure, _ in everyone if failure]
+        if not failures:
+            return
+        if self.team.is_first and self._writing != self.newest_name:  # Incomplete, it would only fill the storage.
+            with suppress(OSError):
+                self.run.remove(f"{FOLDER}/{self._writing}")
+        self._failure = self._writer = None
+        self.team.wait("discard the incomplete checkpoint")
+        raise TrainingError(
+            f"the checkpoint could not be written to {self.run.url}/{FOLDER} "
+            f"({'; '.join(dict.fromkeys(failures))}); the one before it ({everyone[0][1] or 'none'}) is intact: make "
+            "room or mend the storage, then repeat the command"
+        )
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
         try:
@@ -95,6 +122,7 @@ class Checkpoints:
             self.run.write(f"{folder}/{mine}", content)
             facts = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
             self.run.write_json(f"{folder}/{mine}.json", facts)
+            self._piece_done.set()
             if self.team.is_first:
                 manifest.files = self._facts_of_all_ranks(folder)
                 self.run.write_json(f"{folder}/manifest.json", manifest.dump())
@@ -102,6 +130,8 @@ class Checkpoints:
                 self._remove_old()
         except Exception as error:
             self._failure = error
+        finally:
+            self._piece_done.set()
 
     def _facts_of_all_ranks(self, folder: str) -> dict[str, dict]:
         files = [_file_name(rank, self.team.world_size) for rank in range(self.team.world_size)]
@@ -114,7 +144,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Keep the newest `keep` and the best by mAP; folders of interrupted writes go as well."""
-        manifests, _ = read_manifests(self.run)
+        manifests = [m for m in read_manifests(self.run)[0] if m.name not in self.damaged]
         keep = {m.name for m in manifests[-self.keep :]}
         scored = [m for m in manifests if m.mAP is not None]
         if scored:
@@ -139,6 +169,7 @@ class Checkpoints:
                 if fault is None:
                     found, self.newest_name = manifest, manifest.name
                     break
+                self.damaged.add(manifest.name)
                 log.warning("%s: checkpoint %s is skipped", fault, manifest.name)
         return self.team.from_first(found, "choose a checkpoint")
 

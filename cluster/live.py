@@ -57,6 +57,31 @@ def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, 
     return phase, min(status.get("images", 0), total), total or None, speed
 
 
+def summary(status: dict[str, Any], now_s: float) -> list[str]:
+    """A status in lines, "name: value"."""
+    lines = {"doing": status["phase"]}
+    if "step" in status:
+        lines["stage"] = f"{status['stage']}, epoch {status['epoch']} of {status['epochs']}"
+        lines["step"] = f"{status['step']} of about {status['step'] + status['steps_left']}"
+        lines["loss"] = f"{status['loss']:.4f}"
+    if status["phase"].startswith("stage "):
+        lines["time left"] = f"{_clock(status['seconds_left'])} in this stage"
+    if status.get("images_per_s"):
+        lines["speed"] = f"{status['images_per_s']:.0f} images/s"
+    saved_at = status.get("checkpoint_at")
+    ago = f", {_clock(now_s - saved_at)} ago" if saved_at else ""
+    lines["last checkpoint"] = f"{status['checkpoint']}{ago}" if status.get("checkpoint") else "none"
+    lines["restarts"] = str(status["restarts"])
+    nodes = ", ".join(f"{host}: {count}" for host, count in sorted(status["nodes"].items()))
+    lines["workers"] = f"{status['workers']} ({nodes})"
+    lines["updated"] = f"{_clock(now_s - status['updated'])} ago"
+    return [f"{name + ':':<17}{text}" for name, text in lines.items()]
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+
+
 def _watch(run: Storage, images: dict[str, int], done: threading.Event) -> None:
     started = time.time()
     if sys.stderr.isatty():

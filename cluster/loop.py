@@ -4,14 +4,14 @@
                                        ▲
                     SIGTERM, the clock ┘
 
-One small all-reduce a step carries the loss parts and the wishes of the ranks (a checkpoint by the clock, a stop),
-so that all ranks log, save and stop at the same step.
+One small all-reduce a step carries the loss parts and the wishes of the ranks (a checkpoint by the clock, a stop,
+a failed write), so that all ranks log, save and stop at the same step.
 """
 
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from cluster.team import PATIENCE, Team
 
 class Preempted(Exception):
     """The run was asked to stop; a checkpoint of this very step is written."""
+
+
+class Drained(Preempted):
+    """A worker's node is about to be taken away; the workers are wanted again on other nodes."""
 
 
 class Stage(Protocol):
@@ -55,6 +59,11 @@ class Reporter(Protocol):
         """Called by every rank at the end of an epoch, before its checkpoint; mAP, where it was evaluated."""
 
     def should_stop(self) -> bool: ...
+    def wants_drain_notice(self) -> bool:
+        """Whether it is time for all ranks to ask for one."""
+
+    def drain_notice(self) -> bool:
+        """Called by every rank together: is a worker's node about to be taken away?"""
 
 
 def run_stage(
@@ -76,20 +85,22 @@ def run_stage(
     for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
         stage.engine.set_lr(stage.lr(epoch))
         steps = stage.num_steps(epoch)
+        team.wait(f"begin stage {stage.number}, epoch {epoch}")  # Patiently: ranks come from very different work.
         meter = _Meter()
         for batch in stage.batches(epoch, step + 1):
             here = Position(stage.number, epoch, step + 1, total + 1, False)
-            entry, save, stop = _train_step(stage, team, checkpoints, reporter, due, batch, here)
+            entry, wanted = _train_step(stage, team, checkpoints, reporter, due, batch, here)
             step, total = step + 1, total + 1
             entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
             reporter.step(entry, steps_left=steps - step + steps * (stage.epochs - epoch), epochs=stage.epochs)
-            if (save or stop) and step < steps:
+            if wanted.save and step < steps:
                 _save(checkpoints, stage, reporter, due, here, None)
-            if stop:
+            if wanted.stop:
                 if step == steps:
                     _save(checkpoints, stage, reporter, due, here._replace(epoch_done=True), None)
                 checkpoints.finish()
-                raise Preempted(f"stopped after stage {stage.number}, epoch {epoch}, step {total}")
+                kind = Drained if wanted.drain else Preempted
+                raise kind(f"stopped after stage {stage.number}, epoch {epoch}, step {total}")
         mAP = reporter.epoch(stage.number, epoch)
         if mAP is not None or epoch == stage.epochs or (every_epochs and epoch % every_epochs == 0):
             _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, step, total, True), mAP)
@@ -99,30 +110,44 @@ def run_stage(
 
 def _train_step(
     stage: Stage, team: Team, checkpoints: Checkpoints, reporter: Reporter, due: Due, batch: Any, here: Position
-) -> tuple[dict[str, Any], bool, bool]:
-    """One optimizer step. The log entry, and whether a checkpoint or a stop is wanted by any rank."""
+) -> tuple[dict[str, Any], "_Wanted"]:
+    """One optimizer step. The log entry, and what any rank wants after it."""
     patience = PATIENCE if here.step == 1 else 1.0  # Compiling and warming up come with a first step.
     with team.joining(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
         stage.engine.remember_buffers()
         losses = stage.losses(batch)
-        wishes = torch.tensor([float(team.is_first and due.by_clock()), float(reporter.should_stop())])
+        wishes = (
+            team.is_first and due.by_clock(), reporter.should_stop(), reporter.wants_drain_notice(), checkpoints.failed
+        )  # fmt: skip
         news = _NewsOfStep(team, losses, wishes)
         stage.engine.backward(losses["loss"])
         # The news was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
-        means, wants_save, wants_stop = news.arrived()
+        means, (save, stop, ask, failed) = news.arrived()
         _check_finite(means, stage, team, checkpoints, batch, here)
         stage.engine.step()
+        if failed:
+            checkpoints.finish()
+        drain = ask and reporter.drain_notice()
     entry = {"stage": here.stage, "epoch": here.epoch, "step": here.total, **means, "lr": stage.lr(here.epoch)}
-    return entry, due.by_steps(here.total) or wants_save, wants_stop
+    stop = stop or drain
+    return entry, _Wanted(due.by_steps(here.total) or save or stop, stop, drain)
+
+
+class _Wanted(NamedTuple):
+    """What is to be done after a step, the same on every rank."""
+
+    save: bool
+    stop: bool
+    drain: bool
 
 
 class _NewsOfStep:
     """Loss parts averaged over ranks and the ranks' wishes, on their way from the device to the host."""
 
-    def __init__(self, team: Team, losses: dict[str, Tensor], wishes: Tensor):
+    def __init__(self, team: Team, losses: dict[str, Tensor], wishes: tuple[bool, ...]):
         self.names = list(losses)
         parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
-        total = team.sum(torch.cat([parts, wishes.to(parts, non_blocking=True)]))
+        total = team.sum(torch.cat([parts, torch.tensor(wishes).to(parts, non_blocking=True)]))
         self.event = None
         self.values = total
         if total.device.type == "cuda":
@@ -131,11 +156,12 @@ class _NewsOfStep:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def arrived(self) -> tuple[dict[str, float], bool, bool]:
+    def arrived(self) -> tuple[dict[str, float], tuple[bool, ...]]:
         if self.event is not None:
             self.event.synchronize()
-        *means, save, stop = self.values.tolist()
-        return dict(zip(self.names, means, strict=True)), save > 0, stop > 0
+        values = self.values.tolist()
+        means = dict(zip(self.names, values, strict=False))
+        return means, tuple(wish > 0 for wish in values[len(means) :])
 
 
 def _check_finite(

@@ -6,17 +6,20 @@ Ray Train places the workers and starts them again after a failure; what they co
 does not know who placed it.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipreid.errors import ModelError
 from cluster.config import Config, parse_config
 from cluster.errors import ConfigError, TrainingError
+from cluster.live import read_status
 from cluster.report import STOP, request_stop, withdraw_stop
 from cluster.run_folder import METRICS
 from cluster.storage import Storage
@@ -106,6 +109,8 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from cluster.elastic import ElasticTrainer
+
     run_dir = Storage(config.run.dir)
     run_dir.remove(FAILURE)
     withdraw_stop(config.run.dir)
@@ -113,7 +118,8 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.cluster.gpus_per_worker is None else config.cluster.gpus_per_worker
     low, high = config.cluster.worker_range
-    trainer = TorchTrainer(
+    elastic = partial(ElasticTrainer, sizes=config.allowed_workers())
+    trainer = (TorchTrainer if low == high else elastic)(
         _ray_worker,
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.timeout_s)),
@@ -135,7 +141,7 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     except Exception as error:
         raise _failure_of(run_dir) or TrainingError(_root_cause(error)) from error
     finally:
-        stopped = run_dir.exists(STOP)
+        stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
         withdraw_stop(config.run.dir)
     if failure := _failure_of(run_dir):
         raise failure
@@ -183,7 +189,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from cluster.loop import Preempted
+    from cluster.loop import Drained, Preempted
     from cluster.team import join_process_group
     from cluster.worker import train
 
@@ -196,10 +202,13 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
     try:
         train(config, team, report=ray.train.report)
+    except Drained:
+        raise  # Ray counts it as the node's doing and starts the workers on other nodes.
     except Preempted:
         return
     except (ConfigError, DataError, ModelError, TrainingError) as error:
-        run_dir.write_json(FAILURE, {"type": type(error).__name__, "message": str(error), "rank": team.rank})
+        with contextlib.suppress(OSError):  # A full disk, of which the error speaks.
+            run_dir.write_json(FAILURE, {"type": type(error).__name__, "message": str(error), "rank": team.rank})
         raise
 
 

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from cluster.config import Config, results_settings, settings_hash
+from cluster.gauges import Gauges
 from cluster.manifest import Position
 from cluster.run_folder import RunFolder
 from cluster.storage import Storage
@@ -15,6 +18,7 @@ from cluster.team import Team
 
 STOP = "stop-request"
 POLL_S = 1.0
+DRAIN_POLL_S = 5.0
 
 
 class RunReporter:
@@ -28,11 +32,18 @@ class RunReporter:
         self.team = team
         self.report = report
         self.evaluate = evaluate
-        self.folder = RunFolder(config) if team.is_first else None
+        self.folder = None
         self._stop = StopRequest(config, team)
-        if self.folder:
+        self._next_drain_poll_s = 0.0
+        self._times_s: deque[float] = deque(maxlen=50)
+        nodes = Counter(team.collect(socket.gethostname(), "host names"))
+        if team.is_first:
+            self.folder = RunFolder(config, Gauges(config.run.dir).set) if report else RunFolder(config)
             self.folder.go_on_from(position)
-            self.folder.status(now=True, workers=team.world_size, phase="start", resumed_from=_words(position))
+            self.folder.status(
+                now=True, workers=team.world_size, nodes=nodes, phase="start", resumed_from=_words(position),
+                checkpoint=_words(position),
+            )  # fmt: skip
 
     def known_metrics(self) -> dict[str, Any]:
         return self.folder.read_metrics() if self.folder else {}
@@ -58,6 +69,9 @@ class RunReporter:
         if self.folder:
             self.folder.log(entry)
             facts = {key: entry[key] for key in ("stage", "epoch", "step", "loss", "images_per_s")}
+            self._times_s.append(time.monotonic())
+            step_s = (self._times_s[-1] - self._times_s[0]) / max(len(self._times_s) - 1, 1)
+            facts["seconds_left"] = round(steps_left * step_s)
             self.folder.status(phase=f"stage {entry['stage']}", epochs=epochs, steps_left=steps_left, **facts)
 
     def saved(self, name: str) -> None:
@@ -81,6 +95,16 @@ class RunReporter:
 
     def should_stop(self) -> bool:
         return self._stop.asked()
+
+    def wants_drain_notice(self) -> bool:
+        """Rank 0 under Ray asks for one now and then: every answer is a broadcast through Ray."""
+        return bool(self.report and self.folder) and time.monotonic() > self._next_drain_poll_s
+
+    def drain_notice(self) -> bool:
+        from ray.train import get_preemption_info
+
+        self._next_drain_poll_s = time.monotonic() + DRAIN_POLL_S
+        return get_preemption_info() is not None
 
     def finished(self) -> None:
         if self.folder:

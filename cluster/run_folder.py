@@ -5,13 +5,17 @@ run.dir/  config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
 """
 
 import json
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cluster.config import Config, dump_config
+from cluster.errors import TrainingError
 from cluster.manifest import Position
 from cluster.storage import Storage
 
+log = logging.getLogger(__name__)
 LOG = "log.jsonl"
 METRICS = "metrics.json"
 STATUS = "status.json"
@@ -21,14 +25,23 @@ class RunFolder:
     """The folder as rank 0 writes it. On a local disk a log line is on disk when its step ends; elsewhere the log
     is written whole with every checkpoint."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, on_status: Callable[[dict[str, Any]], None] = lambda facts: None):
+        self.on_status = on_status
         self.storage = Storage(config.run.dir)
         self.storage.write("config.yaml", dump_config(config).encode())
         self._lines: list[str] = []
         self._file = None
         self._events = None
-        self._status: dict[str, Any] = {}
+        self._status: dict[str, Any] = {"restarts": self._restarts()}
         self._status_at_s = 0.0
+
+    def _restarts(self) -> int:
+        """How often this run was started before its end: the status of the start before knows."""
+        try:
+            before = self.storage.read_json(STATUS)
+        except (OSError, ValueError):
+            return 0
+        return before.get("restarts", 0) + (before.get("phase") != "finished")
 
     def go_on_from(self, position: Position | None) -> None:
         """Drop what was logged after the position, so that the log has neither gap nor repetition."""
@@ -47,10 +60,20 @@ class RunFolder:
             self._file = (self.storage.local_root / LOG).open("a", buffering=1)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`."""
+        """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`.
+
+        Raises:
+            TrainingError: the line cannot be written.
+        """
         line = json.dumps(entry)
         if self._file is not None:
-            self._file.write(line + "\n")
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.storage.url}/{LOG} cannot be written ({error}): make room or mend the storage, then repeat "
+                    "the command, which goes on from the newest checkpoint"
+                ) from error
         else:
             self._lines.append(line)
         for name, value in entry.items():
@@ -79,7 +102,11 @@ class RunFolder:
         self._status |= facts
         if now or time.monotonic() - self._status_at_s > 0.5:
             self._status_at_s = time.monotonic()
-            self.storage.write_json(STATUS, self._status | {"updated": time.time()})
+            self.on_status(self._status)
+            try:
+                self.storage.write_json(STATUS, self._status | {"updated": time.time()})
+            except OSError as error:  # Who looks on misses something; the run does not.
+                log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
 
     def close(self) -> None:
         self.flush()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import Config
+from cluster.errors import TrainingError
 from cluster.live import follow, read_status
 from cluster.orchestrate import STOPPED_EXIT_CODE, Stopped, run
 from cluster.report import headline, run_identity
@@ -32,6 +33,9 @@ def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
         try:
             with follow(config.run.dir, images) if speaks else nullcontext():
                 metrics = run(config)
+        except TrainingError as error:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+            return 1
         except Stopped as stop:
             print(f"{stop}; run folder: {run_dir.url}", file=sys.stderr)
             return STOPPED_EXIT_CODE

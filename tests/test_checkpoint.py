@@ -133,9 +133,16 @@ def test_a_failed_write_is_reported_and_leaves_the_one_before(tmp_path, monkeypa
     assert store(tmp_path).newest().position == at(3)
 
 
+class FirstOfTwo(Team):
+    """Rank 0, whose partner takes part in collectives but does not write."""
+
+    def collect(self, value, operation):
+        return [value, (None, None)]
+
+
 def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
     checkpoints = store(tmp_path)
-    checkpoints.team, checkpoints.timeout_s = Team(0, 2), 0.1
+    checkpoints.team, checkpoints.timeout_s = FirstOfTwo(0, 2), 0.1
     checkpoints.save(at(3), PlainEngine(3.0))
     with pytest.raises(TrainingError, match="rank-1-of-2.safetensors"):
         checkpoints.finish()
