@@ -1,4 +1,4 @@
-"""Slurm's commands as the batch script of cluster/deploy needs them, with nodes that a test provides."""
+"""Stand-ins for what cluster/deploy runs on: Slurm's commands, and ssh with rsync, over nodes that a test provides."""
 
 import os
 import shlex
@@ -36,6 +36,23 @@ echo "scontrol $*" >> FOLDER/calls
 case $1 in show) tr ' ' '\\n' <<< "NAMES" ;; esac
 """
 
+# As ssh: options, user@address, and words that the other side's shell puts together.
+_SSH = """#!/bin/bash
+while [[ $1 != *@* ]]; do shift; done
+address=${1#*@}
+shift
+exec FOLDER/nodes/$address bash -c "$*"
+"""
+# Of rsync the copy of one file to user@address:path.
+_RSYNC = """#!/bin/bash
+target=${@: -1}
+place=${target%%:*}
+FOLDER/nodes/${place#*@} bash -c "cat > ${target#*:}" < "${@: -2:1}"
+"""
+_MAKE = """#!/bin/bash
+echo "$(cat /proc/sys/kernel/hostname): make $*" >> FOLDER/calls
+"""
+
 
 class FakeSlurm:
     """`srun` and `scontrol` in a folder, for the PATH of a batch script.
@@ -65,6 +82,18 @@ class FakeSlurm:
     def log(self) -> str:
         """What the batch script and its steps wrote."""
         return (self.folder / "log").read_text()
+
+
+def fake_ssh(folder: Path, nodes: dict[str, str]) -> Path:
+    """Folder with `ssh` and `rsync` for a PATH, and a `make` that only notes its call in folder/calls.
+
+    `nodes` gives each node's address the shell line that takes a command as "$@" and runs it there.
+    """
+    for address, line in nodes.items():
+        _executable(folder / "nodes" / address, f"#!/bin/bash\n{line}\n")
+    for name, text in (("ssh", _SSH), ("rsync", _RSYNC), ("make", _MAKE)):
+        _executable(folder / "bin" / name, text.replace("FOLDER", shlex.quote(str(folder))))
+    return folder / "bin"
 
 
 def _executable(path: Path, text: str) -> None:

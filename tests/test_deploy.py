@@ -7,6 +7,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import ray.autoscaler
 import runs
 import yaml
-from deploy_helpers import ROOT, SCRIPT, FakeSlurm
+from deploy_helpers import ROOT, SCRIPT, FakeSlurm, fake_ssh
 from namespaces import network, why_unavailable
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -442,3 +443,47 @@ def wait_until_empty(nodes) -> None:
     while left := [pid for node in nodes for pid in node.pids()]:
         assert time.monotonic() < deadline, subprocess.run(["ps", "-fp", ",".join(map(str, left))], capture_output=True)
         time.sleep(0.2)
+
+
+# --- `ray up` for real on machines of one's own: a laptop and two nodes, with ssh between them played
+
+
+@pytest.mark.faults
+def test_ray_up_brings_token_and_environment_to_both_nodes_and_joins_them(tmp_path):
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with network(3, tmp_path) as (laptop, *nodes):
+        clean = ["env", "-i", "HOME=/tmp/home", "PATH=/usr/bin:/bin:/usr/sbin:/sbin"]
+        commands = fake_ssh(
+            tmp_path / "ssh", {node.ip: f'exec {shlex.join(node.command(clean, cwd="/"))} "$@"' for node in nodes}
+        )
+        for node in nodes:  # `make setup` is not run: the environment is there.
+            home = node.folder / "tmp" / "home"
+            (home / "clipreid").mkdir(parents=True)
+            (home / "clipreid" / ".venv").symlink_to(sys.prefix)
+            (home / ".bashrc").touch()
+            (home / ".bash_profile").write_text(f"export PATH={commands}:$PATH\n")
+        own = tmp_path / "own"
+        for name, text in ((".ray/auth_token", "c" * 64), (".ssh/id_ed25519", "key")):
+            (own / name).parent.mkdir(parents=True)
+            (own / name).write_text(text)
+
+        config = load("ray-up-onprem.yaml")[0]
+        config["provider"] |= {"head_ip": nodes[0].ip, "worker_ips": [nodes[1].ip]}
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            assert config[key].pop(0).endswith("ray stop")  # It would stop every Ray on this machine.
+        (tmp_path / "up.yaml").write_text(yaml.safe_dump(config))
+        ours = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        path = f"{commands}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+        up = ["ray", "up", "--yes", "--no-config-cache", str(tmp_path / "up.yaml")]
+        done = laptop.run(up, env=ours | {"HOME": str(own), "PATH": path})
+        assert done.returncode == 0, done.stdout + done.stderr
+
+        head = ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/tmp/home/.ray/auth_token", "PATH": path}
+        joined = nodes[0].run(["python", "cluster/deploy/wait_for_nodes.py", f"{nodes[0].ip}:6379", "2"], env=head)
+        assert joined.stdout == "2 of 2 nodes: node2, node3\n", joined.stderr
+        for node in nodes:
+            token = node.folder / "tmp" / "home" / ".ray" / "auth_token"
+            assert token.read_text() == "c" * 64 and stat.S_IMODE(token.stat().st_mode) == 0o600
+        calls = (tmp_path / "ssh" / "calls").read_text().splitlines()
+        assert calls == [f"{node.name}: make -C /tmp/home/clipreid setup" for node in nodes]
