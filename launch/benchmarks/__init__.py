@@ -1,0 +1,1 @@
+"""One file per benchmark, each with `run(arguments) -> dict`; `launch/bench.py NAME` runs it and prints its result."""

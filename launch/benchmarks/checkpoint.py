@@ -1,0 +1,121 @@
+"""What a checkpoint costs: training stalled while the state is copied, and the write that goes on beside training.
+
+A step (forward, losses, backward, Adam) of the ViT-B/16 under the engine of a real run, one process, and checkpoints
+of its whole state (values and two moments in float32) between the steps.
+"""
+
+import logging
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from clipreid import stage2
+from clipreid.arch import check_arch
+from clipreid.model import build_models
+from clipreid.optim import parameter_groups
+from clipreid.spec import ModelSpec
+from launch.benchmarks._timing import facts, seconds
+from launch.cli import Parser
+
+EXAMPLE = """examples:
+  python launch/bench.py checkpoint
+  python launch/bench.py checkpoint --dir /mnt/shared/bench --batch 64
+  python launch/bench.py checkpoint --arch configs/models/small_vit.json --image-size 64x64"""
+IDENTITIES = 751
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    options = _options(arguments)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-bench-", dir=options.dir) as folder:
+        bench = Bench(options.arch, options.image_size, options.batch, folder)
+        figures = bench.measure(options.rounds)
+    where = {"dir": options.dir or tempfile.gettempdir(), "arch": options.arch, "batch": bench.batch}
+    return {"bench": "checkpoint", **facts(bench.team.device), **where, "rounds": options.rounds, **figures}
+
+
+def _options(arguments: list[str]):
+    parser = Parser(prog="bench.py checkpoint", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument(
+        "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
+    )
+    parser.add_argument("--image-size", default="256x128", metavar="HxW", help="pixels")
+    parser.add_argument("--batch", type=int, help="images in a step; default: 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--dir", metavar="FOLDER", help="where to write; default: the system's temporary folder")
+    parser.add_argument("--rounds", type=int, default=3, help="checkpoints that are timed")
+    options = parser.parse_args(arguments)
+    try:
+        height, width = map(int, options.image_size.split("x"))
+    except ValueError:
+        parser.error(f"--image-size {options.image_size} is not HxW, for example 256x128")
+    options.image_size = (height, width)
+    return options
+
+
+class Bench:
+    """A model under the engine, a batch to train on, and checkpoints of it."""
+
+    def __init__(self, arch: str, image_size: tuple[int, int], batch: int | None, folder: str):
+        from cluster.checkpoint import Checkpoints
+        from cluster.engine import Engine
+        from cluster.storage import Storage
+        from cluster.team import join_process_group
+
+        self.team = join_process_group(timeout_s=600)
+        device = self.team.device
+        self.batch = batch or (64 if device.type == "cuda" else 8)
+        spec = ModelSpec(arch, check_arch(arch), image_size, identities=IDENTITIES)
+        model = build_models(spec)[0].train()
+        groups = parameter_groups(model.named_parameters(), weight_decay=1e-4, bias_lr_factor=2.0)
+        self.engine = Engine(model, groups, team=self.team, zero_stage=1)
+        self.engine.set_lr(5e-6)
+        self.checkpoints = Checkpoints(
+            Storage(folder), self.team, settings={}, fingerprint="bench", keep=1, timeout_s=600
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(self.batch, 3, *image_size, generator=generator).to(device)
+        self.labels = (torch.arange(self.batch) // 4).to(device)
+        self.texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator).to(device)
+        self.saved = 0
+
+    def step(self) -> None:
+        with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda"):
+            output = self.engine(self.images)
+        self.engine.backward(stage2.losses(output, self.labels, self.texts)["loss"])
+        self.engine.step()
+
+    def save(self) -> None:
+        from cluster.manifest import Position
+
+        self.saved += 1
+        self.checkpoints.save(Position(2, 1, self.saved, self.saved, False), self.engine)
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Medians. A round: a step, a checkpoint, a step beside its writing; and a checkpoint that is waited for."""
+        device = self.team.device
+        times: dict[str, list[float]] = {"step": [], "stalled": [], "beside": [], "write": []}
+        self.step()
+        self.save()
+        for _ in range(rounds):
+            self.checkpoints.finish()
+            times["step"].append(seconds(self.step, device))
+            times["stalled"].append(seconds(self.save, device))
+            times["beside"].append(seconds(self.step, device))
+            self.checkpoints.finish()
+            start = time.perf_counter()
+            self.save()
+            self.checkpoints.finish()
+            times["write"].append(time.perf_counter() - start)
+        step, stalled, beside, write = (statistics.median(values) for values in times.values())
+        pieces = [piece.value for piece in self.engine.fragments(self.team.rank)]
+        return {
+            "state_bytes": 3 * sum(piece.numel() * piece.element_size() for piece in pieces),
+            "step_ms": round(step * 1e3, 1),
+            "stalled_ms": round(stalled * 1e3, 1),
+            "stalled_share_of_step": round(stalled / step, 4),
+            "step_beside_write_ms": round(beside * 1e3, 1),
+            "write_s": round(write, 2),
+        }

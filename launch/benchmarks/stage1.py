@@ -1,0 +1,133 @@
+"""Samples per second of a stage 1 step, against the step written the plain way, in one run.
+
+Ours: `clipreid.stage1.step` (prompts cut at the end token, the common prefix encoded once, each identity encoded
+once, no gradients for the frozen tower), backward pass and Adam. Plain: 77 positions, every image its own prompt, the
+gradients of the tower's weights computed and thrown away. Both give the same losses, which is checked on the way.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipreid import stage1
+from clipreid.arch import check_arch
+from clipreid.losses import image_to_text, text_to_image
+from clipreid.model import build_models
+from clipreid.optim import adam, parameter_groups
+from clipreid.prompts import PromptedText
+from clipreid.spec import ModelSpec
+from launch.benchmarks._timing import choose_device, facts, median_seconds_in_turn
+from launch.cli import Parser
+
+EXAMPLE = """examples:
+  python launch/bench.py stage1
+  python launch/bench.py stage1 --arch configs/models/small_vit.json --rounds 20
+
+The aim on a CPU is 8 times the plain step where all 64 identities differ, 20 times for 16 identities x 4."""
+WEIGHT_DECAY = 1e-4
+LR = 3.5e-4
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    options = _options(arguments)
+    device = choose_device(options.device)
+    spec = ModelSpec(options.arch, check_arch(options.arch), (256, 128), identities=options.identities)
+    text = build_models(spec)[1].to(device).eval()
+    cases = [_case(text, options, per, device) for per in (1, 4)]
+    return {
+        "bench": "stage1", **facts(device), "arch": options.arch, "precision": options.precision,
+        "batch": options.batch, "dataset_identities": options.identities, "rounds": options.rounds, "cases": cases,
+    }  # fmt: skip
+
+
+def _options(arguments: list[str]):
+    parser = Parser(prog="bench.py stage1", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument(
+        "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="images in a batch, a multiple of 4")
+    parser.add_argument("--identities", type=int, default=751, help="identities whose tokens learn")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="of both steps' tower")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind that are timed, in turn")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    options = parser.parse_args(arguments)
+    if options.batch < 4 or options.batch % 4 or options.identities < options.batch:
+        parser.error("--batch must be a multiple of 4, and --identities at least as large")
+    return options
+
+
+def _case(text: PromptedText, options, per_identity: int, device: torch.device) -> dict[str, Any]:
+    """A batch in which every identity has `per_identity` images."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randperm(options.identities, generator=generator)[: options.batch // per_identity]
+    labels = distinct.repeat_interleave(per_identity)
+    images = torch.randn(options.batch, feature_width(text), generator=generator).to(device)
+    amp = options.precision == "bf16"
+    ours, plain = OurStep(text, images, labels, amp), PlainStep(text, images, labels, amp)
+    first = ours.loss().item(), plain.loss().item()
+    taken = median_seconds_in_turn({"ours": ours, "plain": plain}, options.rounds, device)
+    return {
+        "identities": len(distinct), "images_per_identity": per_identity,
+        "samples_per_s": round(options.batch / taken["ours"], 2),
+        "plain_samples_per_s": round(options.batch / taken["plain"], 3),
+        "ratio": round(taken["plain"] / taken["ours"], 2),
+        "relative_loss_difference": abs(first[0] - first[1]) / abs(first[1]),
+    }  # fmt: skip
+
+
+def feature_width(text: PromptedText) -> int:
+    """D, width of the features that images and texts share."""
+    return text.text_encoder.text_projection.shape[1]
+
+
+class OurStep:
+    """Losses, backward pass and Adam, as `cluster.stage1` takes them on one worker."""
+
+    def __init__(self, text: PromptedText, images: Tensor, labels: Tensor, amp: bool):
+        self.text = copy.deepcopy(text)
+        self.images, self.labels, self.batch_labels = images, labels.to(images.device), labels
+        self.amp = amp
+        groups = parameter_groups(self.text.named_parameters(), WEIGHT_DECAY)
+        self.optimizer = adam(groups, fused=images.is_cuda)
+        self.optimizer.param_groups[0]["lr"] = LR
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self) -> Tensor:
+        return stage1.step(self._encode, self.images, self.labels, self.batch_labels, 0, 1)["loss"]
+
+    def _encode(self, labels: Tensor) -> Tensor:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
+            return self.text(labels)
+
+
+class PlainStep(OurStep):
+    """The same losses from 77 positions and one prompt per image; the tower's gradients are computed, not used."""
+
+    def __init__(self, text: PromptedText, images: Tensor, labels: Tensor, amp: bool):
+        super().__init__(text, images, labels, amp)
+        self.optimizer = torch.optim.Adam([self.text.tokens], lr=LR, weight_decay=WEIGHT_DECAY)
+        self.text.text_encoder.requires_grad_(True)
+        context = len(self.text.text_encoder.positional_embedding)
+        self.mask = images.new_full((context, context), float("-inf")).triu_(1)
+
+    def __call__(self) -> None:
+        super().__call__()
+        self.text.text_encoder.zero_grad()
+
+    def loss(self) -> Tensor:
+        texts = self._encode_uncut(self.labels).float()
+        i2t = image_to_text(self.images, texts, texts).mean()
+        return i2t + text_to_image(texts, self.labels, self.images, self.labels).mean()
+
+    def _encode_uncut(self, labels: Tensor) -> Tensor:
+        tower, learner = self.text.text_encoder, self.text.prompt_learner
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
+            x = learner.uncut(labels) + tower.positional_embedding
+            x = tower.ln_final(tower.transformer(x, attn_mask=self.mask))
+            return x[:, learner.length - 1] @ tower.text_projection
