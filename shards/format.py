@@ -129,8 +129,8 @@ def fingerprint(facts: Iterable[Any], table: "pyarrow.Table") -> str:
     Where an image lies (shard, offset) is left out, so another --shard-mb keeps the fingerprint.
     """
     digest = hashlib.sha256(json.dumps(list(facts)).encode())
-    left_out = ("shard", "offset")
-    columns = [table.column(name).to_pylist() for name in table.column_names if name not in left_out]
-    for row in zip(*columns, strict=True):
-        digest.update(repr(row).encode())
+    kept = table.select([name for name in table.column_names if name not in ("shard", "offset")])
+    for batch in kept.to_batches(max_chunksize=1 << 14):  # a whole index as Python objects is 100s of MB
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(repr(row).encode())
     return digest.hexdigest()[:32]

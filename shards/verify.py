@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+import pyarrow
+import pyarrow.compute
 from PIL import Image
 
 from shards import storage
@@ -66,8 +68,8 @@ class ShardTask:
 
     url: str
     name: str
-    rows: list[dict[str, Any]]
-    """Its rows of the index, by offset."""
+    index: pyarrow.Table
+    """Its part of the index."""
     expected: dict[str, int] | None
     """{"bytes", "crc32"} of the whole file, where dataset.json tells them."""
     decode_every: int
@@ -114,19 +116,18 @@ def _check_index_file(url: str, expected: dict[str, int] | None) -> Iterator[Pro
         yield Problem(INDEX_FILE, "", "differs from the one that was packed; fetch it again, or pack again")
 
 
-def _check_counts(dataset: dict[str, Any], table: Any) -> Iterator[Problem]:
+def _check_counts(dataset: dict[str, Any], table: pyarrow.Table) -> Iterator[Problem]:
     """The index against what dataset.json says of it."""
     facts = [(name, dataset[name]) for name in ("noun", "cameras", "views")]
     if fingerprint(facts, table) != dataset["fingerprint"]:
         yield Problem(INDEX_FILE, "", "its content does not give the fingerprint in dataset.json")
-    rows = table.select(["split", "identity", "shard"]).to_pylist()
     found = {}
-    for split in dict.fromkeys(row["split"] for row in rows):
-        mine = [row for row in rows if row["split"] == split]
+    for split in table.column("split").unique().to_pylist():
+        mine = table.filter(pyarrow.compute.field("split") == split)
         found[split] = {
-            "images": len(mine),
-            "identities": len({row["identity"] for row in mine}),
-            "shards": len({row["shard"] for row in mine}),
+            "images": mine.num_rows,
+            "identities": len(mine.column("identity").unique()),
+            "shards": len(mine.column("shard").unique()),
         }
     for split in found | dataset["splits"]:
         there, said = found.get(split), dataset["splits"].get(split)
@@ -134,14 +135,10 @@ def _check_counts(dataset: dict[str, Any], table: Any) -> Iterator[Problem]:
             yield Problem(INDEX_FILE, "", f"split {split} holds {there}, dataset.json says {said}")
 
 
-def _tasks(url: str, table: Any, files: dict[str, dict[str, int]], decode_every: int) -> list[ShardTask]:
-    by_shard: dict[str, list[dict[str, Any]]] = {}
-    for batch in table.to_batches(max_chunksize=1 << 14):
-        for row in batch.to_pylist():
-            by_shard.setdefault(row["shard"], []).append(row)
+def _tasks(url: str, table: pyarrow.Table, files: dict[str, dict[str, int]], decode_every: int) -> list[ShardTask]:
     return [
-        ShardTask(url, name, sorted(rows, key=lambda row: row["offset"]), files.get(name), decode_every)
-        for name, rows in by_shard.items()
+        ShardTask(url, name, table.filter(pyarrow.compute.field("shard") == name), files.get(name), decode_every)
+        for name in table.column("shard").unique().to_pylist()
     ]
 
 
@@ -166,14 +163,18 @@ def check_shard(task: ShardTask, advance: Advance) -> tuple[list[Problem], int]:
     def report(key: str, what: str) -> None:
         problems.append(Problem(task.name, key, what))
 
+    rows = task.index.sort_by("offset").to_pylist()
     try:
         with storage.open_read(join(task.url, task.name)) as file:
             stream = _Stream(file)
-            decoded = _check_images(task, stream, report, advance)
+            decoded = _check_images(rows, task.decode_every, stream, report, advance)
             while stream.read(COPY_BYTES):
                 pass
     except FileNotFoundError:
-        report("", f"missing; the index lists {len(task.rows):,} images in it: fetch it again, or pack again")
+        report("", f"missing; the index lists {len(rows):,} images in it: fetch it again, or pack again")
+        return problems, 0
+    except OSError as error:
+        report("", f"cannot be read ({error})")
         return problems, 0
     if task.expected and not problems:  # a bad record explains a wrong checksum
         _check_whole(task.expected, stream, report)
@@ -187,31 +188,33 @@ def _check_whole(expected: dict[str, int], stream: _Stream, report: Callable[[st
         report("", "bytes between the records differ from those packed: fetch it again, or pack again")
 
 
-def _check_images(task: ShardTask, stream: _Stream, report: Callable[[str, str], None], advance: Advance) -> int:
+def _check_images(
+    rows: list[dict[str, Any]], decode_every: int, stream: _Stream, report: Callable[[str, str], None], advance: Advance
+) -> int:
     """Walk the records; returns the number of images decoded."""
     decoded = 0
     before: dict[str, Any] | None = None
-    for place, row in enumerate(task.rows):
+    for place, row in enumerate(rows):
         if row["offset"] < stream.position:
             report(row["key"], f"the index gives offset {row['offset']}, inside the record before it")
             continue
         gap = stream.read(row["offset"] - stream.position)
         data = stream.read(row["size"])
         if len(data) < row["size"]:
-            for cut in task.rows[place:]:
+            for cut in rows[place:]:
                 report(cut["key"], "the shard ends before the end of this image")
             return decoded
         _check_gap(gap, before, row, report)
         if zlib.crc32(data) != row["crc32"]:
             report(row["key"], "the image's bytes do not give the checksum in the index")
-        elif place % task.decode_every == 0:
+        elif place % decode_every == 0:
             decoded += 1
             if fault := _decode_fault(data, row):
                 report(row["key"], fault)
         before = row
         if place % REPORT_EVERY == REPORT_EVERY - 1:
             advance(REPORT_EVERY)
-    advance(len(task.rows) % REPORT_EVERY)
+    advance(len(rows) % REPORT_EVERY)
     _check_gap(stream.read(COPY_BYTES), before, None, report)
     return decoded
 
