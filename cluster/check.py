@@ -2,11 +2,12 @@
 
     Config ──▶ [check] ──▶ launcher
 
-Reads the dataset's index and the model's name, but loads neither weights nor torch.
+Reads the dataset's index and the model's name; torch is loaded only where a tag or a file of weights is looked up.
 """
 
 from collections.abc import Callable
 
+from clipreid.arch import check_pretrained
 from clipreid.errors import ModelError
 from clipreid.spec import ModelSpec
 from cluster.config import Config
@@ -25,6 +26,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     spec = None
     try:
         spec = model_spec(config, index)
+        _check_weights(config, spec)
     except ModelError as error:
         faults.append(str(error))
     result = config.stage1.result
@@ -55,6 +57,23 @@ def _with_splits(config: Config, wanted: Callable[[ShardIndex], list[str]]) -> S
 
 def _evaluated(index: ShardIndex) -> list[str]:
     return ["test"] if "test" in index.splits else ["query", "gallery"]
+
+
+def _check_weights(config: Config, spec: ModelSpec) -> None:
+    """Raises ModelError where model.pretrained is neither a file nor a known tag, or lacks the prompts it needs."""
+    pretrained = config.model.pretrained
+    if pretrained is None:
+        return
+    check_pretrained(pretrained, config.model.arch, spec.arch_config)
+    if config.method == "two_stage" and config.stages == (2,) and not config.stage1.result:
+        from clipreid.official import (
+            official_shapes,
+        )  # Reads weights, hence torch: only where prompts come from a file.
+
+        if official_shapes(pretrained).prompt_tokens is None:
+            raise ModelError(
+                f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result"
+            )
 
 
 def _open_index(config: Config) -> ShardIndex:

@@ -220,8 +220,11 @@ class Config(Section):
             yield f"stages: method {self.method} has stage 2 alone: set stages=[2]"
         if self.method == "baseline" and self.stage2.text_loss != "none":
             yield f"stage2.text_loss: {self.stage2.text_loss} needs text, which method baseline has not: set it to none"
-        if self.method == "two_stage" and self.stages == (2,) and not self.stage1.result:
-            yield "stage1.result: not given, but stages [2] starts from it: name a stage1.safetensors"
+        if self.method == "two_stage" and self.stages == (2,) and not (self.stage1.result or self.starts_from_a_file):
+            yield (
+                "stage1.result: not given, but stages [2] starts from it: name a stage1.safetensors, "
+                "or a checkpoint with prompts as model.pretrained"
+            )
         if self.stage1.result and 1 in self.stages:
             yield f"stage1.result: {self.stage1.result} would be overwritten by stage 1: set stages=[2]"
         if self.stage1.warmup_epochs and self.stage1.min_lr > self.stage1.lr:
@@ -247,6 +250,11 @@ class Config(Section):
         low, high = self.cluster.worker_range
         if low > high:
             yield f"cluster.workers: min {low} is above max {high}"
+
+    @property
+    def starts_from_a_file(self) -> bool:
+        """Whether model.pretrained is a file and not the tag of weights that open_clip fetches."""
+        return str(self.model.pretrained).endswith((".pt", ".pth", ".safetensors"))
 
     @property
     def batch_images(self) -> int:

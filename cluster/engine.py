@@ -80,7 +80,7 @@ class Engine:
                 "steps_per_print": 2**40,
             },
         )
-        self._remembered: list[Tensor] | None = None
+        self._remembered: list[tuple[list[Tensor], list[Tensor]]] | None = None
         self.steps = 0
         """Optimizer steps taken, over all epochs of the stage."""
 
@@ -97,18 +97,18 @@ class Engine:
 
     def remember_buffers(self) -> None:
         """Keep a copy of the running statistics, which a forward pass changes before its loss is known."""
-        buffers = [b for b in self.module.buffers() if b.is_floating_point()]
         if self._remembered is None:
-            self._remembered = [b.clone() for b in buffers]
-        elif buffers:
-            torch._foreach_copy_(self._remembered, buffers)
+            alike: dict[torch.dtype, list[Tensor]] = {}  # One kernel copies many tensors of one type.
+            for buffer in self.module.buffers():
+                alike.setdefault(buffer.dtype, []).append(buffer)
+            self._remembered = [(buffers, [b.clone() for b in buffers]) for buffers in alike.values()]
+        for buffers, copies in self._remembered:
+            torch._foreach_copy_(copies, buffers)
 
     def restore_buffers(self) -> None:
         """Undo what the forward pass since `remember_buffers` did to the running statistics."""
-        for buffer, before in zip(
-            (b for b in self.module.buffers() if b.is_floating_point()), self._remembered, strict=True
-        ):
-            buffer.copy_(before)
+        for buffers, copies in self._remembered:
+            torch._foreach_copy_(buffers, copies)
 
     def set_lr(self, lr: float) -> None:
         for group in self._adam.param_groups:

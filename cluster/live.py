@@ -102,9 +102,12 @@ def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, start
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task, phase = progress.add_task("waiting for workers", total=None, speed=""), None
+        task, phase, table = progress.add_task("waiting for workers", total=None, speed=""), None, None
         while not done.wait(0.3):
             status = _fresh(run, started)
+            if status.get("workers_table") != table:
+                table = status.get("workers_table")
+                progress.console.print(table or "", highlight=False)
             text, count, total, speed = describe(status, images)
             if status.get("phase") != phase:
                 phase = status.get("phase")
@@ -114,9 +117,12 @@ def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, start
 
 
 def _print_lines(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
-    phase, printed_at, first = None, 0.0, (0, 0.0)
+    phase, printed_at, first, table = None, 0.0, (0, 0.0), None
     while not done.wait(0.5):
         status = _fresh(run, started)
+        if status.get("workers_table") != table:
+            table = status.get("workers_table")
+            print(table or "", file=sys.stderr)
         text, count, total, speed = describe(status, images)
         if status.get("phase") != phase:
             phase, first = status.get("phase"), (count, time.monotonic())

@@ -7,9 +7,11 @@ does not know who placed it.
 """
 
 import contextlib
+import json
 import logging
 import os
 import signal
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -20,6 +22,7 @@ from clipreid.errors import ModelError
 from cluster.config import Config, parse_config
 from cluster.errors import ConfigError, TrainingError
 from cluster.live import read_status
+from cluster.manifest import FOLDER, read_manifests
 from cluster.report import STOP, request_stop, withdraw_stop
 from cluster.run_folder import METRICS
 from cluster.storage import Storage
@@ -97,6 +100,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # Ray's own story of the run, line by line.
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
@@ -106,7 +111,7 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost."""
     quiet_libraries()
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.elastic import ElasticTrainer
@@ -133,6 +138,7 @@ def run_with_ray(config: Config) -> dict[str, Any]:
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=f"{run_dir.url}/ray",
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
         ),
     )
     signal.signal(signal.SIGTERM, lambda *_: request_stop(config.run.dir))
@@ -151,28 +157,17 @@ def run_with_ray(config: Config) -> dict[str, Any]:
 
 
 def _connect(config: Config) -> None:
-    """Join the cluster that this process belongs to (a submitted job, RAY_ADDRESS, a head on this machine), or
-    start one on this machine alone."""
+    """Join the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine alone."""
     import ray
 
-    logging_level = "ERROR"
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-    try:
-        ray.init(
-            address="auto",
-            logging_level=logging_level,
-            log_to_driver=True,
-            runtime_env={"env_vars": environment | _QUIET},
-        )
-    except ConnectionError:
-        low, _ = config.cluster.worker_range
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, low),
-            object_store_memory=100_000_000,  # Nothing big goes through Ray: images and features have their own ways.
-            logging_level=logging_level,
-            runtime_env={"env_vars": environment | _QUIET},
-        )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path} | _QUIET}}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+        return
+    low, _ = config.cluster.worker_range
+    # Nothing big goes through Ray's object store: images and features have their own ways.
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, low), object_store_memory=100_000_000, **options)
 
 
 def _resources_per_worker(config: Config, resources: dict[str, float], use_gpu: bool) -> dict[str, float]:
@@ -201,7 +196,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     if team.device.type == "cpu":
         torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
     try:
-        train(config, team, report=ray.train.report)
+        train(config, team, report=partial(_report_to_ray, run_dir, team.rank))
     except Drained:
         raise  # Ray counts it as the node's doing and starts the workers on other nodes.
     except Preempted:
@@ -210,6 +205,19 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # A full disk, of which the error speaks.
             run_dir.write_json(FAILURE, {"type": type(error).__name__, "message": str(error), "rank": team.rank})
         raise
+
+
+def _report_to_ray(run_dir: Storage, rank: int, metrics: dict[str, Any]) -> None:
+    """Tell Ray Train of an epoch. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
+    copy the state, and it records a checkpoint only some time after the report."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as folder:
+        newest = read_manifests(run_dir)[0][-1:] if rank == 0 else []
+        for manifest in newest:
+            pointer = {"checkpoint": run_dir.place(f"{FOLDER}/{manifest.name}")}
+            (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if newest else None)
 
 
 def _failure_of(run_dir: Storage) -> Exception | None:

@@ -1,6 +1,6 @@
 """A few seconds before training that save hours: what every worker is, has, and can see.
 
-workers placed ──▶ [preflight] ──▶ one table, or one error that names the node and the remedy ──▶ worker.train
+workers placed ──▶ [preflight] ──▶ one table, or one error that names node and remedy ──▶ worker.train
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ class WorkerFacts:
     faults: list[str] = field(default_factory=list)
 
 
-def preflight(config: Config, team: Team) -> list[WorkerFacts]:
-    """Check every worker's machine, storage and data against each other; rank 0 prints the table.
+def preflight(config: Config, team: Team) -> str:
+    """Check every worker's machine, storage and data against each other. Returns the table of all workers, as text.
 
     Raises:
         TrainingError: on every rank, one line per fault, each naming rank, host and remedy.
@@ -60,12 +61,11 @@ def preflight(config: Config, team: Team) -> list[WorkerFacts]:
     everyone = team.collect(facts, "preflight: facts")
     if team.is_first:
         Storage(config.run.dir).remove(MARKERS)
-        Console(stderr=True).print(_table(everyone))
     faults = [f"rank {w.rank} on {w.host}: {fault}" for w in everyone for fault in w.faults]
     faults += _differences(everyone)
     if faults:
         raise TrainingError("\n".join(faults))
-    return everyone
+    return _table(everyone)
 
 
 def _facts(config: Config, team: Team) -> WorkerFacts:
@@ -150,11 +150,12 @@ def _differences(everyone: list[WorkerFacts]) -> list[str]:
     return faults
 
 
-def _table(everyone: list[WorkerFacts]) -> Table:
-    table = Table("rank", "host", "device", "memory", "disk", "threads", "all-reduce", "dataset", "", title="workers")
+def _table(everyone: list[WorkerFacts]) -> str:
+    table = Table("rank", "host", "device", "free memory", "free disk", "threads", "all-reduce", "dataset")
     for w in everyone:
         speed = f"{w.bandwidth_gb_s} GB/s" if w.bandwidth_gb_s else "-"
-        state = "ok" if not w.faults else f"{len(w.faults)} faults"
         sizes = (f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
-        table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset, state)
-    return table
+        table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset[:12])
+    console = Console(width=110, file=StringIO())
+    console.print(table)
+    return console.file.getvalue()

@@ -52,6 +52,10 @@ class RunReporter:
         if self.folder:
             self.folder.write_metrics(metrics)
 
+    def show_workers(self, table: str) -> None:
+        if self.folder:
+            self.folder.status(now=True, workers_table=table)
+
     def phase(self, name: str) -> None:
         self._phase_from_s = time.monotonic()
         if self.folder:

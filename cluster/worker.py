@@ -46,9 +46,10 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
         Preempted: a stop was asked for; a checkpoint of the last step is complete.
         TrainingError: a loss was not finite, or a checkpoint could not be written.
     """
-    preflight(config, team)
+    workers = preflight(config, team)
     run = Run(config, team, report)
     try:
+        run.reporter.show_workers(workers)
         run.start()
         if run.wants_stage(1):
             run.stage1()
@@ -70,7 +71,7 @@ class Run:
         self.train_split = self.index.split("train")
         self.spec = model_spec(config, self.index)
         self.model: ReIDModel
-        self.text: PromptedText
+        self.text: PromptedText | None  # None with an authors' baseline checkpoint, which has no text side.
         self.model, self.text = build_models(self.spec, config.model.pretrained, config.run.seed)
         self.encoder_hash = encoder_hash(self.model)
         self.checkpoints = Checkpoints(
@@ -89,7 +90,8 @@ class Run:
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""
         self.model.to(self.team.device)
-        self.text.to(self.team.device)
+        if self.text is not None:
+            self.text.to(self.team.device)
         known = self.team.from_first(self.reporter.known_metrics(), "known metrics")
         if 2 not in self.config.stages:
             return
@@ -153,6 +155,8 @@ class Run:
     def _text_features(self) -> Tensor | None:
         if self.config.method != "two_stage":
             return None
+        if 1 not in self.config.stages and not self.config.stage1.result:
+            return self._stage1_result().text_features  # The tokens came with model.pretrained.
         source = self.config.stage1.result or f"{self.storage.url}/{RESULT}"
         folder, _, name = source.rpartition("/")
         result = Stage1Result.read(Storage(folder or ".").read(name))
