@@ -54,7 +54,9 @@ def _add_build(parser: Parser) -> None:
         help="folder, zip or URL of the dataset, once for each NAME; manifest: FILE.csv [and the image folder]",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or fsspec URL")
-    parser.add_argument("--views", nargs="+", metavar="FILE", help="veri776: key-point files with the viewpoints")
+    parser.add_argument(
+        "--views", nargs="+", action="extend", metavar="FILE", help="veri776: key-point files with the viewpoints"
+    )
     parser.add_argument("--drop-unlabelled", action="store_true", help="veri776: leave out images without a view")
     parser.add_argument("--msmt17-val", choices=("merge", "leave"), help="msmt17: validation images train too (merge)")
     parser.add_argument("--noun", metavar="WORD", help="what the images show, for the prompt: person, vehicle, ...")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from layouts import image_bytes, make_manifest, make_market, make_vehicleid, tree_bytes, write
+from layouts import image_bytes, make_duke, make_manifest, make_market, make_vehicleid, tree_bytes, write
 from PIL import Image
 
 from launch.cli import run
@@ -24,6 +25,7 @@ from shards import storage
 from shards.errors import DataError
 from shards.format import make_key, read_dataset_json, read_index_table
 from shards.pack import build
+from shards.workers import run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = {"width": 200, "height": 200}  # about 40 kB each, so that a few make a 1 MB shard
@@ -209,6 +211,51 @@ def test_a_crash_before_or_after_any_file_gets_its_name_ends_in_the_same_bytes(l
         break
     shards = sum(split["shards"] for split in read_dataset_json(str(packed))["splits"].values())
     assert renames == 2 * (2 * shards + 2)  # rows and tar of each shard, the index, dataset.json; before and after
+
+
+def note_and_sleep(folder, advance):
+    """A task that says which process it runs in, and lasts."""
+    write(Path(folder) / str(os.getpid()), "")
+    time.sleep(60)
+
+
+def test_workers_die_with_the_process_that_started_them(tmp_path):
+    script = f"""
+import test_pack, shards.workers
+if __name__ == "__main__":
+    list(shards.workers.run_tasks(test_pack.note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
+"""
+    write(tmp_path / "script" / "main.py", script)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "script" / "main.py")], stdout=subprocess.DEVNULL)
+    pids = wait_for(lambda: [int(p.name) for p in tmp_path.glob("[0-9]*")], until=lambda pids: len(pids) == 2)
+    process.kill()
+    process.wait()
+    wait_for(lambda: [pid for pid in pids if is_running(pid)], until=lambda running: not running)
+
+
+def wait_for(look, until, timeout_s=30.0):
+    """What `look` sees as soon as it is as it should be."""
+    deadline = time.monotonic() + timeout_s
+    while not until(seen := look()):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+    return seen
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def kill_itself(task, advance):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy():
+    with pytest.raises(DataError, match="a worker process was killed .* fewer --processes"):
+        list(run_tasks(kill_itself, [1, 2], 2, lambda done: None))
 
 
 def test_finished_shards_are_not_written_again(large, tmp_path):
@@ -401,6 +448,21 @@ def test_vehicleid_packs_test_lists_and_attributes(tmp_path):
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         facts = json.load(tar.extractfile(tar.getmembers()[1]))
     assert facts["attributes"] == {"color": "3", "model": "41"}
+
+
+def test_a_joint_dataset_is_packed_from_all_its_roots(tmp_path):
+    make_market(tmp_path / "m"), make_duke(tmp_path / "d")
+    roots = [str(tmp_path / "m"), str(tmp_path / "d")]
+    report = build("market1501+dukemtmc", roots, str(tmp_path / "out"), processes=2)
+    assert (report.dataset["name"], report.dataset["noun"], report.dataset["cameras"]) == (
+        "market1501+dukemtmc", "person", 14
+    )  # fmt: skip
+    rows = index_rows(tmp_path / "out")
+    assert {row["key"].split("_")[0] for row in rows} == {"market1501", "dukemtmc"}
+    assert sorted({row["label"] for row in rows if row["split"] == "train"}) == [0, 1, 2, 3]
+    assert {row["crc32"] for row in rows if row["key"].startswith("dukemtmc_query")} == {
+        zlib.crc32(path.read_bytes()) for path in (tmp_path / "d" / "query").glob("0*.jpg")
+    }
 
 
 def test_input_and_output_may_be_fsspec_urls(tmp_path):
