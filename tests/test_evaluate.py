@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden_models import ROOT_CONFIGS, clip_state, read_case
 from PIL import Image
-from runs import ROOT, config_file, environment, overrides, train
+from runs import ROOT, config_file, environment, launch, overrides, train
 from torch.nn import functional as F
 
 from clipreid.arch import check_arch
@@ -125,6 +125,21 @@ def test_clip_weights_give_the_metrics_of_an_untrained_run(clip, tmp_path):
     index = ShardIndex.open(config.data.shards)
     model, _ = build_models(model_spec(config, index), str(clip[3]), config.run.seed)
     assert judged(*clip, out=tmp_path / "metrics.json") == evaluate_in_team(model, index, config, Team())
+
+
+def test_vehicleid_gives_the_same_from_weights_and_from_their_features(clip, tmp_path):
+    images = tmp_path / "images"
+    launch("pack.py", "render", "--out", images, "--identities", 8, "--images", 3, "--layout", "vehicleid")
+    lists = sorted((images / "train_test_split").glob("test_list_*.txt"), key=lambda path: path.stat().st_size)
+    for path, name in zip(lists, ("800", "1600", "2400"), strict=True):
+        path.rename(path.with_name(f"test_list_{name}.txt"))
+    launch("pack.py", "build", "--dataset", "vehicleid", "--root", images, "--out", tmp_path / "shards")
+    arguments = [*clip, f"data.shards={tmp_path / 'shards'}", "eval.draws=3"]
+    metrics = judged(*arguments, out=tmp_path / "weights.json")
+    assert list(metrics) == ["small", "medium", "large"]
+    extracted(*arguments, "--split", "test", out=tmp_path / "test.npz")
+    protocol = ["--protocol", "vehicleid", "--draws", 3, "--seed", 0]
+    assert judged("--features", tmp_path / "test.npz", *protocol, out=tmp_path / "features.json") == metrics
 
 
 MISFITS = {
