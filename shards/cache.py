@@ -73,25 +73,28 @@ class ShardCache:
         working = self.folder / f"{name}.part"
         while (file := self.open(name)) is None:
             part = os.fdopen(os.open(working, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            if not _lock(part):
+                with part:
+                    if not wait:
+                        raise Busy
+                    fcntl.flock(part, fcntl.LOCK_SH)  # granted when who downloads it has finished, or died
+                continue
+            if not _has_name(part, working):  # it was finished or given up between the two lines above
+                part.close()
+                continue
+            complete = False
             try:
-                fcntl.flock(part, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if not _has_name(part, working):  # who held it has finished, or given up
+                complete = self._reserve(part, self.files[name]["bytes"]) and self._download(name, part, stop)
+            finally:
+                if not complete:
+                    working.unlink()
                     part.close()
-                    continue
-                if self._reserve(part, self.files[name]["bytes"]) and self._download(name, part, stop):
-                    working.replace(self.folder / name)
-                    fcntl.flock(part, fcntl.LOCK_SH)
-                    return part
-                working.unlink()
-            except BlockingIOError as error:
-                part.close()
-                raise Busy from error
-            except BaseException:
-                working.unlink(missing_ok=True)
-                part.close()
-                raise
-            part.close()
-            return None
+            if not complete:
+                return None
+            working.replace(self.folder / name)
+            fcntl.flock(part, fcntl.LOCK_SH)
+            part.seek(0)
+            return part
         return file
 
     def discard(self, name: str) -> bool:
@@ -207,10 +210,19 @@ def _has_name(file: BinaryIO, path: Path) -> bool:
         return False
 
 
+def _lock(file: BinaryIO) -> bool:
+    """Take the exclusive lock, unless anybody has a lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _evict(path: str) -> bool:
     """Delete a file that nobody has locked."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        Path(path).unlink()
-        return True
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        if _lock(file):
+            Path(path).unlink()
+            return True
     return False

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from shards.cache import node_cache_dir
 from shards.errors import DataError
+from shards.format import TAR_BLOCK
 from shards.index_file import address, numpy, open_table, read_facts, single
 from shards.source import ShardSource
 
@@ -71,7 +72,7 @@ class ShardIndex:
         return SplitIndex(self, name, table)
 
     def shard_bytes(self, name: str) -> int:
-        """Length of a shard: as `dataset.json` says, else the end of its last image."""
+        """Length of a shard: as `dataset.json` says, else up to its last image, padding included."""
         if name in self.files:
             return self.files[name]["bytes"]
         return int(self._shard_ends[self.shard_names.index(name)])
@@ -80,7 +81,7 @@ class ShardIndex:
     def _shard_ends(self) -> np.ndarray:
         ends = np.zeros(len(self.shard_names), np.int64)
         np.maximum.at(ends, self._codes("shard"), _numpy(self.table, "offset") + _numpy(self.table, "size"))
-        return ends
+        return -(-ends // TAR_BLOCK) * TAR_BLOCK
 
     def _dictionary(self, column: str) -> pa.Array:
         return self.table.column(column).chunk(0).dictionary

@@ -34,12 +34,14 @@ def read_facts(source: ShardSource) -> dict:
     """dataset.json; raises DataError when it is missing, damaged or of another format."""
     where = source.where(DATASET_FILE)
     try:
-        facts = json.loads(source.read(DATASET_FILE))
+        data = source.read(DATASET_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
             "give the --out of `launch/pack.py build`, or run that command again"
         ) from error
+    try:
+        facts = json.loads(data)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
     if facts.get("format_version") != FORMAT_VERSION:

@@ -11,6 +11,7 @@ they exit.
 import contextlib
 import mmap
 import os
+import pickle
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -88,7 +89,7 @@ class Pool:
             theirs.close()
             self._connections.append(Connection(ours.detach()))
         for number in range(self._workers):
-            self._tell(number, (self._fill, self._slot_bytes))
+            self._tell(number, (dict(os.environ), pickle.dumps(self._fill), self._slot_bytes))
 
     def _send(self, job: Any) -> None:
         self._tell(self._sent % self._workers, (self._sent % self._slots, job))

@@ -73,11 +73,14 @@ def _serve(connection: Connection, descriptor: int) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     memory = shared_memory(descriptor)
+    fill = None
     with contextlib.suppress(EOFError, ConnectionError):
-        fill, slot_bytes = connection.recv()
+        environment, pickled, slot_bytes = connection.recv()
+        os.environ.update(environment | ENVIRONMENT)  # credentials may have changed since the host was started
         while True:
             slot, job = connection.recv()
             try:
+                fill = fill or pickle.loads(pickled)
                 result = fill(job, memory[slot * slot_bytes : (slot + 1) * slot_bytes])
             except Exception as error:
                 result = _sendable(error)

@@ -127,7 +127,7 @@ class FillSequence:
                     self._fill(row, sample["__key__"], sample[extension], out[row - start])
                     row += 1
         except tarfile.TarError as error:
-            raise self._broken(row, f"the archive is damaged there ({error})") from error
+            raise self._broken(row, f"the archive is damaged there ({error.args[0]})") from error
         if row < stop:
             raise self._broken(row, "the archive is damaged before it, or was cut short")
 

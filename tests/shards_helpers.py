@@ -80,6 +80,8 @@ def write_index(folder, rows, counts, *, name="tiny", cameras=3, views=2, table=
     pq.write_table(table, folder / "index.parquet")
     facts = {"format_version": 1, "name": name, "noun": "thing", "cameras": cameras, "views": views, "splits": counts}
     facts["fingerprint"] = fingerprint([name, "thing", cameras, views], table)
+    files = {path.name: path.read_bytes() for path in [*sorted(folder.glob("*.tar")), folder / "index.parquet"]}
+    facts["files"] = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
     (folder / "dataset.json").write_text(json.dumps(facts | {"options": {}}))
     return str(folder)
 

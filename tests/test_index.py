@@ -87,6 +87,7 @@ def test_rows_of_a_split_need_not_be_neighbours(tiny):
     table = pq.read_table(tiny / "index.parquet")
     order = np.argsort(np.arange(len(table)) % 3, kind="stable")
     pq.write_table(table.take(order), tiny / "index.parquet")
+    change_facts(tiny, files={})
     train = opened(tiny).split("train")
     expected = [key for key, split in zip(*table.take(order).select(["key", "split"]), strict=True)
                 if split.as_py() == "train"]  # fmt: skip
@@ -165,7 +166,11 @@ def cut(path, length):
         (lambda folder: cut(folder / "dataset.json", 30), ["dataset.json: not JSON", "re-pack"]),
         (lambda folder: change_facts(folder, format_version=9), ["format_version is 9", "reads 1", "pack"]),
         (lambda folder: (folder / "index.parquet").unlink(), ["index.parquet: no such file", "re-pack"]),
-        (lambda folder: cut(folder / "index.parquet", 700), ["index.parquet: damaged", "re-pack"]),
+        (lambda folder: cut(folder / "index.parquet", 700), ["index.parquet: not the file", "cut short", "copy both"]),
+        (
+            lambda folder: (change_facts(folder, files={}), cut(folder / "index.parquet", 700)),
+            ["index.parquet: damaged", "re-pack"],
+        ),
         (
             lambda folder: change_facts(folder, files={"index.parquet": {"bytes": 5, "crc32": 7}}),
             ["index.parquet: not the file", "fingerprint", "copy both again"],
@@ -175,7 +180,7 @@ def cut(path, length):
             ["index.parquet: lists 6 gallery, 2 query, 10 train", "says 11 train", "re-pack"],
         ),
         (
-            lambda folder: drop_column(folder / "index.parquet", "view"),
+            lambda folder: (change_facts(folder, files={}), drop_column(folder / "index.parquet", "view")),
             ["index.parquet: no column view", "pack"],
         ),
         (lambda folder: (folder / "query-000000.tar").unlink(), ["query-000000.tar: no such file", "copy it again"]),
