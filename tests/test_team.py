@@ -1,0 +1,75 @@
+"""The team of workers: gathers with gradients, shared features, and hangs that become named failures."""
+
+import pickle
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from processes import on_processes
+
+from cluster.config import parse_config
+from cluster.errors import RankLost
+from cluster.features import extract
+from cluster.places import at_project_root
+from cluster.team import Team
+from cluster.watchdog import Watchdog
+from shards.index import ShardIndex
+
+TIMEOUT_S = 4.0
+
+
+def gather_and_share(team, shards):
+    """Everything that needs a pair of processes, in one go."""
+    own = torch.full((2, 3), float(team.rank + 1), requires_grad=True)
+    gathered = team.gather(own)
+    (gathered * torch.arange(4.0)[:, None] * (team.rank + 1)).sum().backward()
+    index = ShardIndex.open(str(shards))
+    rows = extract(lambda images, rows: rows[:, None] * torch.ones(3), index, "train", team, image_size=(8, 8), batch=5)
+    return gathered.detach(), own.grad, np.array(rows), team.collect(team.rank * 10, "numbers")
+
+
+def test_gather_is_in_rank_order_and_its_gradient_sums_over_ranks(tiny_shards):
+    first, second = on_processes(2, gather_and_share, tiny_shards)
+    assert first[0][:, 0].tolist() == second[0][:, 0].tolist() == [1, 1, 2, 2]
+    assert first[1][:, 0].tolist() == [0, 1 + 2]
+    assert second[1][:, 0].tolist() == [2 + 4, 3 + 6]
+    assert first[3] == second[3] == [0, 10]
+    for rank in (first, second):
+        assert (rank[2][:, 0] == np.arange(len(rank[2]))).all()
+
+
+def arrive_late(team):
+    """Rank 1 is busy for longer than a collective may take; what rank 0 makes of it."""
+    team.watchdog = Watchdog(team.rank, team.world_size, TIMEOUT_S)
+    team.patient_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    team.collect(None, "arrive together")
+    if team.rank == 1:
+        time.sleep(2 * TIMEOUT_S)
+        return None
+    try:
+        team.collect(None, "average losses")
+    except RankLost as error:
+        return pickle.loads(pickle.dumps(error))
+
+
+def test_a_rank_that_does_not_arrive_is_named_with_the_operation():
+    lost, _ = on_processes(2, arrive_late)
+    assert lost.operation == "average losses" and set(lost.missing) == {1}
+    assert "rank 1: still in 'own work after arrive together'" in str(lost)
+    assert TIMEOUT_S - 1 < lost.waited_s < TIMEOUT_S + 10
+
+
+def test_one_process_needs_no_group():
+    team = Team()
+    tensor = torch.ones(2)
+    assert team.gather(tensor) is tensor and team.collect(3, "x") == [3] and team.sum(tensor).tolist() == [1, 1]
+
+
+def test_relative_paths_start_at_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = parse_config({"data": {"shards": "s3://bucket/x"}, "run": {"dir": "runs/a"}})
+    placed = at_project_root(settings)
+    assert placed.run.dir == str(tmp_path / "runs/a")
+    assert placed.data.shards == "s3://bucket/x" and placed.run.resume == "auto"
