@@ -1,0 +1,239 @@
+"""The fault matrix: whatever is killed, cut or damaged, the run ends with the weights of one that was left alone.
+
+A core set is part of `make test`; the rest runs with `make test-faults`. Times of kills are random, their seed is
+printed. Nodes are network namespaces (namespaces.py).
+"""
+
+import json
+import shutil
+import signal
+import socket
+
+import pytest
+from fault_helpers import (
+    LONGER,
+    Job,
+    Torchrun,
+    assert_same_result,
+    fill,
+    flip_byte_of_an_image,
+    kill_worker,
+    kill_worker_while,
+    seeded,
+    small_disk,
+    stop_at,
+)
+from processes import on_processes
+from runs import config_file, launch, overrides, read_log, steps, train
+from safetensors.torch import load_file
+from test_runs import assert_same_losses
+
+from cluster.config import load_config, parse_config
+from cluster.errors import TrainingError
+from cluster.manifest import read_manifests
+from cluster.preflight import preflight
+from cluster.storage import Storage
+
+pytestmark = pytest.mark.faults
+core = pytest.mark.core
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_shards, tmp_path_factory):
+    """The run of two workers that every other one is held against."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Torchrun(2, folder, tiny_shards)
+    run.end()
+    return run.run_dir
+
+
+@pytest.fixture
+def job(tiny_shards, tmp_path, ray_head):
+    return Job(tmp_path, tiny_shards, ray_head.environment)
+
+
+# --- SIGKILL of a worker
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=core)])
+def test_a_killed_worker_costs_a_restart_and_nothing_else(job, ray_head, undisturbed, stage):
+    dice = seeded(f"worker in stage {stage}")
+    job.wait_for_step(stage, dice.randint(1, 18))
+    kill_worker(ray_head.process.pid, dice)
+    job.end()
+    assert job.status()["restarts"] == 1
+    assert_same_result(undisturbed, job.run_dir)
+
+
+# --- SIGTERM, SIGKILL of the driver
+
+
+@core
+def test_sigterm_saves_exits_143_and_the_same_command_goes_on(job, tiny_shards, tmp_path, ray_head, undisturbed):
+    job.wait_for_step(2, seeded("job in stage 2").randint(1, 8))
+    job.process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in job.end(code=143)
+    assert Job(tmp_path, tiny_shards, ray_head.environment).end()
+    assert_same_result(undisturbed, job.run_dir)
+
+
+@pytest.mark.parametrize("moment", ["stage 1", pytest.param("stage 2", marks=core), "between stages"])
+def test_after_a_killed_driver_the_same_command_goes_on(job, tiny_shards, tmp_path, ray_head, undisturbed, moment):
+    dice = seeded(f"driver in {moment}")
+    if moment == "between stages":
+        job.wait_until((job.run_dir / "stage1.safetensors").exists)
+    else:
+        job.wait_for_step(int(moment[-1]), dice.randint(1, 18))
+    job.process.kill()
+    job.process.wait()
+    Job(tmp_path, tiny_shards, ray_head.environment).end()
+    assert_same_result(undisturbed, job.run_dir)
+
+
+def test_a_worker_killed_in_an_evaluation(tiny_shards, tmp_path, ray_head, undisturbed):
+    dice = seeded("worker in evaluation")
+    job = Job(tmp_path, tiny_shards, ray_head.environment, eval__every_epochs=1)
+    phase = dice.choice([f"evaluate epoch {epoch}" for epoch in range(1, LONGER["stage2__epochs"])] + ["evaluate"])
+    job.wait_until(lambda: job.status().get("phase") == phase)
+    kill_worker(ray_head.process.pid, dice)
+    job.end()
+    assert_same_result(undisturbed, job.run_dir)
+
+
+def test_a_worker_killed_while_a_checkpoint_is_written(job, ray_head, undisturbed):
+    dice = seeded("worker in a checkpoint")
+    job.wait_for_step(dice.randint(1, 2), dice.randint(1, 15))
+    job.wait_until(
+        lambda: job.unfinished_checkpoint() and kill_worker_while(job.unfinished_checkpoint, ray_head.process.pid, dice)
+    )
+    job.end()
+    assert_same_result(undisturbed, job.run_dir)
+
+
+# --- storage
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_shards, tmp_path_factory):
+    """A run of two workers that was stopped in stage 2, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    stop_at(Torchrun(2, folder, tiny_shards), 2, 9)
+    return folder / "run"
+
+
+@core
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny_shards, tmp_path, interrupted, undisturbed, damage):
+    shutil.copytree(interrupted, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    victim = newest / "rank-1-of-2.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "truncated":
+        victim.write_bytes(content[:-100])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    again = Torchrun(2, tmp_path, tiny_shards)
+    again.end()
+    assert damage == "no manifest" or newest.name in again.text()
+    assert_same_result(undisturbed, again.run_dir)
+    assert not newest.exists()
+
+
+def test_a_full_disk_stops_the_run_with_a_clear_error_and_the_run_goes_on_when_there_is_room(
+    tiny_shards, tmp_path, ray_head, undisturbed
+):
+    with small_disk(tmp_path / "disk", 40_000_000) as disk:
+        changes = {"run_dir": disk / "run"}
+        job = Job(tmp_path, tiny_shards, ray_head.environment, **changes)
+        job.wait_for_step(2, seeded("full disk in stage 2").randint(1, 20))
+        fill(disk / "ballast", leave=100_000)
+        text = job.end(code=1)
+        assert "error: the checkpoint could not be written" in text
+        assert "No space left" in text and "is intact" in text
+        (disk / "ballast").unlink()
+        assert all((folder / "manifest.json").exists() for folder in (disk / "run" / "checkpoints").iterdir())
+        Job(tmp_path, tiny_shards, ray_head.environment, **changes).end()
+        assert_same_result(undisturbed, job.run_dir)
+
+
+def test_four_then_two_then_one_then_two_workers(tiny_shards, tmp_path, undisturbed):
+    dice = seeded("numbers of workers")
+    stop_at(Torchrun(4, tmp_path, tiny_shards), 1, dice.randint(2, 15))
+    stop_at(Torchrun(2, tmp_path, tiny_shards), 2, dice.randint(2, 8))
+    stop_at(Torchrun(1, tmp_path, tiny_shards), 2, dice.randint(14, 20))
+    last = Torchrun(2, tmp_path, tiny_shards)
+    last.end()
+    assert last.status()["restarts"] == 3
+    assert_same_losses(read_log(undisturbed), read_log(last.run_dir))
+
+
+# --- data and numbers
+
+
+def test_a_record_that_rots_during_a_run_is_named_and_nothing_is_lost(tiny_shards, tmp_path, ray_head, undisturbed):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    job = Job(tmp_path, shards, ray_head.environment)
+    job.wait_for_step(2, seeded("rotten record in stage 2").randint(1, 10))
+    shard, key = flip_byte_of_an_image(shards)
+    text = job.end(code=2)
+    assert shard in text and key in text and "error: " in text
+    flip_byte_of_an_image(shards)
+    Job(tmp_path, shards, ray_head.environment).end()
+    assert_same_result(undisturbed, job.run_dir)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_harms_and_repeats_exactly(tiny_shards, tmp_path):
+    changes = {"cluster.launcher": "local", "stage2.lr": "1e30", "stage2.warmup_epochs": 0}
+    settings = [*overrides(tiny_shards, tmp_path / "run", **LONGER), *(f"{k}={v}" for k, v in changes.items())]
+    ends = [train(config_file(tmp_path), *settings, check=False) for _ in range(2)]
+    log = read_log(tmp_path / "run")
+    assert [done.returncode for done in ends] == [1, 1]
+    stage, _, step = steps(log)[-1]
+    for done in ends:
+        assert f"error: stage {stage}, epoch 1, step {step + 1}: " in done.stderr
+        assert "is not finite" in done.stderr and "identities of the batch: 00" in done.stderr
+    assert len(set(steps(log))) == len(log)
+    newest = read_manifests(Storage(tmp_path / "run"))[0][-1]
+    assert (newest.position.stage, newest.position.total) == (stage, step)
+    for name in newest.files:
+        values = load_file(tmp_path / "run" / "checkpoints" / newest.name / name)
+        assert all(value.isfinite().all() for value in values.values())
+
+
+# --- nodes that see different things
+
+
+def checked_on_node2(team, mine, theirs):
+    """What pre-flight says where rank 1 has other settings than rank 0."""
+    socket.gethostname = lambda: f"node{team.rank + 1}"
+    try:
+        preflight(parse_config(mine if team.is_first else theirs), team)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def preflight_with(tmp_path, tiny_shards, **other):
+    mine = load_config(config_file(tmp_path), overrides(tiny_shards, tmp_path / "run")).model_dump(mode="json")
+    theirs = json.loads(json.dumps(mine))
+    for key, value in other.items():
+        section, name = key.split("__")
+        theirs[section][name] = str(value)
+    return on_processes(2, checked_on_node2, mine, theirs)
+
+
+def test_preflight_names_the_node_without_the_shared_storage(tiny_shards, tmp_path):
+    for said in preflight_with(tmp_path, tiny_shards, run__dir=tmp_path / "local" / "run"):
+        assert "rank 1 on node2: run.dir" in said and "not the same storage" in said
+
+
+def test_preflight_names_the_node_with_another_dataset(tiny_shards, tmp_path):
+    other = tmp_path / "other"
+    launch("pack.py", "render", "--out", tmp_path / "images", "--identities", 8, "--images", 4, "--seed", 1)
+    launch("pack.py", "build", "--dataset", "veri776", "--root", tmp_path / "images", "--out", other)
+    for said in preflight_with(tmp_path, tiny_shards, data__shards=other):
+        assert "rank 1 on node2: dataset" in said and "copy the same shards" in said
