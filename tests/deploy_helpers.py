@@ -2,11 +2,14 @@
 
 import os
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "cluster" / "deploy" / "slurm.sbatch"
+DEPLOY = ROOT / "cluster" / "deploy"
+SCRIPT = DEPLOY / "slurm.sbatch"
 
 # As srun does: the command once on each node of --nodelist, signals passed on, the worst exit code at the end.
 _SRUN = """#!/bin/bash
@@ -82,6 +85,22 @@ class FakeSlurm:
     def log(self) -> str:
         """What the batch script and its steps wrote."""
         return (self.folder / "log").read_text()
+
+
+def start_script(folder: Path, slurm: FakeSlurm, *arguments: str, **environment: str) -> subprocess.Popen:
+    token = {"RAY_AUTH_TOKEN_PATH": str(folder / "secret" / "token")}
+    with open(slurm.folder / "log", "w") as log:
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *arguments], cwd=folder, env=slurm.environment(**(token | environment)),
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def wait_until(true, patience_s: float, script: subprocess.Popen, slurm: FakeSlurm) -> None:
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline and script.poll() is None, slurm.log()
+        time.sleep(0.05)
 
 
 def fake_ssh(folder: Path, nodes: dict[str, str]) -> Path:
