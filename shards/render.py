@@ -250,11 +250,13 @@ def _write_vehicleid_image(folder: Path, settings: RenderSettings, image: Render
 
 
 def _write_vehicleid_lists(folder: Path, settings: RenderSettings, images: list[RenderedImage]) -> None:
-    """Train list; test lists of the published sizes that fit, or else of a third, two thirds and all."""
+    """Train list; test lists under the published names, with a third, two thirds and all where there are fewer."""
     first, count = settings.first_test_identity, settings.identities // 2
-    sizes = [size for size in _TEST_LISTS if size <= count]
-    sizes = sizes or sorted({max(1, count // 3), max(1, 2 * count // 3), count})
-    chosen = {"train_list": range(1, first)} | {f"test_list_{s}": range(first, first + s) for s in sizes}
+    least = {name: max(1, part * count // 3) for part, name in enumerate(_TEST_LISTS[:3], start=1)}
+    sizes = {name: min(name, count) for name in _TEST_LISTS if name <= count or name in least}
+    sizes |= {name: size for name, size in least.items() if name > count}
+    chosen = {f"test_list_{name}": range(first, first + size) for name, size in sizes.items()}
+    chosen["train_list"] = range(1, first)
     lines = {image: f"{_vehicleid_name(settings, image)} {image.identity}\n" for image in images}
     for name, identities in chosen.items():
         text = "".join(line for image, line in lines.items() if image.identity in identities)

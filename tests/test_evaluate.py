@@ -130,9 +130,6 @@ def test_clip_weights_give_the_metrics_of_an_untrained_run(clip, tmp_path):
 def test_vehicleid_gives_the_same_from_weights_and_from_their_features(clip, tmp_path):
     images = tmp_path / "images"
     launch("pack.py", "render", "--out", images, "--identities", 8, "--images", 3, "--layout", "vehicleid")
-    lists = sorted((images / "train_test_split").glob("test_list_*.txt"), key=lambda path: path.stat().st_size)
-    for path, name in zip(lists, ("800", "1600", "2400"), strict=True):
-        path.rename(path.with_name(f"test_list_{name}.txt"))
     launch("pack.py", "build", "--dataset", "vehicleid", "--root", images, "--out", tmp_path / "shards")
     arguments = [*clip, f"data.shards={tmp_path / 'shards'}", "eval.draws=3"]
     metrics = judged(*arguments, out=tmp_path / "weights.json")

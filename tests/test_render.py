@@ -166,9 +166,9 @@ def test_vehicleid_layout_lists_every_image_once_and_nests_its_test_lists(tmp_pa
     out = tmp_path / "VehicleID_V1.0"
     render_dataset(out, **SMALL, layout="vehicleid", processes=1)
     lists = {p.stem: p.read_text().splitlines() for p in (out / "train_test_split").iterdir()}
-    assert set(lists) == {"train_list", "test_list_1", "test_list_2", "test_list_4"}
-    assert sorted(lists["train_list"] + lists["test_list_4"]) == [f"{n + 1:07d} {n // 7 + 1}" for n in range(56)]
-    assert set(lists["test_list_1"]) < set(lists["test_list_2"]) < set(lists["test_list_4"])
+    assert set(lists) == {"train_list", "test_list_800", "test_list_1600", "test_list_2400"}
+    assert sorted(lists["train_list"] + lists["test_list_2400"]) == [f"{n + 1:07d} {n // 7 + 1}" for n in range(56)]
+    assert set(lists["test_list_800"]) < set(lists["test_list_1600"]) < set(lists["test_list_2400"])
     assert sorted(p.name for p in (out / "image").iterdir()) == [f"{n + 1:07d}.jpg" for n in range(56)]
     assert len((out / "attribute/img2vid.txt").read_text().splitlines()) == 56
 
