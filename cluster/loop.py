@@ -147,7 +147,9 @@ class _NewsOfStep:
     def __init__(self, team: Team, losses: dict[str, Tensor], wishes: tuple[bool, ...]):
         self.names = list(losses)
         parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
-        total = team.sum(torch.cat([parts, torch.tensor(wishes).to(parts, non_blocking=True)]))
+        # From ordinary memory the copy might wait for the work queued before.
+        asked = torch.tensor(wishes, dtype=parts.dtype, pin_memory=parts.is_cuda).to(parts.device, non_blocking=True)
+        total = team.sum(torch.cat([parts, asked]))
         self.event = None
         self.values = total
         if total.device.type == "cuda":
@@ -173,13 +175,17 @@ def _check_finite(
         return
     names = sorted({i for part in team.collect(stage.identities(batch), "name identities") for i in part})
     stage.engine.restore_buffers()
-    checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
+    # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
+    sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
+    if sound:
+        checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
     checkpoints.finish()
     team.wait("save the state before the step")
+    saved = "The state before this step is saved" if sound else "The step before left parameters that are not finite"
     raise TrainingError(
         f"stage {here.stage}, epoch {here.epoch}, step {here.total}: {', '.join(bad)} is not finite "
-        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}. The state before "
-        "this step is saved; a smaller learning rate or train.precision=float32 may help, "
+        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}. "
+        f"{saved}; a smaller learning rate or train.precision=float32 may help, "
         "and `launch/pack.py verify` tells whether the images are sound"
     )
 

@@ -1,0 +1,188 @@
+"""Stage 2 as a real run takes it, on a tiny dataset, in a process that lets tests see inside."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cluster.engine
+from clipreid.model import build_models
+from clipreid.optim import adam
+from cluster.checkpoint import Checkpoints, Due
+from cluster.config import parse_config
+from cluster.engine import MOMENTS
+from cluster.errors import TrainingError
+from cluster.loop import run_stage
+from cluster.manifest import Position
+from cluster.model_spec import model_spec
+from cluster.stage2 import Stage2
+from cluster.storage import Storage
+from shards.index import ShardIndex
+
+LR = 5e-6
+RESNET = {"model.arch": "configs/models/tiny_rn.json"}
+BASE = {
+    "data.loaders": 0, "model.arch": "configs/models/tiny_vit.json", "model.pretrained": None,
+    "model.image_size": [32, 16], "stage2.epochs": 1, "stage2.lr": LR, "stage2.identities": 4,
+    "stage2.images_per_identity": 2, "stage2.warmup_epochs": 0, "stage2.milestones": [], "augment.pad": 2,
+}  # fmt: skip
+
+
+def make_stage(team, folder, **changes):
+    """Stage 2 on the shards in `folder`, with random text features."""
+    tree = {}
+    for key, value in (BASE | {"data.shards": f"{folder}/shards"} | changes).items():
+        section, _, leaf = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    config = parse_config(tree)
+    index = ShardIndex.open(config.data.shards)
+    spec = model_spec(config, index)
+    model, text = build_models(spec, None, seed=0)
+    texts = torch.randn(
+        spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1)
+    )  # fmt: skip
+    return Stage2(config, team, model, text, texts, index)
+
+
+class Log(list):
+    """A reporter that only keeps the steps' entries."""
+
+    def step(self, entry, **_):
+        self.append(entry)
+
+    def saved(self, name):
+        pass
+
+    def epoch(self, stage, epoch):
+        return None
+
+    def should_stop(self):
+        return False
+
+    def wants_drain_notice(self):
+        return False
+
+
+def train(team, stage, folder):
+    """Run the stage: its log, its checkpoints, and the message it stopped with."""
+    checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=30)
+    log, message = Log(), ""
+    try:
+        run_stage(stage, team, checkpoints, log, Due(0, 0), Position(2, 1, 0, 0, False), 0)
+    except TrainingError as error:
+        message = str(error)
+    return list(log), checkpoints, message
+
+
+def pieces_of(engine):
+    """{parameter: {value, exp_avg, exp_avg_sq}}, flat copies."""
+    return {f.name: {k: getattr(f, k).clone() for k in ("value", *MOMENTS)} for f in engine.fragments(0)}
+
+
+def precision_run(team, folder, precision):
+    """How far parameters moved, and the types of what was computed and kept."""
+    stage = make_stage(team, folder, **{"train.precision": precision})
+    module, inner, types = stage.engine.module, stage.losses, {"losses": set(), "encoder": set()}
+
+    def watched(batch):
+        parts = inner(batch)
+        types["losses"] |= {part.dtype for part in parts.values()}
+        return parts
+
+    stage.losses = watched
+    mlp = module.model.image_encoder.transformer.resblocks[0].mlp
+    mlp.register_forward_hook(lambda _, __, out: types["encoder"].add(out.dtype))
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    log, _, _ = train(team, stage, f"{folder}/{precision}")
+    types["parameters"] = {p.dtype for p in module.parameters()}
+    types["state"] = {value.dtype for piece in pieces_of(stage.engine).values() for value in piece.values()}
+    moved = {name: p.detach() - before[name] for name, p in module.named_parameters() if name in before}
+    stage.close()
+    return {"log": log, "types": types, "moved": moved}
+
+
+def failing_run(team, folder, kind):
+    """A ResNet whose third step meets what is not finite: the message, and the state before and in the checkpoint.
+
+    kind: "text" (a text feature is NaN), "loss" (a part is infinite), "parameter" (the step before spoilt one).
+    """
+    stage = make_stage(team, folder, **RESNET, **{"stage2.lr": 1e-3})
+    engine, inner, before, batches = stage.engine, stage.losses, {}, []
+
+    def poisoned(batch):
+        batches.append(sorted(stage.identities(batch)))
+        if len(batches) == 3:
+            before["pieces"] = pieces_of(engine)
+            before["buffers"] = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+            if kind == "text":
+                stage.text_features[0] = torch.nan
+            elif kind == "parameter":
+                next(engine.module.parameters()).data[0] = torch.nan
+            else:
+                parts = inner(batch)
+                return parts | {"tri_img": parts["tri_img"] + torch.inf}
+        return inner(batch)
+
+    stage.losses = poisoned
+    log, checkpoints, message = train(team, stage, f"{folder}/{kind}")
+    newest = checkpoints.newest()
+    saved = {}
+    if newest is not None:
+        fresh = make_stage(team, folder, **RESNET)
+        saved["pieces"] = checkpoints.read(newest, fresh.engine.module)
+        saved["buffers"] = dict(fresh.engine.module.named_buffers())
+        saved["position"] = newest.position
+        fresh.close()
+    stage.close()
+    return {"message": message, "identities": batches[-1], "steps": len(log), "before": before, "saved": saved}
+
+
+class Halts(TorchDispatchMode):
+    """Notes every operation that makes the host wait for a GPU: a value read, or a shape that depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if "index" in name and isinstance(args[1], list | tuple) else ()
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if masked or name in self.NAMES or "unique" in name:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def halts_of_a_step(team, folder, changes):
+    """What a warm step would halt a GPU with: operations, and waits that DeepSpeed asks its accelerator for."""
+    cluster.engine.make_adam = lambda groups, fused: adam(groups, fused=True)  # As on a GPU.
+    stage = make_stage(team, folder, **changes)
+    from deepspeed.accelerator import get_accelerator
+
+    waits, halts = [], Halts()
+    accelerator = type(get_accelerator())
+    kept, accelerator.synchronize = accelerator.synchronize, lambda *_: waits.append("synchronize")
+    batches = list(stage.batches(1, 1))
+    for batch in batches[:3]:  # DeepSpeed's own timer starts late.
+        _step(stage, batch)
+    waits.clear()
+    with halts:
+        _step(stage, batches[3])
+    accelerator.synchronize = kept
+    stage.close()
+    return halts.found + waits
+
+
+def _step(stage, batch):
+    stage.engine.remember_buffers()
+    parts = stage.losses(batch)
+    stage.engine.backward(parts["loss"])
+    stage.engine.step()
+
+
+def compiled_losses(team, folder, compiled):
+    """Logged losses of a run, eager or compiled."""
+    stage = make_stage(team, folder, **{"train.compile": compiled, "stage2.lr": 1e-3})
+    log, _, _ = train(team, stage, f"{folder}/compile-{compiled}")
+    stage.close()
+    return [entry["loss"] for entry in log]

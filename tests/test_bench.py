@@ -1,0 +1,68 @@
+"""Benchmarks: each runs in a tiny form and gives the figures it promises."""
+
+import json
+
+import pytest
+from runs import launch
+
+from clipreid.arch import check_arch
+from clipreid.model import build_models
+from clipreid.spec import ModelSpec
+from launch.bench import main, names
+from launch.benchmarks import stage1, stage2
+
+TINY = "configs/models/tiny_vit.json"
+
+
+def test_stage1_compares_equal_losses_of_both_steps():
+    result = stage1.run(["--arch", TINY, "--batch", "8", "--identities", "8", "--rounds", "1", "--device", "cpu"])
+    assert [(c["identities"], c["images_per_identity"]) for c in result["cases"]] == [(8, 1), (2, 4)]
+    for case in result["cases"]:
+        assert case["relative_loss_difference"] < 1e-5
+        assert case["ratio"] == pytest.approx(case["samples_per_s"] / case["plain_samples_per_s"], rel=0.01)
+
+
+def test_stage2_gives_speed_flops_share_and_memory_of_each_loop():
+    options = ["--cases", f"{TINY}:32x16", "--batch", "8", "--steps", "1", "--modes", "eager", "--device", "cpu"]
+    result = stage2.run(options)
+    assert [row["mode"] for row in result["rows"]] == ["plain", "eager"]
+    assert "no GPU" in result["note"]
+    for row in result["rows"]:
+        assert min(row[k] for k in ("images_per_s", "model_tflops", "share_of_peak", "peak_memory_bytes")) > 0
+        assert row["share_of_peak"] == pytest.approx(row["model_tflops"] / result["matmul_peak_tflops"], rel=0.01)
+    assert result["rows"][0]["times_plain"] == 1
+
+
+def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
+    spec = ModelSpec(TINY, check_arch(TINY), (32, 32), identities=10)
+    model, _ = build_models(spec)
+    width, hidden, tokens, images, pixels, projected = 32, 64, 17, 3, 3 * 64, 16
+    per_token = 4 * width * width + 2 * width * hidden
+    whole = tokens * per_token + 2 * tokens * tokens * width
+    last = (2 * tokens + 2) * width * width + 2 * width * hidden + 2 * tokens * width  # one query
+    heads = width * projected + 10 * (width + projected)
+    embedding = (tokens - 1) * pixels * width
+    # Each product is done once forward and twice backward, but no gradient goes to the pixels.
+    expected = 2 * images * (3 * (whole + last + heads) + 2 * embedding)
+    assert stage2.training_flops(model, (images, 3, 32, 32)) == expected
+
+
+def test_checkpoint_prints_what_training_waits_for_as_one_json_object():
+    done = launch(
+        "bench.py", "checkpoint", "--arch", TINY, "--image-size", "32x32", "--batch", "8", "--rounds", "1"
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    keys = ("state_bytes", "step_ms", "stalled_ms", "stalled_share_of_step", "step_beside_write_ms", "write_s")
+    assert result["bench"] == "checkpoint" and min(result[key] for key in keys) > 0
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["stage1", "--batch", "5"], ["stage2", "--cases", "vit"]])
+def test_a_mistake_is_refused_in_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_promised_benchmarks_are_there():
+    assert {"stage1", "stage2", "checkpoint"} <= set(names())
