@@ -77,6 +77,8 @@ class PKLoader:
 
         Raises DataError for settings that don't fit the dataset or the number of ranks.
         """
+        if on_error not in ("raise", "skip"):
+            raise DataError(f"data.on_error is {on_error!r}; known: raise, skip")
         self.split = index.split("train")
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.image_size, self.pin_memory = image_size, pin_memory
@@ -127,7 +129,10 @@ class PKLoader:
         images.view(-1).copy_(torch.from_numpy(slot))
         columns = [column[rows] for column in (self.split.labels, self.split.cameras, self.split.views)]
         positions = np.arange(len(rows)) + self.rank * len(rows)
-        return PKBatch(images, *map(torch.from_numpy, (*columns, positions, rows)), epoch=epoch, step=step)
+        numbers = [torch.from_numpy(column) for column in (*columns, positions, rows)]
+        if self.pin_memory:
+            numbers = [column.pin_memory() for column in numbers]
+        return PKBatch(images, *numbers, epoch=epoch, step=step)
 
     def _count_skipped(self, skipped: list[tuple[int, str]]) -> None:
         for row, message in skipped:

@@ -232,6 +232,42 @@ def test_resize_is_within_two_grey_levels_of_pillow(interpolation):
         assert difference.mean() <= 0.5
 
 
+def test_a_dataset_packed_anew_is_noticed_by_the_decoding_processes(tmp_path):
+    loader = loader_of(write_copy(tmp_path), workers=1)
+    write_copy(tmp_path, lambda number, kind: picture(number + 1))
+    with pytest.raises(DataError, match="packed anew while it was in use"):
+        list(loader.epoch(1))
+    loader.close()
+
+
+def test_an_unknown_way_to_treat_errors_is_refused(folder):
+    with pytest.raises(DataError, match="data.on_error is 'ignore'; known: raise, skip"):
+        loader_of(folder, on_error="ignore")
+
+
+def test_the_benchmark_takes_all_ways_through_the_same_images(tmp_path):
+    from launch.benchmarks import loader as benchmark
+
+    benchmark.write_images(tmp_path / "images", (20, 30), identities=16, each=4)
+    benchmark.build("manifest", [str(tmp_path / "images" / "images.csv")], str(tmp_path / "shards"), processes=1)
+    index = index_of(tmp_path / "shards")
+    split = index.split("train")
+    plan = epoch_plan(split, benchmark.SETTINGS, 1).reshape(-1, 64)
+    paths = [tmp_path / "images" / f"{key}.jpg" for key in split.keys]
+    ways = {name: make(index, paths, plan, (24, 16), 0) for name, make in benchmark.WAYS.items()}
+    for batches in ways.values():
+        assert [batch.shape for batch in batches()] == [(64, 3, 24, 16)] * len(plan)
+    result = benchmark.in_turn(ways, 1, plan.size, time.perf_counter)
+    assert result["b_over_a"] == pytest.approx(result["b_images_per_s"] / result["a_images_per_s"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_are_pinned(folder):
+    batch = next(loader_of(folder, pin_memory=True).epoch(1))
+    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "cameras", "views", "positions"))
+
+
 def children(pid, generations=2):
     """Processes whose parent is pid, and theirs."""
     found = []

@@ -288,3 +288,16 @@ def test_an_epoch_of_vehicleid_is_planned_in_a_fifth_of_a_second():
         taken.append(time.process_time() - start)
     assert len(plan) > 1500
     assert min(taken) < 0.2
+
+
+def test_the_benchmark_plans_what_the_plain_loop_plans():
+    from launch.benchmarks import sampler as benchmark
+
+    split = split_of([5, 2, 9, 4, 6, 7] * 5)
+    epoch = benchmark.plain_epoch(split.labels, 4, 3, seed=0)
+    plan = epoch_plan(split, PKSettings(4, 3), 1)
+    assert len(epoch) % 12 == 0
+    assert abs(len(epoch) // 12 - len(plan)) <= 2
+    result = benchmark.run(["--rounds", "1"])
+    assert (result["index_images"], result["train_images"], result["train_identities"]) == (221_763, 113_346, 13_164)
+    assert min(*result["open_index_s"].values(), *result["plan_epoch_s"].values(), result["plain_loop_s"]) > 0
