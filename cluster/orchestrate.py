@@ -62,7 +62,7 @@ def run_in_this_process(config: Config) -> dict[str, Any]:
     team = join_process_group(config.cluster.timeout_s)
     check_world_size(config, team.world_size)
     if team.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         return train(config, team)
     except Preempted as stop:
@@ -79,8 +79,10 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ConfigError(f"{world_size} workers do not divide stage2.identities {identities}; possible: {fits}")
 
 
-def threads_per_worker(workers_on_node: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+def threads_per_worker(config: Config, workers_on_node: int) -> int:
+    """Torch's threads on a CPU. Sums round differently with another number of threads, so where a run may move between
+    nodes of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
+    return config.cluster.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
 
 
 def quiet_libraries() -> None:
@@ -194,7 +196,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         return
     team = join_process_group(config.cluster.timeout_s)
     if team.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
+        torch.set_num_threads(threads_per_worker(config, ray.train.get_context().get_local_world_size()))
     try:
         train(config, team, report=partial(_report_to_ray, run_dir, team.rank))
     except Drained:

@@ -16,8 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from runs import BIN, ROOT, children_named, config_file, environment, overrides, read_log, steps
 
-LONGER = {"stage1__epochs": 8, "stage2__epochs": 8, "checkpoint__every_steps": 4, "cluster__timeout_s": 60}
-"""Long enough to be hit in the middle; a checkpoint is seldom more than a few steps old."""
+LONGER = {
+    "stage1__epochs": 8,
+    "stage2__epochs": 8,
+    "checkpoint__every_steps": 4,
+    "cluster__timeout_s": 60,
+    "cluster__cpus_per_worker": 1,
+}
+"""Long enough to be hit in the middle; a checkpoint is seldom more than a few steps old. One thread on every node."""
 WEIGHTS = ("model.safetensors", "stage1.safetensors")
 
 
