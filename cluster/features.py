@@ -33,6 +33,7 @@ def extract(
     batch: int,
     loaders: int = 0,
     cache_dir: str | None = None,
+    cache_gb: float = 50.0,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """float32 [n, width] in the split's row order, memory-mapped and read-only, the same on every rank.
@@ -44,7 +45,7 @@ def extract(
     """
     loader = SequentialLoader(
         index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
-        workers=loaders, cache_dir=cache_dir,
+        workers=loaders, cache_dir=cache_dir, cache_bytes=int(cache_gb * 1e9),
     )  # fmt: skip
     own_rows, own = encode_batches(encode, loader, batch, team.device, on_images)
     return _share(own_rows, own, len(index.split(split).labels), team, cache_dir)

@@ -116,7 +116,8 @@ class Run:
             bank = extract(
                 self._encode_frozen, self.index, "train", self.team,
                 image_size=self.spec.image_size, batch=self.config.eval.batch, loaders=self.config.data.loaders,
-                cache_dir=self.config.data.cache_dir, on_images=self.reporter.images,
+                cache_dir=self.config.data.cache_dir, cache_gb=self.config.data.cache_gb,
+                on_images=self.reporter.images,
             )  # fmt: skip
             self.text.eval()
             self._run(Stage1(self.config, self.team, self.text, bank, self.train_split), start)
