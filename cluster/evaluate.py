@@ -71,7 +71,8 @@ def encode_split(
 
     return extract(
         encode, index, split, team, image_size=config.model.image_size, batch=config.eval.batch,
-        loaders=config.data.loaders, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb, on_images=on_images,
+        loaders=config.data.loaders, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb,
+        on_images=on_images,
     )  # fmt: skip
 
 

@@ -181,8 +181,8 @@ def _step(stage, batch):
 
 
 def compiled_losses(team, folder, compiled):
-    """Logged losses of a run, eager or compiled."""
+    """Logged losses of a run, eager or compiled, and how many graphs were compiled for it."""
     stage = make_stage(team, folder, **{"train.compile": compiled, "stage2.lr": 1e-3})
     log, _, _ = train(team, stage, f"{folder}/compile-{compiled}")
     stage.close()
-    return [entry["loss"] for entry in log]
+    return [entry["loss"] for entry in log], torch._dynamo.utils.counters["stats"]["unique_graphs"]

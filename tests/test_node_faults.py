@@ -1,6 +1,7 @@
 """The fault matrix's rows about nodes: each is a network namespace with a Ray node in it, the head and the driver are
 on one without workers. Skipped where the user may not make namespaces."""
 
+import contextlib
 import os
 import signal
 import time
@@ -117,12 +118,11 @@ def test_an_elastic_run_shrinks_with_the_cluster_and_grows_again(nodes, tiny_sha
 
 def crawl(workers):
     """Hold the workers up for a while, so that a short run lasts as long as the test needs."""
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.5)
-    for pid in workers:
-        os.kill(pid, signal.SIGCONT)
-    time.sleep(0.03)
+    for sent, pause_s in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.03)):
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+        time.sleep(pause_s)
 
 
 def test_a_silent_link_is_noticed_in_time_and_the_run_goes_on_elsewhere(nodes, tiny_shards, tmp_path, undisturbed):

@@ -125,5 +125,7 @@ def compiled_and_eager(team, folder):
 def test_a_compiled_encoder_gives_the_losses_of_an_eager_one_on_two_processes(folder):
     first, second = on_processes(2, compiled_and_eager, str(folder))
     assert first == second
-    assert len(first[True]) >= 4 and all(map(math.isfinite, first[True]))
-    assert first[True] == pytest.approx(first[False], rel=1e-4)
+    (eager, no_graphs), (compiled, graphs) = first[False], first[True]
+    assert (no_graphs, graphs) == (0, 1)
+    assert len(compiled) >= 4 and all(map(math.isfinite, compiled))
+    assert compiled == pytest.approx(eager, rel=1e-4)
