@@ -163,11 +163,15 @@ def _connect(config: Config) -> None:
     import ray
 
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path} | _QUIET}}
+    low, high = config.cluster.worker_range
+    variables = {"PYTHONPATH": path} | _QUIET
+    if low != high:
+        # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
+        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
+    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return
-    low, _ = config.cluster.worker_range
     # Nothing big goes through Ray's object store: images and features have their own ways.
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, low), object_store_memory=100_000_000, **options)
 

@@ -23,6 +23,7 @@ from cluster.errors import RankLost
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
 GRACE_S = 15.0
+STORE_S = 5.0
 EXIT_CODE = 70
 
 
@@ -45,9 +46,10 @@ class Watchdog:
         self._now = ("start", 0, time.monotonic(), float("inf"))
         self._stop = threading.Event()
         self._store = _own_store() if world_size > 1 else None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._publish, self._watch)]
         if self._store is not None:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
 
     @contextmanager
     def during(self, operation: str, patience: float = 1.0) -> Iterator[None]:
@@ -62,41 +64,53 @@ class Watchdog:
 
     def close(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * BEAT_S)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=2 * BEAT_S)
 
     def explain(self, error: BaseException) -> RankLost:
         """A failed collective in words: the operation, and who did not come to it."""
         operation, count, since, _ = self._now
         waited = time.monotonic() - since
-        beats = self._read_beats()
-        return RankLost(self.rank, operation, waited, self._missing(beats, count), str(error).split("\n")[0])
+        return RankLost(self.rank, operation, waited, self._absent(count), str(error).split("\n")[0])
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         while not self._stop.wait(BEAT_S):
-            operation, count, since, limit_s = self._now
-            self._publish(operation, count)
+            _, _, since, limit_s = self._now
             if time.monotonic() - since > limit_s + GRACE_S:
                 log.error("%s", self.explain(TimeoutError("no answer")))
                 logging.shutdown()
                 os._exit(EXIT_CODE)  # The main thread is inside the collective and cannot be reached.
 
-    def _publish(self, operation: str, count: int) -> None:
-        try:
+    def _publish(self) -> None:
+        """In a thread of its own: behind a silent link the store never answers."""
+        while not self._stop.wait(BEAT_S):
+            operation, count, *_ = self._now
             beat = {"operation": operation, "count": count, "at_s": time.time()}
-            self._store.set(f"beat/{self.rank}", json.dumps(beat))
-        except RuntimeError:  # The store lives on rank 0's node. Its loss shows in the collective, which names it.
-            self._stop.set()
-
-    def _read_beats(self) -> dict[int, Beat | None]:
-        beats: dict[int, Beat | None] = {}
-        for rank in range(self.world_size):
             try:
+                self._store.set(f"beat/{self.rank}", json.dumps(beat))
+            except RuntimeError:  # The store lives on rank 0's node. Its loss shows in the collective, which names it.
+                return
+
+    def _absent(self, count: int) -> dict[int, str]:
+        """Who did not come, and what they last did, as far as the store on rank 0's node says so in time."""
+        beats: dict[int, Beat | None] = {}
+        reader = threading.Thread(target=self._read_beats, args=(beats,), daemon=True)
+        reader.start()
+        reader.join(timeout=STORE_S)
+        if reader.is_alive():
+            return {0: f"no answer from its node for {STORE_S:g} s"}
+        if len(beats) < self.world_size:
+            return {0: "its process, which keeps the heartbeats, is gone"}
+        return self._missing(beats, count)
+
+    def _read_beats(self, beats: dict[int, Beat | None]) -> None:
+        try:
+            for rank in range(self.world_size):
                 known = self._store.check([f"beat/{rank}"])
                 beats[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}"))) if known else None
-            except (RuntimeError, AttributeError):
-                beats[rank] = None
-        return beats
+        except RuntimeError:
+            return
 
     def _missing(self, beats: dict[int, Beat | None], count: int) -> dict[int, str]:
         """Ranks that are silent, or have begun fewer operations than this one, with what they last did."""
