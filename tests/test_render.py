@@ -155,7 +155,7 @@ def test_identities_share_colour_and_shape_but_no_two_look_alike():
 def test_the_parser_of_the_real_dataset_reads_it(veri):
     views = (str(veri / "keypoint_train.txt"), str(veri / "keypoint_test.txt"))
     warnings = []
-    records = list(Veri776(views_files=views).records(Source(str(veri)), warnings.append))
+    records = list(Veri776(views=views).records(Source(str(veri)), warnings.append))
     assert not warnings
     assert Counter(record.split for record in records) == {"train": 28, "query": 12, "gallery": 28}
     assert {record.camera for record in records} == {0, 1, 2}
