@@ -75,12 +75,35 @@ class Watchdog:
         return RankLost(self.rank, operation, waited, self._absent(count), str(error).split("\n")[0])
 
     def _watch(self) -> None:
+        heard: dict[int, tuple[Beat | None, float]] = {}
         while not self._stop.wait(BEAT_S):
             _, _, since, limit_s = self._now
-            if time.monotonic() - since > limit_s + GRACE_S:
+            waited = time.monotonic() - since
+            if limit_s == float("inf") or waited < self.timeout_s / 2:
+                heard = {}
+                continue
+            # Patience is for ranks that are busy, not for those that are gone.
+            silent_s = self._silence(heard)
+            if waited > limit_s + GRACE_S or (waited > self.timeout_s and silent_s > self._may_be_silent_s):
                 log.error("%s", self.explain(TimeoutError("no answer")))
                 logging.shutdown()
                 os._exit(EXIT_CODE)  # The main thread is inside the collective and cannot be reached.
+
+    @property
+    def _may_be_silent_s(self) -> float:
+        return max(self.timeout_s / 2, 5 * BEAT_S)
+
+    def _silence(self, heard: dict[int, tuple[Beat | None, float]]) -> float:
+        """Seconds by this rank's clock since the rank that is silent for the longest was heard of. `heard` holds what
+        earlier looks found."""
+        now, beats = time.monotonic(), {}
+        reader = threading.Thread(target=self._read_beats, args=(beats,), daemon=True)
+        reader.start()
+        reader.join(timeout=STORE_S)
+        for rank in set(range(self.world_size)) - {self.rank}:
+            if rank not in heard or (rank in beats and beats[rank] != heard[rank][0]):
+                heard[rank] = beats.get(rank), now
+        return max(now - at_s for _, at_s in heard.values())
 
     def _publish(self) -> None:
         """In a thread of its own: behind a silent link the store never answers."""
