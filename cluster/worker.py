@@ -105,7 +105,9 @@ class Run:
     def evaluate(self, phase: str) -> dict[str, Any]:
         self.reporter.phase(phase)
         self.model.eval()
-        return evaluate(self.model, self.index, self.config, self.team, on_images=self.reporter.images)
+        # The encoder compiled for training has static shapes: every size of a batch would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate(self.model, self.index, self.config, self.team, on_images=self.reporter.images)
 
     def stage1(self) -> None:
         """Learn the prompt tokens and write them with the text features of all identities."""
