@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from shards import storage
-from shards.datasets.layout import IMAGE_FORMATS
+from shards.datasets.layout import IMAGE_ENDINGS
 from shards.errors import DataError
 from shards.records import ImageRecord
 from shards.storage import Source
@@ -43,7 +43,7 @@ class Manifest:
                     f"{where}: path {row['path']!r} must be posix and relative; give the folder it lies in as a "
                     "second --root"
                 )
-            if path.suffix.lower() not in IMAGE_FORMATS:
+            if path.suffix.lower() not in IMAGE_ENDINGS:
                 raise DataError(f"{where}: {row['path']!r} is not a .jpg, .png or .webp file")
             if row["split"] not in self.splits:
                 raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")

@@ -18,7 +18,7 @@ from shards.errors import DataError
 from shards.records import ImageRecord
 from shards.storage import Source, join
 
-NAME = re.compile(r"\d{4}/\d{4}_\d{3}_(?P<camera>0[1-9]|1[0-5])_(?P<time>\d{4}[a-z]+)_\d+_\d+(_ex)?\.jpg")
+NAME = re.compile(r"\d{4}/\d{4}_\d{3,}_(?P<camera>0[1-9]|1[0-5])_(?P<time>\d{4}[a-z]+)_\d+_\d+(_ex)?\.jpg")
 EXPECTED = "0000/0000_000_01_0303morning_0015_0.jpg, camera 01 to 15"
 BASES = ("MSMT17", "MSMT17_V1", "MSMT17_V2", "")
 FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))
