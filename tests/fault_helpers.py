@@ -80,10 +80,19 @@ class Job:
         self.wait_until(lambda: self.last_step() >= (stage, step))
 
     def wait_for_restart(self, restarts=1, timeout_s=180):
-        """Until a step is logged after so many restarts."""
+        """Until steps are made after so many restarts."""
+        before = ("start", "encode the training images", "evaluate the untrained encoder")
         self.wait_until(
-            lambda: (s := self.status()).get("restarts", 0) >= restarts and s["phase"].startswith("stage"), timeout_s
+            lambda: (s := self.status()).get("restarts", 0) >= restarts and s["phase"] not in before, timeout_s
         )
+
+    def report_restart(self, killed_s, last_step, restarts=1):
+        """Print what a fault cost; `last_step` as it was when it struck."""
+        self.wait_for_restart(restarts)
+        resumed = self.status()["resumed_from"] or "stage 0, epoch 0, step 0"
+        stage, _, step = (int(part.split()[-1]) for part in resumed.split(","))
+        lost = f"{last_step[1] - step} steps" if stage == last_step[0] else f"from {resumed} to {last_step}"
+        print(f"  training again after {time.monotonic() - killed_s:.1f} s, repeated {lost}")
 
     def unfinished_checkpoint(self):
         """The folder of a checkpoint that is being written, if there is one."""

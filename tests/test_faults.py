@@ -1,13 +1,17 @@
 """The fault matrix: whatever is killed, cut or damaged, the run ends with the weights of one that was left alone.
 
 A core set is part of `make test`; the rest runs with `make test-faults`. Times of kills are random, their seed is
-printed. Nodes are network namespaces (namespaces.py).
+printed. Faults of nodes are in test_node_faults.py.
 """
 
+import contextlib
 import json
 import shutil
 import signal
 import socket
+import time
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from fault_helpers import (
@@ -59,7 +63,9 @@ def job(tiny_shards, tmp_path, ray_head):
 def test_a_killed_worker_costs_a_restart_and_nothing_else(job, ray_head, undisturbed, stage):
     dice = seeded(f"worker in stage {stage}")
     job.wait_for_step(stage, dice.randint(1, 18))
+    last, killed_s = job.last_step(), time.monotonic()
     kill_worker(ray_head.process.pid, dice)
+    job.report_restart(killed_s, last)
     job.end()
     assert job.status()["restarts"] == 1
     assert_same_result(undisturbed, job.run_dir)
@@ -84,9 +90,12 @@ def test_after_a_killed_driver_the_same_command_goes_on(job, tiny_shards, tmp_pa
         job.wait_until((job.run_dir / "stage1.safetensors").exists)
     else:
         job.wait_for_step(int(moment[-1]), dice.randint(1, 18))
+    last, killed_s = job.last_step(), time.monotonic()
     job.process.kill()
     job.process.wait()
-    Job(tmp_path, tiny_shards, ray_head.environment).end()
+    again = Job(tmp_path, tiny_shards, ray_head.environment)
+    again.report_restart(killed_s, last)
+    again.end()
     assert_same_result(undisturbed, job.run_dir)
 
 
@@ -108,6 +117,65 @@ def test_a_worker_killed_while_a_checkpoint_is_written(job, ray_head, undisturbe
     )
     job.end()
     assert_same_result(undisturbed, job.run_dir)
+
+
+def ten_moments(dice):
+    """(stage, step) of five steps in each stage, in their order."""
+    return [(stage, step) for stage, last in ((1, 22), (2, 36)) for step in sorted(dice.sample(range(1, last), 5))]
+
+
+def test_ten_workers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undisturbed):
+    dice = seeded("ten workers")
+    job = Job(tmp_path, tiny_shards, ray_head.environment, cluster__max_failures=-1)
+    for count, (stage, step) in enumerate(ten_moments(dice), start=1):
+        job.wait_for_step(stage, step)
+        last, killed_s = job.last_step(), time.monotonic()
+        kill_worker(ray_head.process.pid, dice)
+        job.report_restart(killed_s, last, count)
+    job.end()
+    assert job.status()["restarts"] == 10
+    assert_same_result(undisturbed, job.run_dir)
+
+
+def test_ten_drivers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undisturbed):
+    job = Job(tmp_path, tiny_shards, ray_head.environment)
+    for count, (stage, step) in enumerate(ten_moments(seeded("ten drivers")), start=1):
+        job.wait_for_step(stage, step)
+        last, killed_s = job.last_step(), time.monotonic()
+        job.process.kill()
+        job.process.wait()
+        job = Job(tmp_path, tiny_shards, ray_head.environment)
+        job.report_restart(killed_s, last, count)
+    job.end()
+    assert job.status()["restarts"] == 10
+    assert_same_result(undisturbed, job.run_dir)
+
+
+# --- what one sees of it
+
+
+def test_status_and_metrics_tell_what_a_run_does(job, ray_head):
+    job.wait_until(lambda: job.status().get("phase") == "stage 2")
+    shown = launch("status.py", job.run_dir).stdout
+    for line in ("stage 2", "time left", "last checkpoint: stage 2", "restarts:        0", "workers:         2 ("):
+        assert line in shown
+    job.end()
+    assert "doing:           finished" in launch("status.py", job.run_dir, "--every", 1).stdout
+    pages = [scrape(target) for target in metrics_targets(ray_head.folder)]
+    for name in ("loss", "step", "images_per_s", "restarts"):
+        assert any(f"ray_clipreid_{name}{{" in page and f'run="{job.run_dir}"' in page for page in pages), name
+
+
+def metrics_targets(folder):
+    """Where Ray tells Prometheus to look."""
+    discovered = json.loads((Path(folder) / "prom_metrics_service_discovery.json").read_text())
+    return [target for group in discovered for target in group["targets"]]
+
+
+def scrape(target):
+    with contextlib.suppress(OSError), urlopen(f"http://{target}/metrics", timeout=5) as answer:
+        return answer.read().decode()
+    return ""
 
 
 # --- storage
