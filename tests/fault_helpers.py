@@ -91,7 +91,7 @@ class Job:
         self.wait_for_restart(restarts)
         resumed = self.status()["resumed_from"] or "stage 0, epoch 0, step 0"
         stage, _, step = (int(part.split()[-1]) for part in resumed.split(","))
-        lost = f"{last_step[1] - step} steps" if stage == last_step[0] else f"from {resumed} to {last_step}"
+        lost = f"{max(0, last_step[1] - step)} steps" if stage == last_step[0] else f"from {resumed} to {last_step}"
         print(f"  training again after {time.monotonic() - killed_s:.1f} s, repeated {lost}")
 
     def unfinished_checkpoint(self):

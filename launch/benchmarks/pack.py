@@ -9,6 +9,7 @@ Making the images is not counted. They are JPEGs of random patterns, about 30 kB
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -44,7 +45,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
         build = ("build", "--dataset", "vehicleid", "--root", root, "--out", out, "--processes", options.processes)
         built, again = timed(*build), timed(*build)
         verified = timed("verify", out, "--processes", options.processes)
-        plain_s = plain_loop(root, Path(folder) / "plain.tar")
+        shutil.rmtree(out)
+        out.mkdir()
+        plain_s = plain_loop(root, out)
     return {
         "images": options.images,
         "source_mb": round(num_bytes / 1e6),
@@ -107,6 +110,7 @@ def numbered(jpeg: bytes, number: int) -> bytes:
 
 def timed(*arguments: object) -> dict[str, float]:
     """Run launch/pack.py; seconds, processor seconds and peak memory with all its processes."""
+    os.sync()  # what was written before is not this command's to wait for
     before, started = os.times(), time.monotonic()
     process = subprocess.Popen([sys.executable, str(PACK), *map(str, arguments)], stdout=subprocess.DEVNULL)
     peak = PeakMemory(process.pid)
@@ -152,17 +156,18 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def plain_loop(root: Path, tar_path: Path, shard_bytes: int = 256 << 20) -> float:
+def plain_loop(root: Path, out: Path, shard_bytes: int = 256 << 20) -> float:
     """Seconds of what one would write by hand: read, add to a tar with its JSON, one process, no checks."""
     from shards.datasets.vehicleid import VehicleId
     from shards.storage import Source
 
     records: list[ImageRecord] = list(VehicleId().records(Source(root), lambda line: None))
-    started, tar = time.monotonic(), tarfile.open(tar_path, "w")  # noqa: SIM115
-    for record in sorted(records, key=lambda record: (record.split, record.identity, record.path)):
+    os.sync()
+    started, tar = time.monotonic(), tarfile.open(out / "0.tar", "w")  # noqa: SIM115
+    for number, record in enumerate(sorted(records, key=lambda record: (record.split, record.identity, record.path))):
         if tar.offset > shard_bytes:
             tar.close()
-            tar = tarfile.open(tar_path, "w")  # noqa: SIM115  over the last one, to save room
+            tar = tarfile.open(out / f"{number}.tar", "w")  # noqa: SIM115
         image = (root / record.path).read_bytes()
         facts = json.dumps({"identity": record.identity, "path": record.path}).encode()
         for name, data in ((Path(record.path).name, image), (Path(record.path).stem + ".json", facts)):
