@@ -14,12 +14,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.benchmarks._memory import PeakMemory
 from launch.cli import Parser, progress_bar
 from shards.records import ImageRecord
 
@@ -28,8 +27,6 @@ IMAGES, IDENTITIES, TRAIN_IMAGES, TRAIN_IDENTITIES = 221_763, 26_267, 113_346, 1
 TEST_LISTS = (800, 1600, 2400, 3200, 6000, 13164)
 PATTERNS = 64
 PACK = Path(__file__).resolve().parents[1] / "pack.py"
-SAMPLE_S = 0.1
-"""Seconds between two looks at the memory."""
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -113,47 +110,14 @@ def timed(*arguments: object) -> dict[str, float]:
     os.sync()  # what was written before is not this command's to wait for
     before, started = os.times(), time.monotonic()
     process = subprocess.Popen([sys.executable, str(PACK), *map(str, arguments)], stdout=subprocess.DEVNULL)
-    peak = PeakMemory(process.pid)
-    if process.wait():
+    with PeakMemory(process.pid) as memory:
+        process.wait()
+    if process.returncode:
         raise RuntimeError(f"pack.py {arguments[0]} ended with exit code {process.returncode}")
     seconds, after = time.monotonic() - started, os.times()
     processor_s = sum(after[2:4]) - sum(before[2:4])  # user and system time of ended children
-    return {"seconds": round(seconds, 1), "processor_s": round(processor_s, 1), "peak_rss_mb": peak.result_mb()}
-
-
-class PeakMemory:
-    """Looks at the resident memory of a process and its children until it ends. Shared pages count in each."""
-
-    def __init__(self, pid: int):
-        self.pid, self.peak_bytes = pid, 0
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-
-    def result_mb(self) -> int:
-        self.thread.join()
-        return round(self.peak_bytes / 1e6)
-
-    def _watch(self) -> None:
-        while total := sum(_resident_bytes(pid) for pid in _family(self.pid)):
-            self.peak_bytes = max(self.peak_bytes, total)
-            time.sleep(SAMPLE_S)
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    try:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                yield from _family(int(child))
-    except OSError:  # it has ended
-        return
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    peak_mb = round(memory.peak_bytes / 1e6)
+    return {"seconds": round(seconds, 1), "processor_s": round(processor_s, 1), "peak_rss_mb": peak_mb}
 
 
 def plain_loop(root: Path, out: Path, shard_bytes: int = 256 << 20) -> float:
