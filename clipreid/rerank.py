@@ -1,12 +1,14 @@
 """k-reciprocal re-ranking (Zhong et al. 2017) without the matrix of all images against all images.
 
-    descriptors of queries and gallery -> [rerank] -> distances [Q, G] -> retrieval
+    descriptors of queries and gallery -> nearest of each image -> weights on its reciprocal neighbours
+        -> [rerank] -> distances of a block of queries at a time -> retrieval
 
-Queries and gallery together are n images. An image's weights on the others are sparse: of each image the
-nearest neighbours are kept, products and sets are made for a block of images at a time, and only the result
-is a matrix. Everything is at least float32: half precision moves the result by 2e-3.
+Queries and gallery together are n images. An image's weights on the others are sparse, and everything else is
+made for a block of images at a time. The blocks of rows are shared out among ranks; what all ranks need goes
+through the sum over ranks that is handed in, each entry from one rank and 0 from the others, so the result does
+not depend on their number. Everything is at least float32: half precision moves the result by 2e-3.
 
-Q, G = queries and gallery images, n = Q + G, b = images of a block
+Q, G = queries and gallery images, n = Q + G, b = images of a block, D = feature width
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,107 +20,154 @@ from torch import Tensor
 
 from clipreid.errors import ModelError
 from clipreid.losses import widened
-from clipreid.retrieval import Labels, count_up, retrieve_by_distance
+from clipreid.retrieval import Labels, ReduceSum, retrieve_by_blocks
 
-BLOCK = 256  # images at a time: b x n values are held
+BLOCK = 512  # rows at a time: b x n distances are held
+JACCARD_BLOCK = 32  # queries whose common neighbours are listed at a time
+PAIRS = 1024  # pairs whose differences are held: few enough to stay in a processor's cache
 
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+Entries = tuple[Tensor, Tensor, Tensor]
 """Rows, columns and weights of a sparse matrix's entries, by row."""
 
 
 def evaluate_reranked(
     query_features: Tensor,
     query: Labels,
-    gallery_features: Tensor,
+    gallery_features: Tensor | np.ndarray,
     gallery: Labels,
     *,
     rule: str = "camera",
     k1: int = 20,
     k2: int = 6,
     lam: float = 0.3,
+    part: tuple[int, int] = (0, 1),
+    reduce_sum: ReduceSum = lambda x: x,
 ) -> dict[str, float | int]:
     """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and rerank."""
-    distances = rerank(query_features, gallery_features, k1, k2, lam)
-    return retrieve_by_distance(distances.float(), query, gallery, rule=rule).metrics()
+    blocks = reranked(query_features, gallery_features, k1, k2, lam, part=part, reduce_sum=reduce_sum)
+    float32 = ((rows, distances.float()) for rows, distances in blocks)
+    device = query_features.device
+    return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, reduce_sum=reduce_sum).metrics()
 
 
 def rerank(query_features: Tensor, gallery_features: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
-    """lam x original + (1 - lam) x Jaccard distance of the neighbourhoods. float [Q, G], on the CPU.
+    """The whole matrix of `reranked`, float [Q, G], for few images."""
+    return torch.cat([distances for _, distances in reranked(query_features, gallery_features, k1, k2, lam)])
 
-    query_features: float [Q, D]; gallery_features: float [G, D], on the same device. The original distance
+
+def reranked(
+    query_features: Tensor,
+    gallery_features: Tensor | np.ndarray,
+    k1: int = 20,
+    k2: int = 6,
+    lam: float = 0.3,
+    *,
+    part: tuple[int, int] = (0, 1),
+    reduce_sum: ReduceSum = lambda x: x,
+) -> Iterator[tuple[slice, Tensor]]:
+    """lam x original + (1 - lam) x Jaccard distance of the neighbourhoods: (queries, float [b, G]), a block at a time.
+
+    query_features: float [Q, D], gallery_features: float [G, D], both whole on every rank; the gallery's may be
+    memory-mapped. Work is done on the queries' device, where all features are held once more. The original distance
     is the squared Euclidean one, each image's row over all n divided by its maximum.
-    Raises ModelError for k1, k2 below 1 and for fewer images than k1 + 1 or k2.
+    part: (rank, world_size); the ranks' blocks are all queries, each once.
+    Raises ModelError for k1, k2 below 1, for fewer images than k1 + 1 or k2, and features that are not finite.
     """
-    features = torch.cat([widened(query_features), widened(gallery_features)])
-    num_queries, n = len(query_features), len(features)
+    n, num_queries = len(query_features) + len(gallery_features), len(query_features)
     if min(k1, k2) < 1 or max(k1 + 1, k2) > n:
         raise ModelError(f"re-ranking with k1 {k1}, k2 {k2} needs 1 <= k1 < {n} images and 1 <= k2 <= {n}: lower them.")
-    nearest, largest = _neighbours(features, max(k1 + 1, k2))
-    weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1), n)
-    expanded = _Sparse.of(_averages(weights, nearest[:, :k2].cpu().numpy()), n)
+    features = _all_features(query_features, gallery_features)
+    own_rows = list(_own_blocks(n, part))
+    nearest, largest = _neighbours(features, max(k1 + 1, k2), own_rows, reduce_sum)
+    weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1, own_rows), n, features, reduce_sum)
+    expanded = _Sparse.of(_averages(weights, nearest[:, :k2], own_rows), n, features, reduce_sum)
     by_neighbour = expanded.transposed(first=num_queries)
-
-    result = torch.empty(num_queries, n - num_queries, dtype=features.dtype)
-    for rows, distances in _distance_blocks(features, num_queries):
-        original = (distances / largest[rows, None])[:, num_queries:]
-        result[rows] = lam * original.cpu()
-        for i in range(rows.start, rows.stop):
-            result[i] += (1 - lam) * torch.from_numpy(_jaccard(expanded, by_neighbour, i, n - num_queries))
-    return result
+    for rows, distances in _distances(features, _own_blocks(num_queries, part)):
+        original = distances[:, num_queries:] / largest[rows, None]
+        jaccard = _jaccard(expanded, by_neighbour, rows, n - num_queries)
+        yield rows, original.mul_(lam).add_(jaccard, alpha=1 - lam)
 
 
-def _distance_blocks(features: Tensor, stop: int) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances of images 0 … stop - 1 to all images, [b, n] at a time, exactly 0 to themselves."""
+def _all_features(query: Tensor, gallery: Tensor | np.ndarray) -> Tensor:
+    """float32 or float64 [n, D], on the queries' device."""
+    features = widened(query).new_empty(len(query) + len(gallery), query.shape[1])
+    features[: len(query)] = query
+    for start in range(0, len(gallery), BLOCK):
+        rows = gallery[start : start + BLOCK]
+        if isinstance(rows, np.ndarray):
+            rows = torch.from_numpy(np.array(rows))  # a copy, since memory maps are read-only
+        features[len(query) + start :][: len(rows)] = rows
+    return features
+
+
+def _own_blocks(stop: int, part: tuple[int, int]) -> Iterator[slice]:
+    """This rank's share of the rows 0 … stop - 1, cut in the same places for any number of ranks."""
+    rank, world_size = part
+    blocks = -(-stop // BLOCK)
+    for block in range(blocks * rank // world_size, blocks * (rank + 1) // world_size):
+        yield slice(block * BLOCK, min((block + 1) * BLOCK, stop))
+
+
+def _distances(features: Tensor, blocks: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances of a block of images to all images, [b, n] at a time, exactly 0 to themselves."""
     squared = features.square().sum(1)
-    for start in range(0, stop, BLOCK):
-        rows = slice(start, min(start + BLOCK, stop))
+    for rows in blocks:
         distances = torch.addmm(squared, features[rows], features.T, alpha=-2).add_(squared[rows, None])
         distances.clamp_(min=0)
-        own = torch.arange(start, rows.stop, device=features.device)
-        distances[own - start, own] = 0
+        own = torch.arange(rows.start, rows.stop, device=features.device)
+        distances[own - rows.start, own] = 0
         yield rows, distances
 
 
-def _neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _neighbours(features: Tensor, k: int, own_rows: list[slice], reduce_sum: ReduceSum) -> tuple[Tensor, Tensor]:
     """Each image's k nearest, itself included, nearest first, int64 [n, k]; and its largest distance [n]."""
-    nearest, largest = [], []
-    for _, distances in _distance_blocks(features, len(features)):
-        nearest.append(distances.topk(k, largest=False).indices)
-        largest.append(distances.amax(1))
-    return torch.cat(nearest), torch.cat(largest)
+    nearest = torch.zeros(len(features), k, dtype=torch.int64, device=features.device)
+    largest = features.new_zeros(len(features))
+    for rows, distances in _distances(features, own_rows):
+        nearest[rows] = distances.topk(k, largest=False).indices
+        largest[rows] = distances.amax(1)
+    nearest, largest = reduce_sum(nearest), reduce_sum(largest)
+    if not largest.isfinite().all():
+        raise ModelError("re-ranking: features that are not finite: extract them again.")
+    return nearest, largest.clamp_min_(torch.finfo(largest.dtype).tiny)  # 0 where all images are the same
 
 
-def _reciprocal(nearest: Tensor, k: int) -> Tensor:
-    """Which of an image's k + 1 nearest have it among theirs. bool [n, k + 1]."""
-    near = nearest[:, : k + 1]
-    numbers = torch.arange(len(near), device=near.device)
-    return torch.cat([(near[near[i]] == i[:, None, None]).any(2) for i in numbers.split(BLOCK)])
+def _mutual(near: Tensor, rows: slice) -> Tensor:
+    """Which of the images that are near to an image of the block have it near to them. bool [b, k]."""
+    numbers = torch.arange(rows.start, rows.stop, device=near.device)
+    return (near[near[rows]] == numbers[:, None, None]).any(2)
 
 
-def _reciprocal_weights(features: Tensor, nearest: Tensor, largest: Tensor, k1: int) -> Iterator[Entries]:
+def _reciprocal_weights(
+    features: Tensor, nearest: Tensor, largest: Tensor, k1: int, own_rows: list[slice]
+) -> Iterator[Entries]:
     """Blocks of rows of exp(-d) over each image's expanded reciprocal set, normalised to sum 1."""
+    n = len(features)
     half = round(k1 / 2)  # half to even, as in the published code
     near, near_half = nearest[:, : k1 + 1], nearest[:, : half + 1]
-    mutual, mutual_half = _reciprocal(nearest, k1), _reciprocal(nearest, half)
-    n = len(features)
-    for i in torch.arange(n, device=features.device).split(BLOCK):
-        member = torch.zeros(len(i), n + 1, dtype=torch.bool, device=features.device)  # the last column is waste
-        member.scatter_(1, near[i].where(mutual[i], n), True)
-        theirs, valid = near_half[near[i]], mutual_half[near[i]]  # [b, k1 + 1, half + 1]
-        shared = member.gather(1, theirs.flatten(1)).view_as(theirs) & valid
-        joins = mutual[i] & (3 * shared.sum(2) > 2 * valid.sum(2))
-        member.scatter_(1, theirs.where(valid & joins[:, :, None], n).flatten(1), True)
+    mutual_half = torch.cat([_mutual(near_half, rows) for rows in _own_blocks(n, (0, 1))])
+    sets_half = near_half.where(mutual_half, n)  # [n, half + 1], n stands for none
+    for rows in own_rows:
+        mutual = _mutual(near, rows)
+        own = near[rows].where(mutual, n).sort(1).values  # [b, k1 + 1]
+        theirs = sets_half[near[rows]]  # [b, k1 + 1, half + 1]
+        place = torch.searchsorted(own, theirs.flatten(1)).clamp_(max=k1)
+        valid = theirs < n
+        shared = (own.gather(1, place).view_as(theirs) == theirs) & valid
+        joins = mutual & (3 * shared.sum(2) > 2 * valid.sum(2))
+        members = torch.cat([own, theirs.where(joins[:, :, None], n).flatten(1)], 1).sort(1).values
+        new = members < n
+        new[:, 1:] &= members[:, 1:] != members[:, :-1]
 
-        row, column = member[:, :n].nonzero(as_tuple=True)
-        distance = _pair_distances(features, i[row], column)
-        weight = torch.exp(-distance / largest[i[row]])
-        total = torch.zeros(len(i), dtype=weight.dtype, device=weight.device).index_add_(0, row, weight)
-        yield i[row].cpu().numpy(), column.cpu().numpy(), (weight / total[row]).cpu().numpy()
+        row, column = rows.start + new.nonzero(as_tuple=True)[0], members[new]
+        weight = torch.exp(-_pair_distances(features, row, column) / largest[row])
+        total = weight.new_zeros(n).index_add_(0, row, weight)
+        yield row, column, weight / total[row]
 
 
 def _pair_distances(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Squared distances of the given pairs, from differences. [pairs]."""
-    pairs = zip(rows.split(8192), columns.split(8192), strict=True)
+    pairs = zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)
     return torch.cat([(features[r] - features[c]).square().sum(1) for r, c in pairs])
 
 
@@ -126,49 +175,65 @@ def _pair_distances(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class _Sparse:
     """A sparse matrix of n rows, read by row."""
 
-    starts: np.ndarray
+    starts: Tensor
     """int64 [n + 1]: row i has the entries starts[i] … starts[i + 1] - 1."""
-    columns: np.ndarray
-    weights: np.ndarray
+    columns: Tensor
+    weights: Tensor
 
     @classmethod
-    def of(cls, blocks: Iterable[Entries], n: int) -> "_Sparse":
-        rows, columns, weights = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-        starts = np.concatenate([[0], np.bincount(rows, minlength=n).cumsum()])
-        return cls(starts, columns, weights)
+    def of(cls, blocks: Iterable[Entries], n: int, like: Tensor, reduce_sum: ReduceSum) -> "_Sparse":
+        """From the blocks of rows of all ranks, each a run of rows; weights of the type and on the device of `like`."""
+        none = torch.zeros(0, dtype=torch.int64, device=like.device)
+        rows, *own = (torch.cat(parts) for parts in zip((none, none, like.new_zeros(0)), *blocks, strict=True))
+        starts = reduce_sum(_starts(rows, n))
+        first = int(starts[rows[0]]) if len(rows) else 0
+        whole = [values.new_zeros(int(starts[-1])) for values in own]
+        for values, here in zip(whole, own, strict=True):
+            values[first : first + len(here)] = here
+        return cls(starts, *map(reduce_sum, whole))
 
-    def take(self, rows: np.ndarray) -> Entries:
+    def take(self, rows: Tensor) -> Entries:
         """The entries of the given rows, one after the other; rows are numbered as in `rows`."""
         counts = self.starts[rows + 1] - self.starts[rows]
-        at = np.repeat(self.starts[rows], counts) + count_up(counts)
-        return np.repeat(np.arange(len(rows)), counts), self.columns[at], self.weights[at]
+        row = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
+        at = torch.arange(len(row), device=rows.device) + (self.starts[rows] - counts.cumsum(0) + counts)[row]
+        return row, self.columns[at], self.weights[at]
 
     def transposed(self, first: int) -> "_Sparse":
-        """The matrix without its rows before `first`, read by column."""
+        """The matrix without its rows before `first`, read by column; its columns are those rows, from 0."""
         columns, weights = self.columns[self.starts[first] :], self.weights[self.starts[first] :]
-        rows = np.repeat(np.arange(len(self.starts) - 1 - first), np.diff(self.starts[first:]))
-        order = np.argsort(columns, kind="stable")
-        return _Sparse.of([(columns[order], rows[order], weights[order])], len(self.starts) - 1)
+        counts = self.starts.diff()[first:]
+        rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        columns, order = columns.sort(stable=True)
+        return _Sparse(_starts(columns, len(self.starts) - 1), rows[order], weights[order])
 
 
-def _averages(weights: _Sparse, nearest: np.ndarray) -> Iterator[Entries]:
+def _starts(rows: Tensor, n: int) -> Tensor:
+    """Where each of n rows starts among ascending rows. int64 [n + 1]."""
+    return torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+
+
+def _averages(weights: _Sparse, nearest: Tensor, own_rows: list[slice]) -> Iterator[Entries]:
     """Blocks of rows of each image's weights averaged over its k2 nearest, int64 [n, k2]."""
     n, k2 = nearest.shape
-    for start in range(0, n, BLOCK):
-        near = nearest[start : start + BLOCK]
-        neighbour, columns, values = weights.take(near.flatten())
-        summed = np.bincount(neighbour // k2 * n + columns, values, minlength=len(near) * n)
-        filled = np.flatnonzero(summed)
-        yield start + filled // n, filled % n, (summed[filled] / k2).astype(values.dtype)
+    for rows in own_rows:
+        neighbour, column, values = weights.take(nearest[rows].flatten())
+        place, order = ((neighbour // k2 + rows.start) * n + column).sort(stable=True)
+        place, number = place.unique_consecutive(return_inverse=True)
+        summed = values.new_zeros(len(place)).index_add_(0, number, values[order])
+        yield place // n, place % n, summed / k2
 
 
-def _jaccard(expanded: _Sparse, by_neighbour: _Sparse, query: int, num_gallery: int) -> np.ndarray:
-    """1 - |min of weights| / |max of weights| of a query and every gallery image. [G].
+def _jaccard(expanded: _Sparse, by_neighbour: _Sparse, rows: slice, num_gallery: int) -> Tensor:
+    """1 - |min of weights| / |max of weights| of a block of queries and every gallery image. [b, G].
 
-    Only images that share a neighbour with the query are visited. Rows sum to 1, so max = 2 - min.
+    Only images that share a neighbour with a query are visited. Rows sum to 1, so max = 2 - min.
     """
-    own = slice(expanded.starts[query], expanded.starts[query + 1])
-    neighbour, gallery, weights = by_neighbour.take(expanded.columns[own])
-    smaller = np.minimum(weights, expanded.weights[own][neighbour])
-    shared = np.bincount(gallery, smaller, minlength=num_gallery)
-    return 1 - shared / (2 - shared)
+    shared = expanded.weights.new_zeros(rows.stop - rows.start, num_gallery)
+    numbers = torch.arange(rows.start, rows.stop, device=shared.device)
+    for some, sums in zip(numbers.split(JACCARD_BLOCK), shared.split(JACCARD_BLOCK), strict=True):
+        query, neighbour, weights = expanded.take(some)
+        entry, gallery, others = by_neighbour.take(neighbour)
+        place = query[entry] * num_gallery + gallery
+        sums.view(-1).index_add_(0, place, torch.minimum(weights[entry], others))
+    return shared.div_(2 - shared).neg_().add_(1)

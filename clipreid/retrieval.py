@@ -12,7 +12,7 @@ a pair does not depend on the number of ranks, and equal rows get equal values.
 Q, G = query and gallery images, D = feature width, M = most positives that a query has
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +89,34 @@ def retrieve(
 def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: str = "camera") -> Retrieval:
     """The same from a given matrix, float32 [Q, G], for distances that are no products (re-ranking)."""
     return _retrieve(_Matrix(distances), query, gallery, rule, lambda x: x)
+
+
+def retrieve_by_blocks(
+    blocks: Iterable[tuple[slice, Tensor]],
+    query: Labels,
+    gallery: Labels,
+    *,
+    rule: str = "camera",
+    device: torch.device | None = None,
+    reduce_sum: ReduceSum = lambda x: x,
+) -> Retrieval:
+    """The same from (queries, their distances float32 [b, G]), a block at a time; each query once, on any rank."""
+    pairs = _same_identity(query, gallery, rule)
+    counted = np.bincount(pairs.query[~pairs.ignored], minlength=len(query.identities))
+    positives = torch.zeros(len(counted), counted.max(), dtype=torch.int64, device=device)
+    counts = torch.zeros(len(counted), counted.max() + 1, dtype=torch.int64, device=device)
+    for rows, distances in blocks:
+        block, own = _Matrix(distances), _same_identity(_cut(query, rows), gallery, rule)
+        keys = _sorted_keys(_positive_distances(block, own), own, block.num_queries)
+        positives[rows] = NEVER
+        positives[rows, : keys.shape[1]] = keys
+        counts[rows, : keys.shape[1] + 1] = _count_between(block, own, keys)
+    return _measures(reduce_sum(positives).cpu(), reduce_sum(counts).cpu(), rule)
+
+
+def _cut(labels: Labels, rows: slice) -> Labels:
+    columns = (labels.identities, labels.cameras, labels.times)
+    return Labels(*(None if column is None else column[rows] for column in columns))
 
 
 def gallery_rows(gallery_size: int, rank: int, world_size: int) -> slice:

@@ -45,8 +45,8 @@ def measure_retrieval(
     if rerank:
         k1, k2, weight = rerank
         metrics["rerank"] = evaluate_reranked(
-            torch.from_numpy(query_features), query, torch.from_numpy(np.array(gallery_features)), gallery,
-            rule=rule, k1=k1, k2=k2, lam=weight,
+            on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
+            part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
         )  # fmt: skip
     return metrics
 
