@@ -49,7 +49,7 @@ lint: .venv/ready
 	@.venv/bin/ruff format --check .
 
 lock:
-	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \
+	@.venv/bin/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --extra dev \
 		--constraints <(printf 'torch==2.14.1\ntorchvision==0.29.1\n') --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links pyproject.toml -o requirements.lock
 

@@ -36,9 +36,12 @@ class Features(NamedTuple):
 
 
 class ImageEncoder(nn.Module):
-    """Common face of the two kinds of tower. `widths` are those of the features (pre, img, proj)."""
+    """Common face of the two kinds of tower."""
 
     widths: tuple[int, int, int]
+    """Of the features (pre, img, proj)."""
+    grid: tuple[int, int]
+    """(rows, columns) that attention sees: of a ViT's patches, of a ResNet's last map."""
 
     def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
         """Float images [B, 3, H, W], and `sie` [B, W] or None (ViT only), to Features."""
@@ -54,7 +57,7 @@ class ViTEncoder(ImageEncoder):
         `grid` is (rows, columns) of patches, `stride` the pixels between them, `sie_tokens` "cls" or "all".
         """
         super().__init__()
-        self.sie_tokens = sie_tokens
+        self.grid, self.sie_tokens = grid, sie_tokens
         self.conv1 = visual.conv1
         self.conv1.stride = (stride, stride)
         self.class_embedding = visual.class_embedding
@@ -68,7 +71,7 @@ class ViTEncoder(ImageEncoder):
 
     def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
         """Float images [B, 3, H, W] to Features; `sie` [B, W] is added before the position embedding."""
-        x_BLW = self.ln_pre(self._embed(images, sie))
+        x_BLW = self.ln_pre(self.embed(images, sie))
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x_BLW = block(x_BLW)
@@ -79,7 +82,8 @@ class ViTEncoder(ImageEncoder):
         img = self.ln_post(attend(last, x_BLW[:, :1], keys_BLW[:, :1], keys_BLW)[:, 0])
         return Features(pre, img, img @ self.proj)
 
-    def _embed(self, images: Tensor, sie: Tensor | None) -> Tensor:
+    def embed(self, images: Tensor, sie: Tensor | None = None) -> Tensor:
+        """Class token and patches with side information and position, before `ln_pre`. float [B, L, W]."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         if sie is not None:
@@ -96,6 +100,7 @@ class ResNetEncoder(ImageEncoder):
     def __init__(self, visual: nn.Module, grid: tuple[int, int]) -> None:
         """`visual` is an open_clip ModifiedResNet, whose layers are adopted; `grid` is (H / 16, W / 16)."""
         super().__init__()
+        self.grid = grid
         for name in ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3", "avgpool"):
             setattr(self, name, getattr(visual, name))
         self.layer1, self.layer2 = visual.layer1, visual.layer2
@@ -113,20 +118,28 @@ class ResNetEncoder(ImageEncoder):
     def forward(self, images: Tensor, sie: Tensor | None = None) -> Features:
         """Float images [B, 3, H, W] to Features. There is no side information for a ResNet: `sie` must be None."""
         assert sie is None, "ModelSpec refuses side information for a ResNet"
+        layer3, layer4 = self.maps(images)
+        return Features(layer3.mean(dim=(2, 3)), layer4.mean(dim=(2, 3)), self._attention_pool(layer4))
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of the last two stages, [B, C, H / 16, W / 16] each."""
         x = self.act1(self.bn1(self.conv1(images)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
         x = self.layer2(self.layer1(self.avgpool(x)))
         layer3 = self.layer3(x)
-        layer4 = self.layer4(layer3)
-        return Features(layer3.mean(dim=(2, 3)), layer4.mean(dim=(2, 3)), self._attention_pool(layer4))
+        return layer3, self.layer4(layer3)
+
+    def pool_tokens(self, x_BCHW: Tensor) -> Tensor:
+        """What the attention pool attends to, [B, L, C]: the mean over the map, then the map, with position."""
+        x_BLC = x_BCHW.flatten(2).transpose(1, 2)
+        x_BLC = torch.cat([x_BLC.mean(dim=1, keepdim=True), x_BLC], dim=1)
+        return x_BLC + self.attnpool.positional_embedding.to(x_BLC.dtype)
 
     def _attention_pool(self, x_BCHW: Tensor) -> Tensor:
         """Output of the attention pool at its mean token, [B, embed_dim]: the only query that is used."""
         pool = self.attnpool
-        x_LBC = x_BCHW.flatten(2).permute(2, 0, 1)
-        x_LBC = torch.cat([x_LBC.mean(dim=0, keepdim=True), x_LBC])
-        x_LBC = x_LBC + pool.positional_embedding[:, None, :].to(x_LBC.dtype)
+        x_LBC = self.pool_tokens(x_BCHW).transpose(0, 1)
         pooled, _ = F.multi_head_attention_forward(
             *(x_LBC[:1], x_LBC, x_LBC, x_LBC.shape[-1], pool.num_heads),
             in_proj_weight=None,

@@ -10,7 +10,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -31,6 +31,8 @@ def decode(data: np.ndarray) -> Tensor:
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except UnidentifiedImageError as error:  # its message names the object that held the bytes
+        raise ValueError("not an image of a known format") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -180,7 +180,7 @@ def test_side_information_enters_the_stated_tokens(sie_tokens):
     model = with_table(sie="camera", cameras=3, sie_tokens=sie_tokens)
     encoder, images = model.image_encoder, random_images()
     sie = model.side_information(torch.tensor([0, 1, 2, -1]), None)
-    difference = encoder._embed(images, sie) - encoder._embed(images, None)
+    difference = encoder.embed(images, sie) - encoder.embed(images)
     tokens = difference.shape[1] if sie_tokens == "all" else 1
     torch.testing.assert_close(difference[:, :tokens], sie[:, None].expand(-1, tokens, -1))
     assert not difference[:, tokens:].any()
