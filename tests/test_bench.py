@@ -9,7 +9,7 @@ from clipreid.arch import check_arch
 from clipreid.model import build_models
 from clipreid.spec import ModelSpec
 from launch.bench import main, names
-from launch.benchmarks import stage1, stage2
+from launch.benchmarks import rerank, stage1, stage2
 
 TINY = "configs/models/tiny_vit.json"
 
@@ -56,7 +56,19 @@ def test_checkpoint_prints_what_training_waits_for_as_one_json_object():
     assert result["bench"] == "checkpoint" and min(result[key] for key in keys) > 0
 
 
-@pytest.mark.parametrize("arguments", [["nosuch"], ["stage1", "--batch", "5"], ["stage2", "--cases", "vit"]])
+def test_rerank_gives_the_figures_of_whole_matrices():
+    sizes = ["--queries", "60", "--gallery", "300", "--identities", "40", "--cameras", "4", "--width", "32"]
+    result = rerank.run([*sizes, "--settings", "8,3,0.3", "--plain", "--device", "cpu"])
+    ours, plain = result["rerank"], result["plain"]
+    assert ours["metrics"] == pytest.approx(plain["metrics"]) and result["equal_to_plain"]
+    assert ours["metrics"]["mAP"] != result["metrics"]["mAP"]
+    assert min(ours["seconds"], result["product_s"], result["times_product"]) > 0
+    assert min(ours["memory_above_features_mb"], plain["memory_above_features_mb"]) >= 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nosuch"], ["rerank", "--settings", "20"], ["stage1", "--batch", "5"], ["stage2", "--cases", "vit"]]
+)
 def test_a_mistake_is_refused_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -65,4 +77,4 @@ def test_a_mistake_is_refused_in_one_line(arguments, capsys):
 
 
 def test_the_promised_benchmarks_are_there():
-    assert {"stage1", "stage2", "checkpoint"} <= set(names())
+    assert {"stage1", "stage2", "checkpoint", "rerank"} <= set(names())
