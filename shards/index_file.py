@@ -9,6 +9,7 @@ index of millions of images is in memory once and opens in milliseconds.
 import contextlib
 import hashlib
 import json
+import time
 import uuid
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from shards.errors import DataError
 from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE
 from shards.source import ShardSource
 
+KEPT_DAYS = 30
 CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
 COLUMNS = {
     **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
@@ -64,10 +66,14 @@ def address(source: ShardSource, facts: dict) -> str:
 def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     """Map the node's decoded copy of the index; make it when this index was not seen before. Raises DataError.
 
+    Copies that nobody opened for KEPT_DAYS make room when a new one is made.
     Columns are COLUMNS, in one chunk; those of CODED are dictionary arrays with sorted dictionaries.
     """
     with contextlib.suppress(OSError, pa.ArrowInvalid):
-        return _map(path)
+        mapped = _map(path)
+        with contextlib.suppress(PermissionError):  # another user's copy
+            path.touch()
+        return mapped
     table = _decode(source, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +81,18 @@ def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
         with pa.ipc.new_file(str(working), table.schema) as writer:
             writer.write_table(table)
         working.replace(path)
+        _remove_unused(path.parent)
     except OSError as error:
         raise DataError(f"data.cache_dir: can't write {path.parent} ({error}); give another folder") from error
     return _map(path)
+
+
+def _remove_unused(folder: Path) -> None:
+    """A file that other processes have mapped stays theirs."""
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process is at it too
+            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
+                path.unlink()
 
 
 def _map(path: Path) -> pa.Table:

@@ -1,6 +1,7 @@
 """The shard index: what it says, how fast it opens, and how a damaged dataset is refused."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -135,6 +136,20 @@ def test_an_index_of_vehicleid_opens_in_half_a_second_and_is_mapped_the_second_t
     assert min(taken[1:]) < 0.1
     assert not train.labels.flags.owndata
     assert len(list((tmp_path / "cache" / "index").iterdir())) == 1
+
+
+def test_copies_of_the_index_that_nobody_opens_any_more_are_removed(tiny):
+    opened(tiny)
+    folder = tiny.parent / "cache" / "index"
+    (used,) = folder.iterdir()
+    unused = folder / "unused.arrow"
+    for path in (used, unused):
+        path.touch()
+        os.utime(path, (0, 0))
+    opened(tiny)  # marks its own copy as used
+    change_facts(tiny, note="packed anew")
+    opened(tiny)
+    assert used.exists() and not unused.exists()
 
 
 def test_opening_and_planning_need_no_heavy_library(tiny):
