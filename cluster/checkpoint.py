@@ -11,35 +11,46 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from cluster.engine import MOMENTS, Engine
 from cluster.errors import TrainingError
+from cluster.host_copy import HostCopy
 from cluster.manifest import FOLDER, Manifest, Position, find_fault, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
 
 log = logging.getLogger(__name__)
 KEYS = ("value", *MOMENTS)
+STORAGE_REMEDY = "make room or mend the storage, then repeat the command"
+NOT_FINITE_REMEDY = (
+    "a gradient was not finite, so the same command would come to the same end; in another run.dir a smaller "
+    "learning rate or train.precision=float32 may help"
+)
 
 
 class Checkpoints:
     """The checkpoints of one run, as one rank sees them."""
 
-    def __init__(self, run: Storage, team: Team, *, settings: dict, fingerprint: str, keep: int, timeout_s: float):
+    def __init__(
+        self, run: Storage, team: Team, *, settings: dict, fingerprint: str, keep: int, timeout_s: float,
+        encoder: str = "",
+    ):  # fmt: skip
         self.run = run
         self.source = run
         """Where the checkpoint to go on from lies: the run itself, unless run.resume names another one's."""
         self.team = team
         self.settings = settings
         self.fingerprint = fingerprint
+        self.encoder = encoder
+        """Of the weights that the run began with, as in `Manifest`."""
         self.keep = keep
         self.timeout_s = timeout_s
         self.attempt = team.from_first(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
@@ -47,12 +58,14 @@ class Checkpoints:
         """Newest checkpoint known to be complete (rank 0 only)."""
         self.damaged: set[str] = set()
         """Checkpoints that were passed over; they go when the next one is complete (rank 0 only)."""
+        self._copy = HostCopy()
         self._writer: threading.Thread | None = None
         self._writing: str | None = None
         self._piece_done = threading.Event()
-        self._failure: Exception | None = None
+        self._failure: tuple[str, str] | None = None
+        """What is wrong, and the remedy."""
 
-    def save(self, position: Position, engine: Engine, *, mAP: float | None = None, extras: dict | None = None) -> None:
+    def save(self, position: Position, engine: Engine, *, mAP: float | None = None) -> None:
         """Copy this rank's state and write it in the background. All ranks call this together.
 
         Raises:
@@ -63,26 +76,24 @@ class Checkpoints:
         tensors, starts = {}, {}
         for piece in engine.fragments(self.team.rank):
             starts[piece.name] = piece.start
-            # On a GPU the copies queue behind the step, and the thread below waits for them.
-            tensors |= {f"{key}/{piece.name}": _copy_to_host(getattr(piece, key)) for key in KEYS}
+            tensors |= {f"{key}/{piece.name}": getattr(piece, key) for key in KEYS}
         if self.team.is_first:
-            tensors |= {f"buffer/{n}": _copy_to_host(b) for n, b in _kept_buffers(engine.module)}
-        if self.team.device.type == "cuda":
-            torch.cuda.synchronize()
+            tensors |= {f"buffer/{n}": b for n, b in _kept_buffers(engine.module)}
+        self._copy.take(tensors)
         manifest = Manifest(
             name, position, self.team.world_size, engine.zero_stage, self.settings, self.fingerprint, {}, mAP,
-            extras or {},
+            self.encoder,
         )  # fmt: skip
         self._writing = name
         self._piece_done.clear()
-        self._writer = threading.Thread(target=self._write, args=(manifest, tensors, starts), daemon=True)
+        self._writer = threading.Thread(target=self._write, args=(manifest, starts), daemon=True)
         self._writer.start()
 
     def finish(self) -> None:
         """Wait for the write under way. All ranks call this together, and none waits for pieces that will not come.
 
         Raises:
-            TrainingError: on every rank, if the write failed on any; it names the remedy.
+            TrainingError: on every rank, if the write failed on any or the state was not finite; it names the remedy.
         """
         if self._writer is None:
             return
@@ -98,7 +109,7 @@ class Checkpoints:
         return self._failure is not None
 
     def _fail_together(self) -> None:
-        news = (self._failure and str(self._failure), self.newest_name)
+        news = (self._failure, self.newest_name)
         everyone = self.team.collect(news, "finish the checkpoint before")
         failures = [failure for failure, _ in everyone if failure]
         if not failures:
@@ -108,19 +119,27 @@ class Checkpoints:
                 self.run.remove(f"{FOLDER}/{self._writing}")
         self._failure = self._writer = None
         self.team.wait("discard the incomplete checkpoint")
+        faults, remedies = ("; ".join(dict.fromkeys(parts)) for parts in zip(*failures, strict=True))
         raise TrainingError(
-            f"the checkpoint could not be written to {self.run.url}/{FOLDER} "
-            f"({'; '.join(dict.fromkeys(failures))}); the one before it ({everyone[0][1] or 'none'}) is intact: make "
-            "room or mend the storage, then repeat the command"
+            f"the checkpoint could not be written to {self.run.url}/{FOLDER} ({faults}); the one before it "
+            f"({everyone[0][1] or 'none'}) is intact: {remedies}"
         )
 
-    def _write(self, manifest: Manifest, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
+    def _write(self, manifest: Manifest, starts: dict[str, int]) -> None:
         try:
+            self._copy.arrive()
+            if bad := self._copy.not_finite():
+                more = f" and {len(bad) - 1} more" if bad[1:] else ""
+                self._failure = f"{bad[0]}{more} not finite after {manifest.position.words}", NOT_FINITE_REMEDY
+                return
             folder = f"{FOLDER}/{manifest.name}"
             mine = _file_name(self.team.rank, self.team.world_size)
-            content = dump_safetensors(tensors, {"starts": json.dumps(starts)})
-            self.run.write(f"{folder}/{mine}", content)
-            facts = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            parts = self._copy.safetensors({"starts": json.dumps(starts)})
+            self.run.write(f"{folder}/{mine}", *parts)
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part)
+            facts = {"sha256": digest.hexdigest(), "size": sum(map(len, parts))}
             self.run.write_json(f"{folder}/{mine}.json", facts)
             self._piece_done.set()
             if self.team.is_first:
@@ -129,7 +148,7 @@ class Checkpoints:
                 self.newest_name = manifest.name
                 self._remove_old()
         except Exception as error:
-            self._failure = error
+            self._failure = str(error), STORAGE_REMEDY
         finally:
             self._piece_done.set()
 
@@ -183,9 +202,14 @@ class Checkpoints:
 
     @torch.no_grad()
     def read(self, manifest: Manifest, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """All ranks' pieces put together, per trained parameter and key flat float32; buffers go into the module."""
+        """All ranks' pieces put together, per trained parameter and key flat float32; buffers go into the module.
+
+        Raises:
+            TrainingError: they are not the pieces of this module's parameters.
+        """
         parameters = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
-        full = {n: {key: torch.full((numel,), torch.nan) for key in KEYS} for n, numel in parameters.items()}
+        full = {n: {key: torch.empty(numel) for key in KEYS} for n, numel in parameters.items()}
+        held = Counter()
         buffers = dict(_kept_buffers(module))
         for name in manifest.files:
             content = self.source.read(f"{FOLDER}/{manifest.name}/{name}")
@@ -194,17 +218,18 @@ class Checkpoints:
                 kind, parameter = key.split("/", 1)
                 if kind == "buffer":
                     buffers[parameter].copy_(tensor)
-                elif parameter in full:
-                    start = starts[parameter]
-                    full[parameter][kind][start : start + tensor.numel()] = tensor
+                    continue
+                held[parameter] += tensor.numel() if kind == "value" else 0
+                start, end = starts[parameter], starts[parameter] + tensor.numel()
+                if end <= parameters.get(parameter, 0):
+                    full[parameter][kind][start:end] = tensor
+        for parameter in held.keys() | parameters.keys():
+            if held[parameter] != (wanted := parameters.get(parameter, 0)):
+                raise TrainingError(
+                    f"checkpoint {manifest.name} of {self.source.url} holds {held[parameter]} elements of "
+                    f"{parameter}, the model has {wanted}: it is of another model"
+                )
         return full
-
-
-def _copy_to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor.detach().clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

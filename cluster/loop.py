@@ -100,7 +100,7 @@ def run_stage(
                     _save(checkpoints, stage, reporter, due, here._replace(epoch_done=True), None)
                 checkpoints.finish()
                 kind = Drained if wanted.drain else Preempted
-                raise kind(f"stopped after stage {stage.number}, epoch {epoch}, step {total}")
+                raise kind(f"stopped after {here.words}")
         mAP = reporter.epoch(stage.number, epoch)
         if mAP is not None or epoch == stage.epochs or (every_epochs and epoch % every_epochs == 0):
             _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, step, total, True), mAP)
@@ -177,15 +177,18 @@ def _check_finite(
     stage.engine.restore_buffers()
     # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
     sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
-    if sound:
-        checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
-    checkpoints.finish()
+    outcome = "the state before this step is saved" if sound else "the step before left parameters that are not finite"
+    try:
+        if sound:
+            checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
+        checkpoints.finish()
+    except TrainingError as error:
+        outcome = str(error)
     team.wait("save the state before the step")
-    saved = "The state before this step is saved" if sound else "The step before left parameters that are not finite"
     raise TrainingError(
-        f"stage {here.stage}, epoch {here.epoch}, step {here.total}: {', '.join(bad)} is not finite "
-        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}. "
-        f"{saved}; a smaller learning rate or train.precision=float32 may help, "
+        f"{here.words}: {', '.join(bad)} is not finite "
+        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}; "
+        f"{outcome}; a smaller learning rate or train.precision=float32 may help, "
         "and `launch/pack.py verify` tells whether the images are sound"
     )
 
@@ -200,7 +203,7 @@ def _save(
 ) -> None:
     checkpoints.save(position, stage.engine, mAP=mAP)
     due.saved()
-    reporter.saved(f"stage {position.stage}, epoch {position.epoch}, step {position.total}")
+    reporter.saved(position.words)
 
 
 class _Meter:

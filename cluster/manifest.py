@@ -8,7 +8,7 @@ Imports no torch: these checks run before any worker starts.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.config import Config, results_settings
@@ -28,6 +28,10 @@ class Position(NamedTuple):
     total: int
     epoch_done: bool
 
+    @property
+    def words(self) -> str:
+        return f"stage {self.stage}, epoch {self.epoch}, step {self.total}"
+
 
 @dataclass
 class Manifest:
@@ -42,7 +46,8 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Per file name its sha256 and size in bytes."""
     mAP: float | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
+    encoder: str = ""
+    """Identifies the image encoder's weights that the run began with."""
     format: int = FORMAT
 
     def dump(self) -> dict[str, Any]:

@@ -114,9 +114,9 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     quiet_libraries()
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    from cluster.elastic import ElasticTrainer
+    from cluster.trainer import Trainer
 
     run_dir = Storage(config.run.dir)
     run_dir.remove(FAILURE)
@@ -125,9 +125,9 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.cluster.gpus_per_worker is None else config.cluster.gpus_per_worker
     low, high = config.cluster.worker_range
-    elastic = partial(ElasticTrainer, sizes=config.allowed_workers())
-    trainer = (TorchTrainer if low == high else elastic)(
+    trainer = Trainer(
         _ray_worker,
+        sizes=config.allowed_workers(),
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.timeout_s)),
         scaling_config=ScalingConfig(

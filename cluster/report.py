@@ -41,8 +41,8 @@ class RunReporter:
             self.folder = RunFolder(config, Gauges(config.run.dir).set) if report else RunFolder(config)
             self.folder.go_on_from(position)
             self.folder.status(
-                now=True, workers=team.world_size, nodes=nodes, phase="start", resumed_from=_words(position),
-                checkpoint=_words(position),
+                now=True, workers=team.world_size, nodes=nodes, phase="start", resumed_from=position and position.words,
+                checkpoint=position and position.words,
             )  # fmt: skip
 
     def known_metrics(self) -> dict[str, Any]:
@@ -166,7 +166,3 @@ def request_stop(run_dir: str) -> None:
 
 def withdraw_stop(run_dir: str) -> None:
     Storage(run_dir).remove(STOP)
-
-
-def _words(position: Position | None) -> str | None:
-    return position and f"stage {position.stage}, epoch {position.epoch}, step {position.total}"

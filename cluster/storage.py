@@ -29,11 +29,13 @@ class Storage:
     def read(self, name: str) -> bytes:
         return files.read_bytes(self.place(name))
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """A file of these parts, one after the other."""
         place = self.place(name)
         files.make_folder(place.rsplit("/", 1)[0])
         with files.write_atomic(place) as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))

@@ -20,6 +20,7 @@ from clipreid.prompts import PromptedText
 from clipreid.weights import ModelCard, save_model
 from cluster.checkpoint import Checkpoints, Due
 from cluster.config import Config, results_settings
+from cluster.errors import ConfigError
 from cluster.evaluate import evaluate
 from cluster.features import extract
 from cluster.loop import run_stage
@@ -76,9 +77,10 @@ class Run:
         self.encoder_hash = encoder_hash(self.model)
         self.checkpoints = Checkpoints(
             self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
-            keep=config.checkpoint.keep, timeout_s=max(10 * config.cluster.timeout_s, 600),
+            keep=config.checkpoint.keep, timeout_s=max(10 * config.cluster.timeout_s, 600), encoder=self.encoder_hash,
         )  # fmt: skip
         self.resumed: Manifest | None = self.checkpoints.newest(config.run.resume)
+        self._check_began_alike()
         self.reporter = RunReporter(config, team, self.position, report, self.evaluate)
         self.due = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
         self.metrics: dict[str, Any] = {}
@@ -86,6 +88,15 @@ class Run:
     @property
     def position(self) -> Position | None:
         return None if self.resumed is None else self.resumed.position
+
+    def _check_began_alike(self) -> None:
+        """A file of weights may move, or be replaced by another: only its weights tell."""
+        if self.resumed is not None and self.resumed.encoder not in ("", self.encoder_hash):
+            raise ConfigError(
+                f"model.pretrained: {self.config.model.pretrained} gives image encoder {self.encoder_hash}, but the "
+                f"checkpoints of {self.checkpoints.source.url} began with {self.resumed.encoder}: use the same "
+                "weights, or another run.dir"
+            )
 
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ from cluster.checkpoint import Checkpoints, Due
 from cluster.config import parse_config, results_settings
 from cluster.engine import MOMENTS, Fragment
 from cluster.errors import ConfigError, TrainingError
+from cluster.host_copy import HostCopy
 from cluster.manifest import FOLDER, Position, check_may_continue, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
@@ -123,7 +125,7 @@ def test_a_failed_write_is_reported_and_leaves_the_one_before(tmp_path, monkeypa
     checkpoints = store(tmp_path)
     save(checkpoints, 3)
 
-    def full_disk(name, content):
+    def full_disk(name, *parts):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.run, "write", full_disk)
@@ -131,6 +133,56 @@ def test_a_failed_write_is_reported_and_leaves_the_one_before(tmp_path, monkeypa
     with pytest.raises(TrainingError, match="No space left.*stage2-00000003.*intact.*repeat the command"):
         checkpoints.finish()
     assert store(tmp_path).newest().position == at(3)
+
+
+def test_a_state_that_is_not_finite_is_refused_and_leaves_the_one_before(tmp_path):
+    checkpoints, engine = store(tmp_path), PlainEngine(7.0)
+    save(checkpoints, 3)
+    engine.module[1].bias.data[1] = float("nan")
+    checkpoints.save(at(7), engine)
+    words = r"value/1.bias and 2 more not finite after stage 2, epoch 1, step 7.*stage2-00000003.*intact.*learning rate"
+    with pytest.raises(TrainingError, match=words):
+        checkpoints.finish()
+    assert names(tmp_path) == [3]
+    assert len(list((tmp_path / FOLDER).iterdir())) == 1
+
+
+class OtherPieces(PlainEngine):
+    """Its pieces do not cover one parameter."""
+
+    def fragments(self, rank):
+        yield from list(super().fragments(rank))[1:]
+
+
+def test_pieces_that_do_not_cover_the_model_are_refused_by_name(tmp_path):
+    checkpoints = store(tmp_path)
+    checkpoints.save(at(3), OtherPieces(3.0))
+    checkpoints.finish()
+    engine = PlainEngine(0.0)
+    with pytest.raises(TrainingError, match="holds 0 elements of 0.weight, the model has 6: it is of another model"):
+        store(tmp_path).load(store(tmp_path).newest(), engine)
+    assert engine.loaded is None
+
+
+def test_a_copy_is_a_safetensors_file_and_its_memory_is_used_again():
+    tensors = {
+        "a": torch.randn(3, 2),
+        "b": torch.arange(3),
+        "c": torch.tensor(7, dtype=torch.uint8),
+        "d": torch.ones(0),
+    }
+    tensors["e"] = torch.randn(5).bfloat16()
+    expected, copy = {name: tensor.clone() for name, tensor in tensors.items()}, HostCopy()
+    copy.take(tensors)
+    before = [part.obj.ctypes.data for part in copy.safetensors({})[1:] if len(part)]
+    for tensor in tensors.values():
+        tensor.zero_()  # Training goes on.
+    found = safetensors.torch.load(b"".join(copy.safetensors({"x": "y"})))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    copy.take(tensors)
+    assert before == [part.obj.ctypes.data for part in copy.safetensors({})[1:] if len(part)]
 
 
 class FirstOfTwo(Team):

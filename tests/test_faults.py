@@ -209,6 +209,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny_shards, tmp_path, inter
     assert not newest.exists()
 
 
+def test_a_run_that_began_with_other_weights_is_not_gone_on_with(tiny_shards, tmp_path, interrupted):
+    shutil.copytree(interrupted, tmp_path / "run")
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"encoder": "another"}))
+    settings = overrides(tiny_shards, tmp_path / "run", **LONGER, cluster__launcher="local")
+    refused = train(config_file(tmp_path), *settings, check=False)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "error: model.pretrained: None gives image encoder" in refused.stderr and "another" in refused.stderr
+
+
 def test_a_full_disk_stops_the_run_with_a_clear_error_and_the_run_goes_on_when_there_is_room(
     tiny_shards, tmp_path, ray_head, undisturbed
 ):

@@ -1,0 +1,56 @@
+"""Ray Train's trainer, with two of its inner parts changed that it offers no public way to change.
+
+    orchestrate ──▶ [trainer] ──▶ Ray Train's controller ──▶ worker groups
+
+Ray's own elastic policy takes any number of workers between min and max. This one rounds what the cluster can hold
+down to the next size that splits a batch into whole identities.
+"""
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+
+class WholeIdentitiesPolicy(ElasticScalingPolicy):
+    """`sizes`: the numbers of workers that may be, ascending."""
+
+    def __init__(self, scaling_config: Any, sizes: list[int]):
+        super().__init__(scaling_config)
+        self.sizes = sizes
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self.sizes[-1]
+
+    def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
+        """The largest size that fits; 0, which Ray takes as a reason to wait, where none does. Ray's own count leaves
+        out the strict placements."""
+        count_on = super()._count_possible_workers
+        nodes = [count_on({name: node}) for name, node in reserved_resources.items()]
+        placement = self.scaling_config.placement_strategy
+        if placement == "STRICT_SPREAD":
+            nodes = [min(on_node, 1) for on_node in nodes]
+        possible = max(nodes, default=0) if placement == "STRICT_PACK" else sum(nodes)
+        return max((size for size in self.sizes if size <= possible), default=0)
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer whose worker group takes one of `sizes`; a single size is fixed."""
+
+    def __init__(self, *args: Any, sizes: list[int], **options: Any):
+        super().__init__(*args, **options)
+        self.sizes = sizes
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = WholeIdentitiesPolicy(self.scaling_config, self.sizes)
+        return super()._initialize_and_run_controller(**parts)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without Ray's cleaner of placement groups, an actor that asks whatever cluster it finds on the machine for
+        the run's controller. With several there it fails, or finds no such controller and takes the workers away. The
+        placement group goes with its driver anyway.
+        """
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
