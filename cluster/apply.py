@@ -1,10 +1,10 @@
-"""Weights applied to images, in one process on one device: evaluation and extraction.
+"""Weights applied to images, by this process or by all that torchrun started: evaluation and extraction.
 
 RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] ──▶ metrics, or arrays of a feature file
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from clipreid.spec import ModelSpec
 from clipreid.weights import load_model
 from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
-from cluster.features import encode_batches
+from cluster.features import extract_batches
 from cluster.model_spec import configured_spec, model_spec
 from cluster.team import Team, choose_device
 from shards.folder import FolderLoader
@@ -32,10 +32,15 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 class Applied:
     """A model with loaded weights, as the settings want it applied."""
 
-    def __init__(self, config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None):
-        """`card`: of a file of our own, which fits the settings already. Raises ModelError where weights do not fit."""
+    def __init__(
+        self, config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None, team: Team | None = None
+    ):
+        """`card`: of a file of our own, which fits the settings already. team: by default this process alone.
+
+        Raises ModelError where weights do not fit.
+        """
         self.config = config
-        self.team = Team(device=choose_device(0))
+        self.team = team or Team(device=choose_device(0))
         model = load_model(path)[0] if card else _load_others(config, path, index)
         self.model: ReIDModel = model.to(self.team.device).eval()
 
@@ -60,31 +65,37 @@ class Applied:
 
     def extract_images(self, folder: str, names: list[str], progress: Progress) -> dict[str, np.ndarray]:
         """The same for the images `names` of a plain folder: keys are the names, all else is unknown."""
+        team, batch = self.team, self.config.eval.batch
         loader = FolderLoader(
-            folder, names, image_size=self.config.model.image_size, batch_size=self.config.eval.batch,
-            workers=self.config.data.loaders,
+            folder, names, image_size=self.config.model.image_size, rank=team.rank, world_size=team.world_size,
+            batch_size=batch, workers=self.config.data.loaders,
         )  # fmt: skip
 
         def encode(images: Tensor, rows: Tensor) -> Tensor:
             return describe(self.model, self.config, images)
 
-        with progress("encode images") as done:
-            _, features = encode_batches(
-                encode, loader, self.config.eval.batch, self.team.device, lambda count: done(count, len(names))
-            )
-        assert features is not None, "list_images refuses a folder without images"
+        with self._shown(progress, "images", len(names)) as on_images:
+            features = extract_batches(encode, loader, len(names), batch, team, self.config.data.cache_dir, on_images)
         unknown, empty = np.full(len(names), -1, np.int64), np.full(len(names), "")
         return {
-            "features": features.numpy(),
+            "features": features,
             **dict.fromkeys(("cameras", "views"), unknown),
             **dict.fromkeys(("identities", "splits", "lists", "times"), empty),
             "keys": np.array(names, str),
         }
 
     def _encode(self, index: ShardIndex, split: str, progress: Progress) -> np.ndarray:
-        total = len(index.split(split))
-        with progress(f"encode {split}") as done:
-            return encode_split(self.model, index, split, self.config, self.team, lambda count: done(count, total))
+        with self._shown(progress, split, len(index.split(split))) as on_images:
+            return encode_split(self.model, index, split, self.config, self.team, on_images)
+
+    @contextmanager
+    def _shown(self, progress: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A function to be told this rank's images; the first rank shows them for all, which go on alike."""
+        if not self.team.is_first:
+            yield lambda count: None
+            return
+        with progress(f"encode {what}") as done:
+            yield lambda count: done(min(count * self.team.world_size, total), total)
 
 
 def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDModel:

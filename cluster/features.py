@@ -2,25 +2,37 @@
 
     split ── sequential pass ──▶ encoder ──▶ [extract] ──▶ memory map in the split's order ──▶ stage 1, evaluation
 
-Every image is encoded exactly once. Workers of a node map the same file, so 113,346 x 512 floats are held once.
+Every image is encoded exactly once. Workers of a node map the same file, so 113,346 x 512 floats are held once. What
+was encoded goes to the file round by round, so that no worker ever holds more than a round.
 """
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.team import PATIENCE, Team
+from shards.errors import DataError
 from shards.index import ShardIndex
 from shards.sequential import ImageBatch, SequentialLoader
 
-CHUNK_ROWS = 4096
+ROUND_IMAGES = 4096
+"""Images of each worker that are encoded between two exchanges, in whole batches."""
 Encode = Callable[[Tensor, Tensor], Tensor]
 """uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width]."""
+
+
+class Batches(Protocol):
+    """This rank's part of the images, in batches; all ranks together have every row once."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ImageBatch]: ...
 
 
 def extract(
@@ -41,38 +53,47 @@ def extract(
     `on_images` is told how many images this rank has encoded in all.
 
     Raises:
-        DataError: an image cannot be read; its shard and key are named.
+        DataError: an image cannot be read; its shard and key are named. On every rank, whoever found it.
     """
     loader = SequentialLoader(
         index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
         workers=loaders, cache_dir=cache_dir, cache_bytes=int(cache_gb * 1e9),
     )  # fmt: skip
-    own_rows, own = encode_batches(encode, loader, batch, team.device, on_images)
-    return _share(own_rows, own, len(index.split(split).labels), team, cache_dir)
+    return extract_batches(encode, loader, len(index.split(split).labels), batch, team, cache_dir, on_images)
+
+
+def extract_batches(
+    encode: Encode,
+    loader: Batches,
+    total: int,
+    batch: int,
+    team: Team,
+    cache_dir: str | None = None,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """The same for the images 0 … total - 1 of a loader, in batches of up to `batch`."""
+    assert total, "splits and folders without images are refused before"
+    encoded = encode_batches(encode, loader, batch, team.device, on_images)
+    per_round = -(-ROUND_IMAGES // batch)
+    rounds = max(team.collect(-(-len(loader) // per_round), "rounds of features"))
+    bank = None
+    for _ in range(rounds):
+        parts = _encoded_round(islice(encoded, per_round), team)
+        bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
+        bank.add(parts)
+    return bank.whole()
 
 
 @torch.no_grad()
 def encode_batches(
-    encode: Encode,
-    batches: Iterable[ImageBatch],
-    batch: int,
-    device: torch.device,
-    on_images: Callable[[int], None] = lambda count: None,
-) -> tuple[Tensor, Tensor | None]:
-    """Row numbers int64 [n] and features float32 [n, width], on the CPU, of batches of up to `batch` images.
-
-    None in place of the features where there is no image.
-    """
-    rows, features = [], []
+    encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, on_images: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images."""
     done = 0
     for part in batches:
-        features.append(_encode_padded(encode, part, batch, device))
-        rows.append(part.rows)
+        yield part.rows, _encode_padded(encode, part, batch, device)
         done += len(part.rows)
         on_images(done)
-    if not features:
-        return torch.empty(0, dtype=torch.int64), None
-    return torch.cat(rows), torch.cat(features)
 
 
 def _encode_padded(encode: Encode, part: ImageBatch, batch: int, device: torch.device) -> Tensor:
@@ -85,44 +106,58 @@ def _encode_padded(encode: Encode, part: ImageBatch, batch: int, device: torch.d
     return encoded[: len(part.rows)].float().cpu()
 
 
-def _share(own_rows: Tensor, own: Tensor | None, total: int, team: Team, cache_dir: str | None) -> np.ndarray:
-    """Exchange all ranks' rows chunk by chunk; the first worker of each node writes them to a file all map."""
-    sizes = team.collect((len(own_rows), 0 if own is None else own.shape[1]), "size of features")
-    width = max(size[1] for size in sizes)
-    own = torch.empty(0, width) if own is None else own
-    nodes = team.collect(_node(), "find nodes")
-    leader = nodes.index(nodes[team.rank])
-    path = team.collect(_bank_path(cache_dir) if team.rank == leader else None, "place of features")[leader]
-    bank = None
-    if team.rank == leader:
-        bank = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
-    for start in range(0, max(size[0] for size in sizes), CHUNK_ROWS):
-        for rows, features in _exchange(own_rows, own, start, sizes, team):
-            if bank is not None and len(rows):
-                bank[rows.numpy()] = features.numpy()
-    if bank is not None:
-        bank.flush()
-    team.wait("features written")
-    mapped = np.load(path, mmap_mode="r")
-    team.wait("features mapped")
-    if team.rank == leader:
-        Path(path).unlink()  # The mappings keep it alive; nothing is left behind when the processes end.
-    return mapped
-
-
-def _exchange(own_rows: Tensor, own: Tensor, start: int, sizes: list[tuple[int, int]], team: Team):
-    """Every rank's rows start … start + CHUNK_ROWS, as (rows, features) pairs in rank order."""
-    counts = [min(max(size[0] - start, 0), CHUNK_ROWS) for size in sizes]
-    part = slice(start, start + counts[team.rank])
+def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list[tuple[Tensor, Tensor]]:
+    """What every rank has encoded in this round, as (rows, features) in rank order."""
+    rows, features, error = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), None
+    try:
+        if parts := list(encoded):
+            rows, features = map(torch.cat, zip(*parts, strict=True))
+    except DataError as fault:
+        error = fault
+    told = team.collect((*features.shape, error), "encode images")
+    if errors := [fault for *_, fault in told if fault is not None]:
+        raise errors[0]
     if team.world_size == 1:
-        return [(own_rows[part], own[part])]
-    largest = max(counts)
-    rows, features = torch.zeros(largest, dtype=torch.int64), torch.zeros(largest, own.shape[1])
-    rows[: counts[team.rank]], features[: counts[team.rank]] = own_rows[part], own[part]
+        return [(rows, features)]
+    counts, width = [count for count, *_ in told], max(width for _, width, _ in told)
+    padded_rows, padded = torch.zeros(max(counts), dtype=torch.int64), torch.zeros(max(counts), width)
+    padded_rows[: len(rows)], padded[: len(rows), : features.shape[1]] = rows, features
     with team.joining("exchange features", PATIENCE):
-        all_rows = team.gather(rows.to(team.device)).cpu().split(largest)
-        all_features = team.gather(features.to(team.device)).cpu().split(largest)
+        all_rows = team.gather(padded_rows.to(team.device)).cpu().split(max(counts))
+        all_features = team.gather(padded.to(team.device)).cpu().split(max(counts))
     return [(r[:n], f[:n]) for r, f, n in zip(all_rows, all_features, counts, strict=True)]
+
+
+class Bank:
+    """A file of features, float32 [total, width], that the first worker of each node writes and all of them map."""
+
+    def __init__(self, total: int, width: int, team: Team, cache_dir: str | None):
+        self.team = team
+        nodes = team.collect(_node(), "find nodes")
+        leader = nodes.index(nodes[team.rank])
+        self.leads = team.rank == leader
+        path = None
+        if self.leads:
+            path = _bank_path(cache_dir)
+            self.file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
+        path = team.collect(path, "place of features")[leader]
+        if not self.leads:
+            self.file = np.load(path, mmap_mode="r")
+        team.wait("features mapped")
+        if self.leads:
+            Path(path).unlink()  # The mappings keep it alive; nothing is left behind however the processes end.
+
+    def add(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Write the (rows, features) of one round."""
+        for rows, features in parts if self.leads else ():
+            self.file[rows.numpy()] = features.numpy()
+
+    def whole(self) -> np.ndarray:
+        """All rows, read-only, when every rank has come here."""
+        self.team.wait("features written")
+        rows = self.file.view()
+        rows.flags.writeable = False
+        return rows
 
 
 def _bank_path(cache_dir: str | None) -> str:

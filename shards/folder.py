@@ -19,19 +19,34 @@ from shards.storage import Source
 
 
 class FolderLoader:
-    """All images below a folder, in order; `rows` of a batch are numbers into `names`."""
+    """One rank's part of the images below a folder, in order; `rows` of a batch are numbers into `names`."""
 
-    def __init__(self, root: str, names: list[str], *, image_size: tuple[int, int], batch_size: int, workers: int = 0):
+    def __init__(
+        self,
+        root: str,
+        names: list[str],
+        *,
+        image_size: tuple[int, int],
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        workers: int = 0,
+    ):
         """names: paths below the root. image_size: (H, W), pixels. workers: decoding processes; 0 = this one."""
-        self.names, self.image_size, self.batch_size = names, image_size, batch_size
+        self.image_size, self.batch_size = image_size, batch_size
+        self.start, self.stop = len(names) * rank // world_size, len(names) * (rank + 1) // world_size
         fill = FillFolder(Source(root), names, image_size)
-        workers = min(workers, -(-len(names) // batch_size))
+        workers = min(workers, len(self))
         self._pool = Pool(fill, workers, 2 * workers, batch_size * 3 * math.prod(image_size))
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-(self.stop - self.start) // self.batch_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """Raises DataError, naming the file, for an image that can't be read."""
-        starts = range(0, len(self.names), self.batch_size)
-        jobs = [(start, min(start + self.batch_size, len(self.names))) for start in starts]
+        starts = range(self.start, self.stop, self.batch_size)
+        jobs = [(start, min(start + self.batch_size, self.stop)) for start in starts]
         try:
             for (start, stop), slot in self._pool.run(jobs):
                 shape = (stop - start, 3, *self.image_size)
