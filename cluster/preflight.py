@@ -5,11 +5,13 @@ workers placed ──▶ [preflight] ──▶ one table, or one error that name
 
 import hashlib
 import os
+import platform
 import shutil
 import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
@@ -53,9 +55,10 @@ def preflight(config: Config, team: Team) -> str:
         TrainingError: on every rank, one line per fault, each naming rank, host and remedy.
     """
     facts = _facts(config, team)
-    _write_marker(config, team, facts)
+    mark = team.from_first(os.urandom(8).hex(), "preflight: mark").encode()
+    _write_marker(config, team, facts, mark)
     team.wait("preflight: markers")
-    _read_markers(config, team, facts)
+    _read_markers(config, team, facts, mark)
     _read_data(config, facts)
     facts.bandwidth_gb_s = _all_reduce_bandwidth(team)
     everyone = team.collect(facts, "preflight: facts")
@@ -77,7 +80,8 @@ def _facts(config: Config, team: Team) -> WorkerFacts:
         rank=team.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(team.device) if gpu else "cpu",
-        versions=f"torch {torch.__version__}",
+        versions=f"python {platform.python_version()}, torch {torch.__version__}, "
+        + ", ".join(f"{package} {version(package)}" for package in ("deepspeed", "ray")),
         memory_gb=round(pages / 1e9, 1),
         disk_gb=round(shutil.disk_usage(cache).free / 1e9, 1),
         threads=torch.get_num_threads(),
@@ -85,21 +89,28 @@ def _facts(config: Config, team: Team) -> WorkerFacts:
     )
 
 
-def _write_marker(config: Config, team: Team, facts: WorkerFacts) -> None:
+def _write_marker(config: Config, team: Team, facts: WorkerFacts, mark: bytes) -> None:
     try:
-        Storage(config.run.dir).write(f"{MARKERS}/{team.rank}", str(team.rank).encode())
-    except OSError as error:
+        Storage(config.run.dir).write(f"{MARKERS}/{team.rank}", mark)
+    except Exception as error:  # Each kind of storage has errors of its own.
         facts.faults.append(f"run.dir {config.run.dir} cannot be written ({error}): mount it, or use a shared URL")
 
 
-def _read_markers(config: Config, team: Team, facts: WorkerFacts) -> None:
-    storage = Storage(config.run.dir)
-    unseen = [str(rank) for rank in range(team.world_size) if not storage.exists(f"{MARKERS}/{rank}")]
+def _read_markers(config: Config, team: Team, facts: WorkerFacts, mark: bytes) -> None:
+    """`mark` is this start's: markers of an earlier one may lie on a disk that is not shared."""
+    unseen = [str(rank) for rank in range(team.world_size) if not _has_mark(config, rank, mark)]
     if unseen:
         facts.faults.append(
             f"run.dir {config.run.dir} does not show what rank {', '.join(unseen)} wrote: it is not the same storage "
             "on all nodes; use a shared mount or a URL"
         )
+
+
+def _has_mark(config: Config, rank: int, mark: bytes) -> bool:
+    try:
+        return Storage(config.run.dir).read(f"{MARKERS}/{rank}") == mark
+    except Exception:
+        return False
 
 
 def _read_data(config: Config, facts: WorkerFacts) -> None:
@@ -111,7 +122,7 @@ def _read_data(config: Config, facts: WorkerFacts) -> None:
         (record,) = RowReader(train, cache, fetch=False).read([facts.rank % len(train)])
         if isinstance(record, DataError):
             raise record
-    except (DataError, OSError) as error:
+    except Exception as error:
         facts.faults.append(f"data.shards: {error}")
 
 
@@ -157,5 +168,6 @@ def _table(everyone: list[WorkerFacts]) -> str:
         sizes = (f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
         table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset[:12])
     console = Console(width=110, file=StringIO())
+    console.print(f"all workers: {everyone[0].versions}", highlight=False)
     console.print(table)
     return console.file.getvalue()

@@ -157,6 +157,7 @@ def test_ten_drivers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undistur
 def test_status_and_metrics_tell_what_a_run_does(job, ray_head):
     job.wait_until(lambda: job.status().get("phase") == "stage 2")
     shown = launch("status.py", job.run_dir).stdout
+    assert "all workers: python" in job.text() and "torch" in job.text()
     for line in ("stage 2", "time left", "last checkpoint: stage 2", "restarts:        0", "workers:         2 ("):
         assert line in shown
     job.end()
@@ -304,6 +305,9 @@ def preflight_with(tmp_path, tiny_shards, **other):
 
 
 def test_preflight_names_the_node_without_the_shared_storage(tiny_shards, tmp_path):
+    for rank, folder in ((1, tmp_path / "run"), (0, tmp_path / "local" / "run")):  # What earlier starts left.
+        (folder / "preflight").mkdir(parents=True)
+        (folder / "preflight" / str(rank)).write_text("1")
     for said in preflight_with(tmp_path, tiny_shards, run__dir=tmp_path / "local" / "run"):
         assert "rank 1 on node2: run.dir" in said and "not the same storage" in said
 
