@@ -3,12 +3,14 @@
 RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] ──▶ metrics, or arrays of a feature file
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from clipreid.card import ModelCard
@@ -21,12 +23,28 @@ from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
 from cluster.features import extract_batches
 from cluster.model_spec import configured_spec, model_spec
-from cluster.team import Team, choose_device
+from cluster.orchestrate import threads_per_worker
+from cluster.team import Team, choose_device, join_process_group
 from shards.folder import FolderLoader
 from shards.index import ShardIndex
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """progress(what is done): a block with a function to be told (images done, images in all)."""
+
+
+@contextmanager
+def this_team(config: Config) -> Iterator[Team]:
+    """The processes that torchrun started, of which this is one; without torchrun this one alone."""
+    if "WORLD_SIZE" not in os.environ:
+        yield Team(device=choose_device(0))
+        return
+    team = join_process_group(config.cluster.timeout_s)
+    if team.device.type == "cpu":
+        torch.set_num_threads(threads_per_worker(config, int(os.environ["LOCAL_WORLD_SIZE"])))
+    try:
+        yield team
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Applied:
@@ -36,9 +54,7 @@ class Applied:
         self, config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None, team: Team | None = None
     ):
         """`card`: of a file of our own, which fits the settings already. team: by default this process alone.
-
-        Raises ModelError where weights do not fit.
-        """
+        Raises ModelError where weights do not fit."""
         self.config = config
         self.team = team or Team(device=choose_device(0))
         model = load_model(path)[0] if card else _load_others(config, path, index)

@@ -145,6 +145,8 @@ class EvalSection(Section):
     """Also evaluate after every n-th epoch of stage 2; 0: only before training and at the end."""
     descriptor: tuple[Literal["pre", "img", "proj"], ...] = ("img", "proj")
     """Features concatenated for retrieval (Table 11)."""
+    flip: bool = False
+    """Describe an image by the mean of its features and its mirror image's, at twice the cost."""
     rule: Literal["camera", "none", "camera_time"] = "camera"
     """Gallery images of the query's identity that do not count: same camera, none, or same camera and time."""
     batch: PositiveInt = 128

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipreid.augment import normalise
-from clipreid.model import ReIDModel, descriptor
+from clipreid.model import Features, ReIDModel, descriptor
 from clipreid.retrieval import Labels
 from cluster.config import Config
 from cluster.features import extract
@@ -83,6 +83,9 @@ def describe(
     pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         features = model.features(pixels, cameras, views)
+        if config.eval.flip:
+            mirrored = model.features(pixels.flip(3), cameras, views)
+            features = Features(*((a + b) / 2 for a, b in zip(features, mirrored, strict=True)))
     return descriptor(features, config.eval.descriptor)
 
 

@@ -10,12 +10,15 @@ with `query_` and `gallery_`, or two files have one each. Imports no torch, so t
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from cluster.errors import ConfigError
 from shards.storage import open_read, write_atomic
 
+PARTS = ".parquet"
+"""Ending of a folder of parts, see feature_parts."""
 PREFIXES = ("query_", "gallery_")
 NEEDED_BY_RULE = {"camera": ("cameras",), "none": (), "camera_time": ("cameras", "times")}
 
@@ -34,9 +37,14 @@ class FeatureSet:
     splits: np.ndarray | None = None
 
 
-def write_features(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """The file appears under its name only when it is complete."""
-    with write_atomic(path) as file:
+def write_features(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A file, or for NAME.parquet a folder of parts. It appears under its name only when it is complete."""
+    if path.suffix == PARTS:
+        from cluster.feature_parts import write_parts
+
+        write_parts(path, arrays)
+        return
+    with write_atomic(str(path)) as file:
         np.savez(file, **arrays)
 
 
@@ -80,22 +88,30 @@ def _is_split(part: FeatureSet, name: str) -> bool:
 
 
 def _read(path: str, needed: tuple[str, ...], prefixes: tuple[str, ...], hint: str) -> list[FeatureSet]:
+    if Path(path).suffix == PARTS:
+        from cluster.feature_parts import read_parts
+
+        return _read_sets(path, read_parts(Path(path)), needed, prefixes, hint)
     try:
         with open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{path}: holds one array without a name; write an .npz with numpy.savez")
-            missing = [prefix + name for prefix in prefixes for name in needed if prefix + name not in arrays.files]
-            if missing:
-                raise ConfigError(
-                    f"{path}: lacks {', '.join(missing)}; it holds {', '.join(arrays.files) or 'nothing'}{hint}"
-                )
-            return [_read_set(path, arrays, prefix) for prefix in prefixes]
+            return _read_sets(path, arrays, needed, prefixes, hint)
     except FileNotFoundError:
         raise ConfigError(f"--features {path}: no such file") from None
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: is not a complete .npz file of plain arrays ({error}); write it again") from None
+
+
+def _read_sets(
+    path: str, arrays: Mapping[str, np.ndarray], needed: tuple[str, ...], prefixes: tuple[str, ...], hint: str
+) -> list[FeatureSet]:
+    missing = [prefix + name for prefix in prefixes for name in needed if prefix + name not in arrays]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}{hint}")
+    return [_read_set(path, arrays, prefix) for prefix in prefixes]
 
 
 def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> FeatureSet:

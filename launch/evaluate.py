@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> None:
     if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
         parser.error(f"--out {options.out}: is the metrics.json of a run; choose another name")
     metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
+    if metrics is None:
+        return
 
     from cluster.storage import Storage
 
@@ -90,7 +92,8 @@ def rerank_settings(text: str) -> tuple[int, int, float]:
     return settings
 
 
-def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]:
+def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any] | None:
+    """None in all processes of torchrun but the first."""
     if not options.config or not options.weights:
         parser.error("give --config and --weights, or --features")
     for name in FEATURE_OPTIONS:
@@ -107,10 +110,11 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
         index = check_evaluation(config)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied
+        from cluster.apply import Applied, this_team
 
-        applied = Applied(config, path, card, index)
-    return applied.evaluate(index, progress_bar)
+        with this_team(config) as team:
+            metrics = Applied(config, path, card, index, team).evaluate(index, progress_bar)
+            return metrics if team.is_first else None
 
 
 def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any]:

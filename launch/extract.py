@@ -1,4 +1,4 @@
-"""Descriptors of a packed split, or of a plain folder of images, into features.npz.
+"""Descriptors of a packed split, or of a plain folder of images, into features.npz or a folder of Parquet files.
 
 python launch/extract.py --config configs/demo.yaml --weights runs/demo --split query --out query.npz
 """
@@ -11,21 +11,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch.cli import Parser, check_out, progress_bar, run
 
 USAGE = """
-  extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR) --out FILE.npz [key.path=value ...]"""
+  extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR)
+             --out FILE.npz|FOLDER.parquet [key.path=value ...]"""
 
 EXAMPLE = """examples:
   python launch/extract.py --config configs/demo.yaml --weights runs/demo --split gallery --out gallery.npz
   python launch/extract.py --config runs/veri/config.yaml --weights runs/veri --images photos --out photos.npz
   python launch/extract.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth --split query --out q.npz
+  torchrun --nproc-per-node 2 launch/extract.py --config configs/demo.yaml --weights runs/demo --split gallery \\
+      --out gallery.parquet eval.flip=true
 
-The file holds `features` float32 [n, D] of length 1 (eval.descriptor), `identities`, `keys`, `splits`, `lists`, `times`
-(strings), `cameras`, `views` (integers, -1 is unknown), in the order of the index, or of the names in the folder.
+The file holds `features` float32 [n, D] of length 1 (eval.descriptor, eval.flip), `identities`, `keys`, `splits`,
+`lists`, `times` (strings), `cameras`, `views` (integers, -1 is unknown), in the order of the index, or of the names in
+the folder. A name that ends in .parquet is a folder of Parquet files with the same columns, for large sets.
 Images of a folder are described without side information, as no camera or view of theirs is known."""
 
 
 def main(arguments: list[str]) -> None:
     options = (parser := make_parser()).parse_intermixed_args(arguments)
-    check_out(parser, options.out)
+    _check_out(parser, options.out)
 
     from cluster.check import check_split
     from cluster.config import load_config
@@ -44,16 +48,25 @@ def main(arguments: list[str]) -> None:
             names = list_images(options.images)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied
+        from cluster.apply import Applied, this_team
 
-        applied = Applied(config, path, card, index)
-    if index is not None:
-        arrays = applied.extract_split(index, options.split, progress_bar)
-    else:
-        arrays = applied.extract_images(options.images, names, progress_bar)
-    write_features(str(options.out.absolute()), arrays)
-    count, width = arrays["features"].shape
-    print(f"{options.out}: {count:,} images x {width:,} values")
+        with this_team(config) as team:
+            applied = Applied(config, path, card, index, team)
+            if index is not None:
+                arrays = applied.extract_split(index, options.split, progress_bar)
+            else:
+                arrays = applied.extract_images(options.images, names, progress_bar)
+            if team.is_first:
+                write_features(options.out.absolute(), arrays)
+                count, width = arrays["features"].shape
+                print(f"{options.out}: {count:,} images x {width:,} values")
+
+
+def _check_out(parser: Parser, out: Path) -> None:
+    """Feature files are replaced, folders of parts are not."""
+    if out.suffix == ".parquet" and out.exists():
+        parser.error(f"--out {out}: is there already; remove it, or choose another name")
+    check_out(parser, out)
 
 
 def make_parser() -> Parser:
@@ -66,7 +79,9 @@ def make_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--split", metavar="NAME", help="split of data.shards: train, query, gallery, test")
     what.add_argument("--images", metavar="DIR", help="folder, zip or URL with images, also in folders below it")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser
 
