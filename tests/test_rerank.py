@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from golden_models import read_case
+from rank_threads import run_ranks
 
 from clipreid import rerank as module
 from clipreid.errors import ModelError
-from clipreid.rerank import evaluate_reranked, rerank
-from clipreid.retrieval import Labels
+from clipreid.rerank import evaluate_reranked, rerank, reranked
+from clipreid.retrieval import Labels, retrieve, retrieve_by_distance
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -69,6 +70,58 @@ def test_blocks_and_sparse_rows_equal_the_full_matrices(monkeypatch, k1, k2, lam
     query, gallery = (centres[rng.integers(0, 9, n)] + 0.5 * rng.standard_normal((n, 5)) for n in (13, 50))
     distances = rerank(torch.from_numpy(query), torch.from_numpy(gallery), k1, k2, lam)
     np.testing.assert_allclose(distances.numpy(), slow_rerank(query, gallery, k1, k2, lam), atol=1e-12)
+
+
+def clusters(seed=0):
+    """40 queries and 70 gallery images of 12 identities and their labels: the arguments of evaluate_reranked."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((12, 6))
+    sides = []
+    for n in (40, 70):
+        identities = rng.integers(0, 12, n)
+        features = (centres[identities] + 0.6 * rng.standard_normal((n, 6))).astype(np.float32)
+        sides += [torch.from_numpy(features), Labels(identities, rng.integers(0, 3, n))]
+    return sides
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size, monkeypatch):
+    """Three blocks of queries, so that of four ranks one has none."""
+    monkeypatch.setattr(module, "BLOCK", 16)
+    query, query_labels, gallery, gallery_labels = sides = clusters()
+    settings = {"k1": 9, "k2": 4, "lam": 0.3}
+    alone, measured = rerank(query, gallery, **settings), evaluate_reranked(*sides, **settings)
+
+    def one_rank(rank, gather):
+        own = settings | {
+            "part": (rank, world_size), "reduce_sum": lambda tensor: gather(tensor[None]).sum(0, dtype=tensor.dtype)
+        }  # fmt: skip
+        blocks = list(reranked(query, gallery.numpy(), **own))
+        return blocks, evaluate_reranked(query, query_labels, gallery.numpy(), gallery_labels, **own)
+
+    seen = []
+    for blocks, metrics in run_ranks(world_size, one_rank):
+        assert metrics == measured
+        for rows, distances in blocks:
+            assert torch.equal(distances, alone[rows])
+            seen += range(len(query))[rows]
+    assert sorted(seen) == list(range(len(query)))
+    expected = retrieve_by_distance(alone, query_labels, gallery_labels).metrics()
+    assert measured == expected != retrieve(*sides).metrics()
+
+
+def test_images_that_are_all_the_same_are_ranked_without_a_crash():
+    metrics = evaluate_reranked(
+        torch.ones(3, 4), Labels(np.arange(3)), torch.ones(9, 4), Labels(np.arange(9) % 3), rule="none", k1=4, k2=2
+    )
+    assert 0 < metrics["mAP"] <= 1 and metrics["valid_queries"] == 3
+
+
+def test_features_that_are_not_finite_are_refused():
+    gallery = torch.randn(30, 4)
+    gallery[7, 2] = torch.nan
+    with pytest.raises(ModelError, match="not finite: extract them again"):
+        rerank(torch.randn(5, 4), gallery, 5, 2)
 
 
 def test_half_precision_features_are_computed_in_float32():
