@@ -34,17 +34,20 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @contextmanager
 def this_team(config: Config) -> Iterator[Team]:
-    """The processes that torchrun started, of which this is one; without torchrun this one alone."""
-    if "WORLD_SIZE" not in os.environ:
-        yield Team(device=choose_device(0))
-        return
-    team = join_process_group(config.cluster.timeout_s)
-    if team.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(config, int(os.environ["LOCAL_WORLD_SIZE"])))
+    """The processes that torchrun started, of which this is one; without torchrun this one alone.
+
+    Features are the same bit by bit for any number of them, on a CPU with one number of threads each
+    (cluster.cpus_per_worker).
+    """
+    launched = "WORLD_SIZE" in os.environ
+    team = join_process_group(config.cluster.timeout_s) if launched else Team(device=choose_device(0))
+    if team.device.type == "cpu" and (launched or config.cluster.cpus_per_worker):
+        torch.set_num_threads(threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         yield team
     finally:
-        torch.distributed.destroy_process_group()
+        if launched:
+            torch.distributed.destroy_process_group()
 
 
 class Applied:
