@@ -11,8 +11,9 @@ not depend on their number. Everything is at least float32: half precision moves
 Q, G = queries and gallery images, n = Q + G, b = images of a block, D = feature width
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ BLOCK = 512  # rows at a time: b x n distances are held
 JACCARD_BLOCK = 32  # queries whose common neighbours are listed at a time
 PAIRS = 1024  # pairs whose differences are held: few enough to stay in a processor's cache
 
+OnImages = Callable[[int, int], None]
 Entries = tuple[Tensor, Tensor, Tensor]
 """Rows, columns and weights of a sparse matrix's entries, by row."""
 
@@ -42,9 +44,11 @@ def evaluate_reranked(
     lam: float = 0.3,
     part: tuple[int, int] = (0, 1),
     reduce_sum: ReduceSum = lambda x: x,
-) -> dict[str, float | int]:
-    """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and rerank."""
-    blocks = reranked(query_features, gallery_features, k1, k2, lam, part=part, reduce_sum=reduce_sum)
+    on_images: OnImages = lambda done, total: None,
+) -> dict[str, Any]:
+    """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and reranked."""
+    sides = query_features, gallery_features
+    blocks = reranked(*sides, k1, k2, lam, part=part, reduce_sum=reduce_sum, on_images=on_images)
     float32 = ((rows, distances.float()) for rows, distances in blocks)
     device = query_features.device
     return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, reduce_sum=reduce_sum).metrics()
@@ -64,25 +68,36 @@ def reranked(
     *,
     part: tuple[int, int] = (0, 1),
     reduce_sum: ReduceSum = lambda x: x,
+    on_images: OnImages = lambda done, total: None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """lam x original + (1 - lam) x Jaccard distance of the neighbourhoods: (queries, float [b, G]), a block at a time.
 
     query_features: float [Q, D], gallery_features: float [G, D], both whole on every rank; the gallery's may be
     memory-mapped. Work is done on the queries' device, where all features are held once more. The original distance
     is the squared Euclidean one, each image's row over all n divided by its maximum.
-    part: (rank, world_size); the ranks' blocks are all queries, each once.
+    part: (rank, world_size); the ranks' blocks are all queries, each once. on_images is told how many images this rank
+    has compared with all others, and of how many: first for their neighbours, then the queries for their distances.
     Raises ModelError for k1, k2 below 1, for fewer images than k1 + 1 or k2, and features that are not finite.
     """
     n, num_queries = len(query_features) + len(gallery_features), len(query_features)
     if min(k1, k2) < 1 or max(k1 + 1, k2) > n:
         raise ModelError(f"re-ranking with k1 {k1}, k2 {k2} needs 1 <= k1 < {n} images and 1 <= k2 <= {n}: lower them.")
     features = _all_features(query_features, gallery_features)
-    own_rows = list(_own_blocks(n, part))
-    nearest, largest = _neighbours(features, max(k1 + 1, k2), own_rows, reduce_sum)
+    own_rows, own_queries = list(_own_blocks(n, part)), list(_own_blocks(num_queries, part))
+    done, total = 0, sum(rows.stop - rows.start for rows in own_rows + own_queries)
+
+    def compared(blocks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+        nonlocal done
+        for rows, distances in _distances(features, blocks):
+            yield rows, distances
+            done += len(distances)
+            on_images(done, total)
+
+    nearest, largest = _neighbours(compared(own_rows), features, max(k1 + 1, k2), reduce_sum)
     weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1, own_rows), n, features, reduce_sum)
     expanded = _Sparse.of(_averages(weights, nearest[:, :k2], own_rows), n, features, reduce_sum)
     by_neighbour = expanded.transposed(first=num_queries)
-    for rows, distances in _distances(features, _own_blocks(num_queries, part)):
+    for rows, distances in compared(own_queries):
         original = distances[:, num_queries:] / largest[rows, None]
         jaccard = _jaccard(expanded, by_neighbour, rows, n - num_queries)
         yield rows, original.mul_(lam).add_(jaccard, alpha=1 - lam)
@@ -108,7 +123,7 @@ def _own_blocks(stop: int, part: tuple[int, int]) -> Iterator[slice]:
         yield slice(block * BLOCK, min((block + 1) * BLOCK, stop))
 
 
-def _distances(features: Tensor, blocks: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+def _distances(features: Tensor, blocks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
     """Squared distances of a block of images to all images, [b, n] at a time, exactly 0 to themselves."""
     squared = features.square().sum(1)
     for rows in blocks:
@@ -119,11 +134,13 @@ def _distances(features: Tensor, blocks: Iterable[slice]) -> Iterator[tuple[slic
         yield rows, distances
 
 
-def _neighbours(features: Tensor, k: int, own_rows: list[slice], reduce_sum: ReduceSum) -> tuple[Tensor, Tensor]:
+def _neighbours(
+    blocks: Iterable[tuple[slice, Tensor]], features: Tensor, k: int, reduce_sum: ReduceSum
+) -> tuple[Tensor, Tensor]:
     """Each image's k nearest, itself included, nearest first, int64 [n, k]; and its largest distance [n]."""
     nearest = torch.zeros(len(features), k, dtype=torch.int64, device=features.device)
     largest = features.new_zeros(len(features))
-    for rows, distances in _distances(features, own_rows):
+    for rows, distances in blocks:
         nearest[rows] = distances.topk(k, largest=False).indices
         largest[rows] = distances.amax(1)
     nearest, largest = reduce_sum(nearest), reduce_sum(largest)
