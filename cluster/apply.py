@@ -23,7 +23,7 @@ from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
 from cluster.features import extract_batches
 from cluster.model_spec import configured_spec, model_spec
-from cluster.orchestrate import threads_per_worker
+from cluster.orchestrate import quiet_libraries, threads_per_worker
 from cluster.team import Team, choose_device, join_process_group
 from shards.folder import FolderLoader
 from shards.index import ShardIndex
@@ -40,6 +40,7 @@ def this_team(config: Config) -> Iterator[Team]:
     (cluster.cpus_per_worker).
     """
     launched = "WORLD_SIZE" in os.environ
+    quiet_libraries()
     team = join_process_group(config.cluster.timeout_s) if launched else Team(device=choose_device(0))
     if team.device.type == "cpu" and (launched or config.cluster.cpus_per_worker):
         torch.set_num_threads(threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

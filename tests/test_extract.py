@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from golden_models import ROOT_CONFIGS, clip_state
+from PIL import Image
 from processes import on_processes
 from runs import BIN, ROOT, config_file, environment, overrides
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from cluster.feature_file import read_pair, write_features
 from cluster.model_spec import model_spec
 from launch import evaluate, extract
 from shards.errors import DataError
+from shards.folder import FolderLoader
 from shards.index import ShardIndex
 from shards.sequential import SequentialLoader
 
@@ -72,7 +74,7 @@ def alone(arguments, tmp_path_factory):
 @pytest.mark.parametrize(("count", "name"), [(2, "gallery.npz"), (4, "gallery.parquet")])
 def test_any_number_of_workers_writes_bitwise_the_same_features(count, name, arguments, alone, tiny_shards, tmp_path):
     printed = on_workers(count, "extract.py", *arguments, "--split", "gallery", "--out", tmp_path / name)
-    assert printed.count("images x 48 values") == 1
+    assert printed.splitlines() == [f"{tmp_path / name}: {len(alone['keys'])} images x 48 values"]
     ours = read(tmp_path / name)
     assert_same(ours, alone)
     assert ours["keys"].tolist() == ShardIndex.open(str(tiny_shards)).split("gallery").keys.tolist()
@@ -182,22 +184,27 @@ def test_a_folder_that_holds_no_features_is_refused(tmp_path):
     refused("bare.parquet: lacks identities; it holds features", "bare.parquet")
 
 
-def read_broken(team, shards):
-    """Rank 1 meets an image that cannot be read; what each rank makes of it."""
+def one_image_and_a_broken_one(team, folder, shards):
+    """What each rank gets of a folder with one image, and what it makes of an image that rank 1 cannot read."""
 
     def encode(images, rows):
-        if team.rank == 1:
+        if len(rows) == 5 and team.rank == 1:
             raise DataError("shard x, key y: can't be decoded")
-        return rows[:, None].float()
+        return images.float().mean((2, 3))
 
+    loader = FolderLoader(
+        folder, ["red.png"], image_size=(8, 8), rank=team.rank, world_size=team.world_size, batch_size=3
+    )
+    rows = features.extract_batches(encode, loader, 1, 3, team)
     try:
         features.extract(encode, ShardIndex.open(shards), "train", team, image_size=(8, 8), batch=5)
     except DataError as error:
-        return str(error)
+        return np.array(rows).tolist(), str(error)
 
 
-def test_an_image_that_cannot_be_read_ends_the_extraction_on_every_rank(tiny_shards, tmp_path, monkeypatch):
+def test_a_rank_may_have_no_image_and_an_image_that_cannot_be_read_ends_all_ranks(tiny_shards, tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9), (200, 10, 0)).save(tmp_path / "red.png")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    told = on_processes(2, read_broken, str(tiny_shards))
-    assert told == ["shard x, key y: can't be decoded"] * 2
+    told = on_processes(2, one_image_and_a_broken_one, str(tmp_path), str(tiny_shards))
+    assert told == [([[200, 10, 0]], "shard x, key y: can't be decoded")] * 2
     assert not list(tmp_path.glob("features-*"))
