@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from golden_models import read_case
 from rank_threads import run_ranks
 
-from clipreid import retrieval
+from clipreid import products
 from clipreid.errors import ModelError
+from clipreid.products import gallery_rows
 from clipreid.protocols import draw_gallery, vehicleid, vehicleid_draw
-from clipreid.retrieval import Labels, gallery_rows, retrieve, retrieve_by_distance
+from clipreid.ranking import RULES, Labels
+from clipreid.retrieval import retrieve, retrieve_by_distance
 
 
 @pytest.mark.parametrize(
@@ -42,9 +44,8 @@ def test_vehicleid_draws_match_the_reference_figures():
     np.testing.assert_allclose([r.cmc[[0, 4, 9]] for r in results], golden["cmc_1_5_10"], atol=1e-6)
 
 
-def slow_measures(distances, query, gallery, rule):
-    """One query after the other: sort the valid gallery, walk down the list. AP, INP and first rank, as sums."""
-    totals, first_ranks = np.zeros(2), []
+def slow_ranks(distances, query, gallery, rule):
+    """One query after the other: its valid gallery rows, sorted, and the ranks of its positives."""
     for q in range(len(distances)):
         same = gallery.identities == query.identities[q]
         ignored = same & (rule != "none")
@@ -53,13 +54,8 @@ def slow_measures(distances, query, gallery, rule):
         if rule == "camera_time":
             ignored &= (gallery.times == query.times[q]) & (query.times[q] != "")
         order = np.argsort(distances[q], kind="stable")
-        hits = same[order[~ignored[order]]]
-        ranks = np.flatnonzero(hits) + 1
-        if len(ranks):
-            totals += np.mean(np.arange(1, len(ranks) + 1) / ranks), len(ranks) / ranks[-1]
-            first_ranks.append(ranks[0])
-    cmc = [np.mean(np.array(first_ranks) <= r) for r in range(1, 51)]
-    return totals[0] / len(first_ranks), totals[1] / len(first_ranks), cmc, len(first_ranks)
+        order = order[~ignored[order]]
+        yield order, np.flatnonzero(same[order]) + 1
 
 
 def random_case(queries, gallery, identities, seed, ties=False):
@@ -75,37 +71,49 @@ def random_case(queries, gallery, identities, seed, ties=False):
     return *side(queries, identities), *side(gallery, max(identities - 2, 1))
 
 
+def exact_distances(query, gallery):
+    return torch.cdist(query.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist").numpy()
+
+
 def check_against_slow(result, query, query_labels, gallery, gallery_labels, rule):
-    exact = torch.cdist(query.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-    mean_ap, mean_inp, cmc, valid = slow_measures(exact.numpy(), query_labels, gallery_labels, rule)
-    assert result.mAP == pytest.approx(mean_ap, abs=1e-12) and result.mINP == pytest.approx(mean_inp, abs=1e-12)
-    np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
-    assert result.valid_queries == valid
+    slow = [ranks for _, ranks in slow_ranks(exact_distances(query, gallery), query_labels, gallery_labels, rule)]
+    per_query = result.per_query
+    assert per_query.positives.tolist() == [len(ranks) for ranks in slow]
+    assert per_query.first_rank.tolist() == [ranks[0] if len(ranks) else 0 for ranks in slow]
+    valid = [(np.mean(np.arange(1, len(r) + 1) / r), len(r) / r[-1], r[0]) for r in slow if len(r)]
+    AP, INP, first = map(np.array, zip(*valid, strict=True))
+    assert np.isnan(per_query.AP).tolist() == [not len(ranks) for ranks in slow]
+    np.testing.assert_allclose(per_query.AP[per_query.positives > 0], AP, atol=1e-12)
+    assert result.mAP == pytest.approx(AP.mean(), abs=1e-12) and result.mINP == pytest.approx(INP.mean(), abs=1e-12)
+    np.testing.assert_allclose(result.cmc, [np.mean(first <= r) for r in range(1, 51)], atol=1e-12)
+    assert (result.valid_queries, result.queries) == (len(valid), len(slow))
 
 
-@pytest.mark.parametrize("rule", retrieval.RULES)
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks much smaller than the data."""
+    monkeypatch.setattr(products, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(products, "GALLERY_BLOCK", 32)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("queries", "gallery", "identities"), [(1, 1, 1), (5, 7, 2), (40, 300, 12), (70, 90, 60)])
-def test_counts_over_blocks_equal_sorting_the_full_matrix(monkeypatch, rule, queries, gallery, identities):
-    """Blocks much smaller than the data, galleries smaller than a block, queries without a positive."""
-    monkeypatch.setattr(retrieval, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(retrieval, "GALLERY_BLOCK", 32)
+def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, rule, queries, gallery, identities):
+    """Galleries smaller and larger than a block, queries without a positive."""
     for seed in range(5):
         case = random_case(queries, gallery, identities, seed)
-        exact = torch.cdist(case[0], case[2]).numpy()
         try:
             result = retrieve(*case, rule=rule)
         except ModelError:
-            with np.errstate(invalid="ignore", divide="ignore"), pytest.warns(RuntimeWarning):
-                assert slow_measures(exact, case[1], case[3], rule)[3] == 0
+            slow = slow_ranks(exact_distances(case[0], case[2]), case[1], case[3], rule)
+            assert not any(len(ranks) for _, ranks in slow)
         else:
             check_against_slow(result, *case, rule)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ties_go_to_the_image_that_comes_first_in_the_gallery(monkeypatch, seed):
+def test_ties_go_to_the_image_that_comes_first_in_the_gallery(small_blocks, seed):
     """Whole-number features in three dimensions: most distances are tied, some are zero, some negative zero."""
-    monkeypatch.setattr(retrieval, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(retrieval, "GALLERY_BLOCK", 32)
     case = random_case(50, 200, 9, seed, ties=True)
     check_against_slow(retrieve(*case, rule="camera"), *case, "camera")
 
@@ -128,6 +136,31 @@ def test_equal_rows_are_equally_far_wherever_they_lie():
         assert result.cmc[5] == 0.0 and result.cmc[6] == 1.0
 
 
+def on_ranks(world_size, query, query_labels, gallery, gallery_labels, **options):
+    """Results of `retrieve` on ranks that have nothing but the gallery rows that are theirs."""
+
+    def one_rank(rank, gather):
+        own = np.full_like(gallery, np.nan)
+        rows = gallery_rows(gallery_labels, rank, world_size)
+        own[rows] = gallery[rows]
+        return retrieve(
+            query, query_labels, own, gallery_labels, part=(rank, world_size),
+            reduce_sum=lambda x: gather(x[None]).sum(0).to(x.dtype), **options,
+        )  # fmt: skip
+
+    return run_ranks(world_size, one_rank)
+
+
+def assert_same(result, other):
+    """Bit by bit."""
+    assert result.metrics() == other.metrics() and np.array_equal(result.cmc, other.cmc)
+    for part in ("per_query", "nearest"):
+        for ours, theirs in zip(
+            *(vars(getattr(each, part) or Labels(0)).values() for each in (result, other)), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size):
     """4,000 gallery images in four blocks, near ties everywhere; each rank reads its own rows alone."""
@@ -139,26 +172,103 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size):
         Labels(rng.integers(0, 50, 300), rng.integers(0, 3, 300)),
         Labels(rng.integers(0, 50, 4000), rng.integers(0, 3, 4000)),
     )
-    alone = retrieve(query, labels[0], gallery, labels[1])
+    alone = retrieve(query, labels[0], gallery, labels[1], top_k=7)
+    for result in on_ranks(world_size, query, labels[0], gallery, labels[1], top_k=7):
+        assert_same(result, alone)
 
-    def one_rank(rank, gather):
-        own = np.full_like(gallery, np.nan)
-        rows = gallery_rows(4000, rank, world_size)
-        own[rows] = gallery[rows]
-        return retrieve(
-            query, labels[0], own, labels[1], part=(rank, world_size),
-            reduce_sum=lambda x: gather(x[None]).sum(0).to(x.dtype),
-        )  # fmt: skip
 
-    for result in run_ranks(world_size, one_rank):
-        assert result.metrics() == alone.metrics() and np.array_equal(result.cmc, alone.cmc)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranks_share_small_galleries_as_well(small_blocks, world_size, ties):
+    """More ranks than blocks, tied images on different ranks."""
+    for seed in range(3):
+        for gallery in (3, 40, 150):
+            case = random_case(40, gallery, 5, seed, ties)
+            for result in on_ranks(world_size, case[0], case[1], case[2].numpy(), case[3]):
+                check_against_slow(result, *case, "camera")
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    case = random_case(1100, 3000, 80, seed=3)
+    alone = retrieve(*case, top_k=5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_same(retrieve(*case, top_k=5), alone)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def slow_rates(query, query_labels, gallery, gallery_labels):
+    """TPR at each FPR by sorting the distances of all pairs."""
+    distances = exact_distances(query, gallery)
+    positives, negatives = [], []
+    for row, (order, ranks) in zip(
+        distances, slow_ranks(distances, query_labels, gallery_labels, "camera"), strict=True
+    ):
+        own = np.isin(np.arange(len(order)), ranks - 1)
+        positives.append(row[order[own]])
+        negatives.append(row[order[~own]])
+    positives, negatives = np.concatenate(positives), np.sort(np.concatenate(negatives))
+    rates = {}
+    for name, rate in (("1e-4", 1e-4), ("1e-3", 1e-3), ("1e-2", 1e-2)):
+        passing = [d for d in positives if np.searchsorted(negatives, d, side="right") <= rate * len(negatives)]
+        rates[name] = len(passing) / len(positives)
+    return rates
+
+
+@pytest.mark.parametrize("misled", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rates_of_accepted_pairs_equal_sorting_all_pairs(small_blocks, monkeypatch, world_size, misled):
+    """Whole numbers, so that distances are exact and some tie. Also where the sample of distances is misleading."""
+    if misled:
+        monkeypatch.setattr(products.Products, "sample_distance", lambda self, rate, reduce_sum: torch.tensor(30.0))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        centres = rng.integers(-20, 20, (9, 8))
+        _, query_labels, _, gallery_labels = random_case(70, 400, 9, seed)
+        query, gallery = (
+            torch.from_numpy(
+                (centres[side.identities] + rng.integers(-12, 12, (len(side.identities), 8))).astype(np.float32)
+            )
+            for side in (query_labels, gallery_labels)
+        )
+        expected = slow_rates(query, query_labels, gallery, gallery_labels)
+        assert 0 < expected["1e-4"] < expected["1e-2"] < 1
+        for result in on_ranks(world_size, query, query_labels, gallery.numpy(), gallery_labels):
+            assert result.tpr_at_fpr == expected
+
+
+def test_every_positive_is_accepted_where_there_is_no_negative():
+    features, labels = torch.eye(3)[[0, 0]], Labels(np.array([5, 5]))
+    result = retrieve(features, labels, features, labels, rule="none")
+    assert result.tpr_at_fpr == {"1e-4": 1.0, "1e-3": 1.0, "1e-2": 1.0}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranked_lists_are_the_head_of_the_sorted_gallery(small_blocks, world_size, ties):
+    """Without what the rule takes out; shorter than k where the gallery is."""
+    for gallery, k in ((200, 10), (7, 10)):
+        case = random_case(50, gallery, 4, 0, ties)
+        exact = exact_distances(case[0], case[2])
+        lists = [order for order, _ in slow_ranks(exact, case[1], case[3], "camera")]
+        for result in on_ranks(world_size, case[0], case[1], case[2].numpy(), case[3], top_k=k):
+            for row, distances, found, order in zip(
+                exact, result.nearest.distances, result.nearest.rows, lists, strict=True
+            ):
+                length = min(k, len(order))
+                assert found.tolist() == order[:k].tolist() + [-1] * (k - length)
+                np.testing.assert_allclose(distances[:length], row[order[:k]], rtol=1e-4, atol=1e-3)
+                assert np.isinf(distances[length:]).all()
 
 
 def test_every_gallery_row_belongs_to_one_rank():
     for size in (0, 1, 1024, 1025, 10_000):
         for world_size in (1, 2, 5):
-            rows = [range(size)[gallery_rows(size, rank, world_size)] for rank in range(world_size)]
-            assert [row for part in rows for row in part] == list(range(size))
+            rows = [gallery_rows(Labels(np.arange(size) % 7), rank, world_size) for rank in range(world_size)]
+            assert sorted(np.concatenate(rows).tolist()) == list(range(size))
 
 
 def test_a_memory_mapped_gallery_is_read_a_block_at_a_time(tmp_path):
@@ -188,7 +298,8 @@ def test_a_given_matrix_is_ranked_like_the_features_it_came_from():
     query, query_labels, gallery, gallery_labels = random_case(30, 80, 6, seed=2)
     distances = torch.cdist(query, gallery)
     by_matrix = retrieve_by_distance(distances, query_labels, gallery_labels)
-    assert by_matrix.metrics() == retrieve(query, query_labels, gallery, gallery_labels).metrics()
+    by_features = retrieve(query, query_labels, gallery, gallery_labels)
+    assert by_matrix.metrics() | {"TPR@FPR": by_features.tpr_at_fpr} == by_features.metrics()
 
 
 def test_string_identities_and_unknown_cameras():

@@ -1,0 +1,149 @@
+"""Blocks of Euclidean distances between queries and gallery, never the whole matrix (contract C5).
+
+    descriptors of queries and gallery -> [products] -> ranking
+
+Images are taken by identity, so that the positives lie in few blocks: those are made twice, once to read the
+positives' distances and once to count. Products have one fixed, padded shape, each is made by one thread, and
+blocks do not depend on the number of ranks: so the value of a pair does not depend on ranks or threads, and
+equal rows get equal values.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipreid.errors import ModelError
+from clipreid.ranking import Labels, ReduceSum, query_blocks
+
+QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product
+SAMPLE = 1024
+
+Task = tuple[int, int, Callable[[], Tensor]]
+Work = Callable[[int, int, Tensor], None]
+"""Is given the number of a query block, the first column, and the distances, float32 [b, w]."""
+
+
+class Products:
+    """This rank's blocks of |g|² - 2 q·g: |q|² is the same for a whole row and would only cost digits."""
+
+    def __init__(
+        self,
+        query_features: Tensor,
+        query: Labels,
+        gallery_features: Tensor | np.ndarray,
+        gallery: Labels,
+        rule: str,
+        part: tuple[int, int],
+    ):
+        self.device = query_features.device
+        self.gallery = gallery_features
+        self.identities = query.identities, gallery.identities
+        self.order = np.argsort(gallery.identities, kind="stable")
+        self.rows = torch.from_numpy(self.order).to(self.device)
+        """Row number in the gallery of each column, int64 [G]."""
+        columns = np.empty_like(self.order)
+        columns[self.order] = np.arange(len(columns))
+        self.query_order = np.argsort(query.identities, kind="stable")
+        parts = [self.query_order[start : start + QUERY_BLOCK] for start in range(0, len(query_features), QUERY_BLOCK)]
+        self.queries = list(query_blocks(query, gallery, rule, self.device, parts, columns))
+        loaded = [self._load(query_features, block.rows, QUERY_BLOCK, "query") for block in self.queries]
+        self.features = [features for features, _ in loaded]
+        self.squared = [squared[: len(block.rows)] for block, (_, squared) in zip(self.queries, loaded, strict=True)]
+        """|q|² of each block's queries, float32 [b]."""
+        self.starts = _own_starts(len(self.order), *part)
+
+    def each(
+        self, work: Work, *, only_met: bool = False, on_gallery: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Do some work, in threads on a CPU, with each block; on each query block in one thread at a time.
+
+        only_met: without the pairs of blocks that have no identity in common. on_gallery is told how many gallery
+        images of this rank are being compared, and of how many.
+        """
+        total = self.starts.stop - self.starts.start
+        locks = [Lock() for _ in self.queries]
+
+        def tasks() -> Iterator[tuple[int, int, Tensor, Tensor, int]]:
+            for start in self.starts:
+                rows = self.order[start : start + GALLERY_BLOCK]
+                numbers = range(len(self.queries))
+                if only_met:
+                    numbers = [n for n in numbers if self.queries[n].meets(start, start + len(rows))]
+                if numbers:
+                    gallery, squared = self._load(self.gallery, rows, GALLERY_BLOCK, "gallery")
+                    for number in numbers:
+                        yield number, start, gallery, squared, len(rows)
+                on_gallery(min(start + GALLERY_BLOCK, self.starts.stop) - self.starts.start, total)
+
+        def multiply(number: int, start: int, gallery: Tensor, squared: Tensor, width: int) -> None:
+            product = torch.addmm(squared, self.features[number], gallery.T, alpha=-2)
+            with locks[number]:
+                work(number, start, product[: len(self.queries[number].rows), :width])
+
+        _in_threads(multiply, tasks(), self.device)
+
+    def sample_distance(self, rate: float, reduce_sum: ReduceSum) -> Tensor:
+        """About how far this fraction of the negatives is at most, from a sample of pairs. float32 scalar."""
+        number = np.linspace(0, len(self.query_order) - 1, SAMPLE).astype(int)
+        queries = torch.stack([self.features[n // QUERY_BLOCK][n % QUERY_BLOCK] for n in number.tolist()])
+        estimate = torch.zeros(2, device=self.device)
+        if self.starts:
+            rows = self.order[np.linspace(self.starts.start, self.starts.stop - 1, SAMPLE).astype(int)]
+            gallery, squared = self._load(self.gallery, rows, SAMPLE, "gallery")
+            distances = torch.addmm(squared, queries, gallery.T, alpha=-2) + queries.square().sum(1)[:, None]
+            differ = self.identities[0][self.query_order[number], None] != self.identities[1][rows]
+            negatives = distances[torch.from_numpy(differ).to(self.device)].sort().values
+            estimate[0] = negatives[int(rate * len(negatives))] if len(negatives) else torch.inf
+            estimate[1] = 1
+        total, ranks = reduce_sum(estimate)
+        return total / ranks
+
+    def _load(self, source: Tensor | np.ndarray, numbers: np.ndarray, size: int, name: str) -> tuple[Tensor, Tensor]:
+        """These rows, filled up with zeros to [size, D], and their squared norms [size]."""
+        rows = source[torch.from_numpy(numbers) if isinstance(source, Tensor) else numbers]
+        padded = torch.zeros(size, rows.shape[1], device=self.device)
+        padded[: len(rows)] = torch.as_tensor(rows)
+        squared = padded.square().sum(1)
+        if not squared.isfinite().all():
+            row = numbers[int(squared.isfinite().logical_not().nonzero()[0])]
+            raise ModelError(f"{name} feature of row {row} is not finite: extract the features again.")
+        return padded, squared
+
+
+def _in_threads(work: Callable[..., None], tasks: Iterable[tuple], device: torch.device) -> None:
+    """work(*task) of each task, on a CPU in as many threads as torch has, each using one."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        for task in tasks:
+            work(*task)
+        return
+    pending: deque = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for task in tasks:
+                pending.append(pool.submit(work, *task))
+                if len(pending) > 2 * threads:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # The number that later threads begin with is that of the last call.
+
+
+def gallery_rows(gallery: Labels, rank: int, world_size: int) -> np.ndarray:
+    """The gallery rows that a rank reads, int64, possibly none."""
+    order = np.argsort(gallery.identities, kind="stable")
+    starts = _own_starts(len(order), rank, world_size)
+    return order[starts.start : starts.stop]
+
+
+def _own_starts(gallery_size: int, rank: int, world_size: int) -> range:
+    """First columns of the rank's blocks."""
+    blocks = -(-gallery_size // GALLERY_BLOCK)
+    first, last = (blocks * r // world_size * GALLERY_BLOCK for r in (rank, rank + 1))
+    return range(first, min(last, gallery_size), GALLERY_BLOCK)
