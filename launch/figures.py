@@ -1,0 +1,65 @@
+"""Pictures of what a model learned: t-SNE, relevance maps and ranked lists, as PNG files.
+
+python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.cli import Parser, progress_bar, run
+
+USAGE = """
+  figures.py --config FILE --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
+NAMES = ("tsne", "relevance", "ranked")
+
+EXAMPLE = """figures, as in the paper:
+  tsne        Figure 1: image and text features of ten training identities
+  relevance   Figure 3: what in a training image speaks for its identity
+  ranked      Figure 4: queries and their ten nearest gallery images, right ones green, wrong ones red
+
+examples:
+  python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+  python launch/figures.py --config configs/msmt17_vit.yaml --weights ViT-B-16_60.pth --out msmt17 --figure ranked"""
+
+
+def main(arguments: list[str]) -> None:
+    options = (parser := make_parser()).parse_intermixed_args(arguments)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out}: is a file; name a folder")
+
+    from cluster.check import check_evaluation
+    from cluster.config import load_config
+    from cluster.places import at_project_root
+    from cluster.trained import card_of, check_fits, local_weights
+
+    config = at_project_root(load_config(options.config, options.overrides))
+    with local_weights(options.weights) as path:
+        index = check_evaluation(config)
+        if card := card_of(path):
+            check_fits(card, config, index, options.weights)
+        from cluster.figures import Subject, draw_figure
+
+        subject = Subject.of(config, path, card, index, progress_bar)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.figure:
+        draw_figure(name, subject, options.out / f"{name}.png")
+        print(options.out / f"{name}.png")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="figures.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings: dataset, model, eval.*")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE|RUN",
+        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--figure", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="default: all")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
