@@ -35,7 +35,7 @@ class HostCopy:
         for name, tensor in tensors.items():
             self._tensors[name].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
-            self._queued = torch.cuda.Event()
+            self._queued = torch.cuda.Event(blocking=True)  # Waiting leaves the CPU to training.
             self._queued.record()
 
     def arrive(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from clipreid.errors import ModelError
 from cluster.config import Config, parse_config
-from cluster.errors import ConfigError, TrainingError
+from cluster.errors import ConfigError, RankLost, TrainingError
 from cluster.live import read_status
 from cluster.manifest import FOLDER, read_manifests
 from cluster.report import STOP, request_stop, withdraw_stop
@@ -28,6 +28,7 @@ from cluster.run_folder import METRICS
 from cluster.storage import Storage
 from shards.errors import DataError
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 
 FAILURE = "failure.json"
@@ -90,7 +91,8 @@ def quiet_libraries() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
-    for name in ("ray.train", "ray.tune", "torch.distributed"):
+    # None is all others: Ray tells of every report by a logger that it named after a file.
+    for name in ("ray.train", "ray.tune", "torch.distributed", None):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -102,8 +104,6 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # Ray's own story of the run, line by line.
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
@@ -113,7 +113,7 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost."""
     quiet_libraries()
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from cluster.trainer import Trainer
@@ -141,6 +141,8 @@ def run_with_ray(config: Config) -> dict[str, Any]:
             storage_path=f"{run_dir.url}/ray",
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            # Ray's own story of the run, with a traceback for every lost worker, goes to logs/train of its session.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     signal.signal(signal.SIGTERM, lambda *_: request_stop(config.run.dir))
@@ -210,6 +212,12 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     except (ConfigError, DataError, ModelError, TrainingError) as error:
         with contextlib.suppress(OSError):  # A full disk, of which the error speaks.
             run_dir.write_json(FAILURE, {"type": type(error).__name__, "message": str(error), "rank": team.rank})
+        raise
+    except RankLost as error:
+        log.error("%s", error)
+        raise
+    except Exception:
+        log.exception("worker %d failed", team.rank)
         raise
 
 

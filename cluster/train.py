@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import Config
-from cluster.errors import TrainingError
+from cluster.errors import RankLost, TrainingError
 from cluster.live import follow, read_status
 from cluster.orchestrate import STOPPED_EXIT_CODE, Stopped, run
 from cluster.report import headline, run_identity
@@ -33,7 +33,7 @@ def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
         try:
             with follow(config.run.dir, images) if speaks else nullcontext():
                 metrics = run(config)
-        except TrainingError as error:
+        except (TrainingError, RankLost) as error:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
             return 1
         except Stopped as stop:

@@ -7,6 +7,7 @@ A run that was interrupted goes on from its newest complete checkpoint; what is 
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,11 @@ class Run:
         every = self.config.checkpoint.every_epochs
         try:
             run_stage(stage, self.team, self.checkpoints, self.reporter, self.due, start, every)
-        finally:
-            stage.close()
+        except BaseException:
+            with suppress(Exception):  # What went wrong matters more, such as a lost rank: DeepSpeed needs them all.
+                stage.close()
+            raise
+        stage.close()
 
     def _restore(self, engine, stage: int) -> None:
         if self.position is not None and self.position.stage == stage:

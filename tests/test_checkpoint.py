@@ -13,6 +13,7 @@ from cluster.config import parse_config, results_settings
 from cluster.engine import MOMENTS, Fragment
 from cluster.errors import ConfigError, TrainingError
 from cluster.host_copy import HostCopy
+from cluster.loop import run_stage
 from cluster.manifest import FOLDER, Position, check_may_continue, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
@@ -145,6 +146,56 @@ def test_a_state_that_is_not_finite_is_refused_and_leaves_the_one_before(tmp_pat
         checkpoints.finish()
     assert names(tmp_path) == [3]
     assert len(list((tmp_path / FOLDER).iterdir())) == 1
+
+
+class SpoiltStage:
+    """Two steps are sound; the third has a finite loss and a gradient that is not."""
+
+    number, epochs, global_images = 2, 1, 4
+
+    def __init__(self):
+        self.engine = PlainEngine(1.0)
+        for name in ("set_lr", "remember_buffers", "restore_buffers", "backward"):
+            setattr(self.engine, name, lambda *_: None)
+        self.engine.step = self.step
+        self.done = 0
+
+    def step(self):
+        self.done += 1
+        if self.done == 3:
+            self.engine.module[0].weight.data[0, 0] = float("nan")
+
+    def lr(self, epoch):
+        return 1.0
+
+    def num_steps(self, epoch):
+        return 9
+
+    def batches(self, epoch, first_step):
+        yield from range(first_step, 10)
+
+    def losses(self, batch):
+        return {"loss": self.engine.module[0].weight.mean()}
+
+    def identities(self, batch):
+        return ["0007"]
+
+
+class NoNews:
+    should_stop = wants_drain_notice = saved = step = lambda *_, **__: False
+
+
+def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_named(tmp_path):
+    checkpoints = store(tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        run_stage(
+            SpoiltStage(), Team(), checkpoints, NoNews(), Due(every_steps=1, every_minutes=0), at(0), every_epochs=0
+        )
+    said = str(caught.value)
+    assert "step 4: loss is not finite" in said and "identities of the batch: 0007" in said
+    assert "value/0.weight and 2 more not finite after stage 2, epoch 1, step 3" in said
+    assert "stage2-00000002" in said and "is intact" in said
+    assert names(tmp_path) == [1, 2]
 
 
 class OtherPieces(PlainEngine):

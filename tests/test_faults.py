@@ -66,7 +66,8 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(job, ray_head, undistu
     last, killed_s = job.last_step(), time.monotonic()
     kill_worker(ray_head.process.pid, dice)
     job.report_restart(killed_s, last)
-    job.end()
+    text = job.end()
+    assert "going on from stage" in text and "Traceback" not in text
     assert job.status()["restarts"] == 1
     assert_same_result(undisturbed, job.run_dir)
 
