@@ -3,7 +3,7 @@
 import pytest
 from ray.train import ScalingConfig
 
-from cluster.trainer import WholeIdentitiesPolicy
+from cluster.trainer import Trainer, WholeIdentitiesPolicy
 
 NODES = {"one": {"CPU": 2.0}, "two": {"CPU": 5.0}}
 
@@ -15,3 +15,10 @@ def test_an_elastic_group_has_the_largest_size_that_divides_the_batch_and_fits_i
     assert policy._count_possible_workers(NODES) == possible
     assert policy._count_possible_workers({"one": NODES["one"]}) == (1 if placement == "STRICT_SPREAD" else 2)
     assert policy._count_possible_workers({}) == 0
+
+
+def test_rays_cleaner_which_may_ask_another_cluster_on_the_machine_is_left_out():
+    trainer = Trainer(print, sizes=[1], scaling_config=ScalingConfig(num_workers=1))
+    ours = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    theirs = {type(callback).__name__ for callback in super(Trainer, trainer)._create_default_callbacks()}
+    assert theirs - ours == {"PlacementGroupCleanerCallback"}
