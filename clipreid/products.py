@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.ranking import Labels, ReduceSum, query_blocks
+from clipreid.ranking import Labels, ReduceSum, ascending, query_blocks
 
 QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product
 SAMPLE = 1024
@@ -73,7 +73,7 @@ class Products:
                 rows = self.order[start : start + GALLERY_BLOCK]
                 numbers = range(len(self.queries))
                 if only_met:
-                    numbers = [n for n in numbers if self.queries[n].meets(start, start + len(rows))]
+                    numbers = [n for n in numbers if self.queries[n].meets(start, len(rows))]
                 if numbers:
                     gallery, squared = self._load(self.gallery, rows, GALLERY_BLOCK, "gallery")
                     for number in numbers:
@@ -97,7 +97,7 @@ class Products:
             gallery, squared = self._load(self.gallery, rows, SAMPLE, "gallery")
             distances = torch.addmm(squared, queries, gallery.T, alpha=-2) + queries.square().sum(1)[:, None]
             differ = self.identities[0][self.query_order[number], None] != self.identities[1][rows]
-            negatives = distances[torch.from_numpy(differ).to(self.device)].sort().values
+            negatives = ascending(distances[torch.from_numpy(differ).to(self.device)])
             estimate[0] = negatives[int(rate * len(negatives))] if len(negatives) else torch.inf
             estimate[1] = 1
         total, ranks = reduce_sum(estimate)

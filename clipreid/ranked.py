@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.ranking import NEVER, NONE, QueryBlock, ReduceSum, to_keys
+from clipreid.ranking import NEVER, QueryBlock, ReduceSum, monotone
+
+NONE = -1  # in place of a gallery row
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class RankedLists:
     def __init__(self, blocks: Sequence[QueryBlock], length: int):
         self.blocks, self.length = blocks, length
         self.keys = [
-            torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=block.positives.device)
+            torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=block.distances.device)
             for block in blocks
         ]
 
     def add(self, number: int, distances: Tensor, gallery_rows: Tensor) -> None:
         """A block of |g|² - 2 q·g, float32 [b, w], infinite where it does not count; gallery_rows: int64 [w]."""
-        keys = to_keys(distances, gallery_rows).where(distances < torch.inf, NEVER)
+        keys = (monotone(distances) << 32 | gallery_rows).where(distances < torch.inf, NEVER)
         self.keys[number] = torch.cat([self.keys[number], keys], 1).topk(self.length, largest=False).values
 
     def merged(self, squared: Sequence[Tensor], part: tuple[int, int], reduce_sum: ReduceSum) -> Nearest:

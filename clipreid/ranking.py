@@ -2,11 +2,11 @@
 
     blocks of distances (products, re-ranking) -> [ranking] -> ranks of the positives -> retrieval: mAP, CMC
 
-A block's rows are sorted, and the positives looked up in them: that costs the same whatever the features are
-like, and several times less than looking up every distance among the positives. Where a positive ties with
-another image, the rows concerned are counted again by (distance, gallery row).
+Of a block only what is nearer than its query's farthest positive matters. It is sorted, as keys of (query,
+distance), and the positives are looked up. Where a positive ties with other images, those that come before it in
+the gallery are counted one by one.
 
-Q, G = queries and gallery images; b, w = rows and columns of a block of distances, M = most positives of a query
+Q, G = queries and gallery images, P = positives of a block's queries; b, w = rows and columns of a block of distances
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +25,9 @@ count."""
 ReduceSum = Callable[[Tensor], Tensor]
 """A tensor on the queries' device, float32, float64 or int64 -> its sum over ranks."""
 
-NEVER = torch.iinfo(torch.int64).max  # key of what is farther than everything
-NONE = -1  # in place of a gallery image
+NEVER = torch.iinfo(torch.int64).max  # behind all keys
+FEW = 8  # an eighth of a block is few: sorted by itself, in place of all rows
+TIES = 1024  # positives whose ties are counted at a time
 
 
 @dataclass(frozen=True)
@@ -41,79 +42,90 @@ class Labels:
     """Strings [n]; empty is unknown and equals no time."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Queries and gallery images of one identity, by query."""
+
+    row: Tensor
+    """int64 [n], the query's row in the blocks of distances."""
+    column: Tensor
+    """int64 [n], the gallery image's column."""
+
+    def within(self, start: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which pairs, bool [n], lie in these columns; and their rows and columns, counted from `start`."""
+        here = (self.column >= start) & (self.column < start + width)
+        return here, self.row[here], self.column[here] - start
+
+
 @dataclass
 class QueryBlock:
-    """Some queries, their positives, and what has been found out about them. Rows are filled up with NONE."""
+    """Some queries, their positives, and what has been found out about them."""
 
     rows: np.ndarray
     """int64 [b], their numbers among the queries."""
-    positives: Tensor
-    """int64 [b, M], columns of the gallery."""
-    ignored: Tensor
-    """int64 [b, ...], columns of the query's identity that the rule takes out."""
+    positives: Pairs
+    ignored: Pairs
+    """What the rule takes out."""
     distances: Tensor = field(init=False)
-    """float32 [b, M] of the positives, 0 until a block holds them; -inf in place of NONE."""
+    """float32 [P] of the positives, 0 until a block holds them."""
     nearer: Tensor = field(init=False)
-    """int64 [b, M]: how many of what has been counted come before a positive."""
-    reach: Tensor = field(init=False)
-    """float32 [b]: what is farther need not be told apart when a block is sorted."""
-    columns: slice = field(init=False)
-    """No positive and no ignored image lies outside."""
+    """int64 [P]: how many of what has been counted come before a positive."""
+    columns: range = field(init=False)
+    """No image of the queries' identities lies outside."""
 
     def __post_init__(self) -> None:
-        self.distances = torch.zeros(self.positives.shape, device=self.positives.device)
-        self.distances[self.positives == NONE] = -torch.inf
-        self.reach = torch.full((len(self.rows),), torch.inf, device=self.positives.device)
-        self.nearer = torch.zeros_like(self.positives)
-        known = torch.cat([self.positives, self.ignored], dim=1)
-        known = known[known != NONE]
-        self.columns = slice(int(known.min()), int(known.max()) + 1) if len(known) else slice(0, 0)
+        self.distances = torch.zeros_like(self.positives.column, dtype=torch.float32)
+        self.nearer = torch.zeros_like(self.positives.column)
+        known = torch.cat([self.positives.column, self.ignored.column]).cpu()
+        self.columns = range(int(known.min()), int(known.max()) + 1) if len(known) else range(0)
 
-    def meets(self, start: int, stop: int) -> bool:
-        """Whether any image of the queries' identities lies in these columns."""
-        return start < self.columns.stop and self.columns.start < stop
+    def meets(self, start: int, width: int) -> bool:
+        """Whether these columns can hold an image of the queries' identities."""
+        return start < self.columns.stop and self.columns.start < start + width
 
     def read(self, distances: Tensor, start: int) -> None:
         """Take the positives' distances from a block, float32 [b, w], of the columns from `start`."""
-        here = _inside(self.positives, start, distances.shape[1])
-        values = distances.gather(1, (self.positives - start).clamp(0, distances.shape[1] - 1))
-        self.distances = values.where(here, self.distances)
+        here, row, column = self.positives.within(start, distances.shape[1])
+        self.distances[here] = distances[row, column]
 
-    def farthest(self) -> Tensor:
-        """Just beyond each query's farthest positive, float32 [b]."""
-        return self.distances.amax(1).nextafter(torch.tensor(torch.inf, device=self.distances.device))
+    def all_read(self) -> None:
+        """The distances are complete: put the positives in order, so that they can be looked up."""
+        row = self.positives.row
+        self._keys, order = query_keys(row, self.distances).sort()
+        self.positives = Pairs(row[order], self.positives.column[order])
+        self.distances = self.distances[order]
+        farthest = torch.full((len(self.rows),), -torch.inf, device=row.device)
+        farthest.scatter_reduce_(0, row, self.distances, "amax")
+        self._reach = farthest.nextafter(farthest.new_tensor(torch.inf))
+        self._starts = torch.arange(len(self.rows), device=row.device) << 32
 
     def leave_out(self, distances: Tensor, start: int) -> None:
         """Put what is ignored infinitely far away in a block."""
-        if self.meets(start, start + distances.shape[1]):
-            row, place = _inside(self.ignored, start, distances.shape[1]).nonzero(as_tuple=True)
-            distances[row, self.ignored[row, place] - start] = torch.inf
+        if self.meets(start, distances.shape[1]):
+            _, row, column = self.ignored.within(start, distances.shape[1])
+            distances[row, column] = torch.inf
 
-    def count(self, distances: Tensor, start: int, gallery_rows: Tensor) -> Tensor:
+    def count(self, distances: Tensor, start: int, gallery_rows: Tensor) -> None:
         """Count a block, float32 [b, w], of the columns from `start`, without what is ignored.
 
         gallery_rows: int64 [G], row number in the gallery of each column, by which ties are decided.
-        Returns the block with each of its rows sorted, as far as `reach`.
         """
-        width = distances.shape[1]
-        own = _inside(self.positives, start, width) if self.meets(start, start + width) else 0
-        ordered = sort_rows(distances.minimum(self.reach[:, None]))
-        nearer = torch.searchsorted(ordered, self.distances)
-        # Behind what is nearer come the positive itself, where it is in this block, and then its ties.
-        following = nearer + own
-        tied = ordered.gather(1, following.clamp(max=width - 1)) == self.distances
-        tied &= (following < width) & (self.positives != NONE)
-        if tied.any():
-            row = tied.any(1).nonzero().squeeze(1)
-            keys = sort_rows(to_keys(distances[row], gallery_rows[start : start + width]))
-            own_rows = gallery_rows[self.positives[row]]
-            nearer[row] = torch.searchsorted(keys, to_keys(self.distances[row], own_rows))
-        self.nearer += nearer
-        return ordered
+        keys = near_keys(distances, self._reach)
+        place = torch.searchsorted(keys, self._keys)
+        self.nearer += place - torch.searchsorted(keys, self._starts)[self.positives.row]
+        # At its place is the positive itself, where it is in this block; what is equal there besides is a tie.
+        if self.meets(start, distances.shape[1]):
+            place += self.positives.within(start, distances.shape[1])[0]
+        keys = torch.cat([keys, keys.new_tensor([NEVER])])
+        for tied in (keys[place] == self._keys).nonzero().squeeze(1).split(TIES):
+            equal = distances[self.positives.row[tied]] == self.distances[tied, None]
+            before = gallery_rows[start : start + distances.shape[1]] < gallery_rows[self.positives.column[tied], None]
+            self.nearer[tied] += (equal & before).sum(1)
 
-    def ranks(self) -> Tensor:
-        """The ranks of each query's positives, ascending from 1, filled up with NEVER. int64 [b, M]."""
-        return (self.nearer + 1).where(self.positives != NONE, NEVER).sort(1).values
+    def ranks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row in the block and rank, from 1, of each positive, by row, then by rank. int64 [P]."""
+        keys = (self.positives.row << 40 | self.nearer + 1).sort().values.cpu().numpy()
+        return keys >> 40, keys & (1 << 40) - 1
 
 
 def query_blocks(
@@ -135,11 +147,13 @@ def query_blocks(
     counts = np.searchsorted(ordered, query.identities, side="right") - first
     for rows in parts:
         row = np.repeat(np.arange(len(rows)), counts[rows])
-        found = order[np.repeat(first[rows], counts[rows]) + _count_up(counts[rows])]
+        found = order[np.repeat(first[rows], counts[rows]) + count_up(counts[rows])]
         ignored = _ignored(query, gallery, rows[row], found, rule)
         column = found if columns is None else columns[found]
-        positives, others = (_padded(row[part], column[part], len(rows)) for part in (~ignored, ignored))
-        yield QueryBlock(rows, torch.from_numpy(positives).to(device), torch.from_numpy(others).to(device))
+        both = [
+            Pairs(*(torch.from_numpy(each[part]).to(device) for each in (row, column))) for part in (~ignored, ignored)
+        ]
+        yield QueryBlock(rows, *both)
 
 
 def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule: str) -> np.ndarray:
@@ -155,32 +169,41 @@ def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule:
     return ignored
 
 
-def _padded(rows: np.ndarray, values: np.ndarray, num_rows: int) -> np.ndarray:
-    """Values by row, int64 [num_rows, most, at least 1], filled up with NONE. `rows` ascend."""
-    counts = np.bincount(rows, minlength=num_rows)
-    padded = np.full((num_rows, counts.max(initial=1)), NONE)
-    padded[rows, _count_up(counts)] = values
-    return padded
-
-
-def _count_up(counts: np.ndarray) -> np.ndarray:
+def count_up(counts: np.ndarray) -> np.ndarray:
     """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
-def _inside(columns: Tensor, start: int, width: int) -> Tensor:
-    return (columns >= start) & (columns < start + width)
+def near_keys(distances: Tensor, reach: Tensor) -> Tensor:
+    """Keys of what is nearer than each row's reach, float32 [b], and perhaps of more. int64, ascending."""
+    near = within_reach(distances, reach)
+    if len(near) * FEW < distances.numel():
+        return ascending(query_keys(near // distances.shape[1], distances.flatten()[near]))
+    row = torch.arange(len(distances), device=distances.device)
+    return query_keys(row[:, None], ascending(distances)).flatten()
 
 
-def to_keys(distances: Tensor, gallery_rows: Tensor) -> Tensor:
-    """int64 that order as (distance, gallery row): the float32's bits made monotone above, the row below."""
+def within_reach(distances: Tensor, reach: Tensor) -> Tensor:
+    """Which elements, int64, of [b, w] taken row by row are below their row's reach, [b]."""
+    near = distances < reach[:, None]
+    if near.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(near.numpy()))  # several times as fast as torch on a CPU
+    return near.flatten().nonzero().squeeze(1)
+
+
+def query_keys(rows: Tensor, distances: Tensor) -> Tensor:
+    """int64 that order as (row of the query, distance), from row << 32 on."""
+    return (rows << 32) + (monotone(distances) + (1 << 31))
+
+
+def monotone(distances: Tensor) -> Tensor:
+    """int64 of 32 bits that order as float32 do."""
     bits = (distances + 0.0).view(torch.int32)  # -0.0 + 0.0 = 0.0: equal distances have equal bits
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | gallery_rows
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
-def sort_rows(values: Tensor) -> Tensor:
-    """Sort each row of [b, w], ascending, in place on a CPU."""
+def ascending(values: Tensor) -> Tensor:
+    """A copy, sorted along the last dimension."""
     if values.device.type != "cpu":
-        return values.sort(1).values
-    values.numpy().sort(axis=1)  # ten times as fast as torch on a CPU
-    return values
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.numpy()))  # with vector instructions: ten times as fast as torch on a CPU

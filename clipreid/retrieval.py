@@ -20,7 +20,7 @@ from torch import Tensor
 from clipreid.errors import ModelError
 from clipreid.products import GALLERY_BLOCK, QUERY_BLOCK, Products
 from clipreid.ranked import Nearest, RankedLists
-from clipreid.ranking import NEVER, NONE, Labels, QueryBlock, ReduceSum, query_blocks, sort_rows
+from clipreid.ranking import Labels, QueryBlock, ReduceSum, count_up, query_blocks
 from clipreid.verification import SAFE_RATE, Verification
 
 CMC_RANKS = 50
@@ -107,21 +107,22 @@ def retrieve(
     """
     products = Products(query_features, query, gallery_features, gallery, rule, part)
     blocks = products.queries
-    _check_some_positive(torch.cat([(block.positives != NONE).sum(1) for block in blocks]), rule)
+    _check_some_positive(sum(len(block.distances) for block in blocks), len(query.identities), rule)
     products.each(lambda number, start, distances: blocks[number].read(distances, start), only_met=True)
     _share([block.distances for block in blocks], reduce_sum)
+    for block in blocks:
+        block.all_read()
 
     positives, negatives = _pairs(products)
     farthest = products.sample_distance(SAFE_RATE, reduce_sum)
     verification = Verification(positives, negatives, farthest)
-    for block, squared in zip(blocks, products.squared, strict=True):
-        block.reach = torch.maximum(block.farthest(), verification.reach(squared))
     lists = RankedLists(blocks, top_k) if top_k else None
 
     def count(number: int, start: int, distances: Tensor) -> None:
         block = blocks[number]
         block.leave_out(distances, start)
-        verification.add(block.count(distances, start, products.rows), products.squared[number])
+        block.count(distances, start, products.rows)
+        verification.add(distances, products.squared[number])
         if lists:
             lists.add(number, distances, products.rows[start : start + distances.shape[1]])
 
@@ -129,9 +130,9 @@ def retrieve(
     _share([block.nearer for block in blocks], reduce_sum)
     rates = _rates(products, verification, positives, reduce_sum)
     nearest = lists.merged(products.squared, part, reduce_sum) if lists else None
-    measured = torch.empty(4, len(query.identities), dtype=torch.float64)
+    measured = np.empty((4, len(query.identities)))
     for block in blocks:
-        measured[:, block.rows] = _measure(block).cpu()
+        measured[:, block.rows] = _measure(block)
     return Retrieval(_per_query(measured), rates, nearest)
 
 
@@ -161,14 +162,14 @@ def retrieve_by_blocks(
     for rows, distances in blocks:
         (block,) = query_blocks(query, gallery, rule, distances.device, [np.arange(total)[rows]])
         block.read(distances, 0)
-        block.reach = block.farthest()
+        block.all_read()
         for start in range(0, len(columns), GALLERY_BLOCK):
             part = distances[:, start : start + GALLERY_BLOCK]
             block.leave_out(part, start)
             block.count(part, start, columns)
-        measured[:, rows] = _measure(block)
-    measured = reduce_sum(measured)
-    _check_some_positive(measured[3], rule)
+        measured[:, rows] = torch.from_numpy(_measure(block)).to(device)
+    measured = reduce_sum(measured).cpu().numpy()
+    _check_some_positive(int(measured[3].sum()), total, rule)
     return Retrieval(_per_query(measured))
 
 
@@ -179,24 +180,21 @@ def _share(parts: list[Tensor], reduce_sum: ReduceSum) -> None:
         part.copy_(total.view_as(part))
 
 
-def _check_some_positive(number: Tensor, rule: str) -> None:
-    if not number.any():
+def _check_some_positive(positives: int, queries: int, rule: str) -> None:
+    if not positives:
         raise ModelError(
-            f"none of {len(number)} queries has a gallery image of its identity that rule {rule!r} leaves: "
+            f"none of {queries} queries has a gallery image of its identity that rule {rule!r} leaves: "
             "check the splits, or use another rule."
         )
 
 
 def _pairs(products: Products) -> tuple[Tensor, int]:
     """Distances of all positives, float32 [P], and the number of all negatives."""
-    blocks = products.queries
-    distances = [
-        (block.distances + squared[:, None])[block.positives != NONE]
-        for block, squared in zip(blocks, products.squared, strict=True)
-    ]
-    left = sum(len(block.rows) * len(products.rows) - int((block.ignored != NONE).sum()) for block in blocks)
-    positives = torch.cat(distances)
-    return positives, left - len(positives)
+    positives, negatives = [], 0
+    for block, squared in zip(products.queries, products.squared, strict=True):
+        positives.append(block.distances + squared[block.positives.row])
+        negatives += len(block.rows) * len(products.rows) - len(block.distances) - len(block.ignored.row)
+    return torch.cat(positives), negatives
 
 
 def _rates(
@@ -209,25 +207,26 @@ def _rates(
 
         def count(number: int, start: int, distances: Tensor) -> None:
             products.queries[number].leave_out(distances, start)
-            verification.add(sort_rows(distances), products.squared[number])
+            verification.add(distances, products.squared[number])
 
         products.each(count)
         counts = reduce_sum(verification.counts())
     return verification.rates(counts)
 
 
-def _measure(block: QueryBlock) -> Tensor:
+def _measure(block: QueryBlock) -> np.ndarray:
     """From the ranks alone: AP, INP, first rank and number of positives of each query, float64 [4, b]."""
-    ranks = block.ranks()
-    found = ranks != NEVER
-    number = found.sum(1)
-    nth = torch.arange(1, ranks.shape[1] + 1, dtype=torch.float64, device=ranks.device)
-    precision = (nth / ranks * found).sum(1)
-    last = ranks.where(found, 0).amax(1)
-    first = ranks.amin(1).where(number > 0, 0)
-    return torch.stack([precision / number, number / last.double(), first, number])
+    row, rank = block.ranks()
+    number = np.bincount(row, minlength=len(block.rows))
+    precision = np.bincount(row, (count_up(number) + 1) / rank, minlength=len(number))
+    some = np.flatnonzero(number)
+    last = number[some].cumsum() - 1
+    measured = np.array([np.full(len(number), np.nan)] * 2 + [np.zeros(len(number))] * 2)
+    first_rank = rank[last - number[some] + 1]
+    measured[:, some] = precision[some] / number[some], number[some] / rank[last], first_rank, number[some]
+    return measured
 
 
-def _per_query(measured: Tensor) -> PerQuery:
-    AP, INP, first_rank, positives = measured.cpu().numpy()
+def _per_query(measured: np.ndarray) -> PerQuery:
+    AP, INP, first_rank, positives = measured
     return PerQuery(AP, INP, first_rank.astype(np.int64), positives.astype(np.int64))
