@@ -5,7 +5,7 @@ RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] �
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,12 @@ from clipreid.weights import load_model
 from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
 from cluster.features import extract_batches
+from cluster.measure import Progress, silent
 from cluster.model_spec import configured_spec, model_spec
 from cluster.orchestrate import quiet_libraries, threads_per_worker
 from cluster.team import Team, choose_device, join_process_group
 from shards.folder import FolderLoader
 from shards.index import ShardIndex
-
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""progress(what is done): a block with a function to be told (images done, images in all)."""
 
 
 @contextmanager
@@ -66,7 +64,8 @@ class Applied:
 
     def evaluate(self, index: ShardIndex, progress: Progress) -> dict[str, Any]:
         """Metrics as of a run, `cluster.evaluate.evaluate`. Raises as it does."""
-        return measure(lambda split: self._encode(index, split, progress), index, self.config, self.team)
+        shown = progress if self.team.is_first else silent
+        return measure(lambda split: self._encode(index, split, progress), index, self.config, self.team, shown)
 
     def extract_split(self, index: ShardIndex, split: str, progress: Progress) -> dict[str, np.ndarray]:
         """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""

@@ -15,7 +15,7 @@ from clipreid.model import Features, ReIDModel, descriptor
 from clipreid.retrieval import Labels
 from cluster.config import Config
 from cluster.features import extract
-from cluster.measure import measure_retrieval, measure_vehicleid
+from cluster.measure import Progress, measure_retrieval, measure_vehicleid, silent
 from cluster.team import Team
 from shards.index import ShardIndex, SplitIndex
 
@@ -38,7 +38,13 @@ def evaluate(
     return measure(lambda split: encode_split(model, index, split, config, team, on_images), index, config, team)
 
 
-def measure(features: Callable[[str], np.ndarray], index: ShardIndex, config: Config, team: Team) -> dict[str, Any]:
+def measure(
+    features: Callable[[str], np.ndarray],
+    index: ShardIndex,
+    config: Config,
+    team: Team,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name."""
     if "test" in index.splits:
         test = index.split("test")
@@ -49,7 +55,7 @@ def measure(features: Callable[[str], np.ndarray], index: ShardIndex, config: Co
     query, gallery = index.split("query"), index.split("gallery")
     return measure_retrieval(
         np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
-        rule=config.eval.rule, rerank=config.eval.rerank, team=team,
+        rule=config.eval.rule, rerank=config.eval.rerank, team=team, progress=progress,
     )  # fmt: skip
 
 

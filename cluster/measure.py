@@ -5,7 +5,8 @@
 The distances are counted by `clipreid.retrieval`; here the counts of the ranks are added up. No encoder is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from cluster.team import Team, choose_device
 UNIT_TOLERANCE = 1e-6
 """How far the length of a row that was normalised in float32 may be from 1."""
 BLOCK_ROWS = 8192
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""progress(what is done): a block with a function to be told (images done, images in all)."""
+
+
+@contextmanager
+def silent(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A Progress that nobody sees."""
+    yield lambda done, total: None
 
 
 def measure_retrieval(
@@ -32,22 +41,25 @@ def measure_retrieval(
     rule: str,
     rerank: tuple[int, int, float] | None,
     team: Team,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
 
     Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped.
     """
     on_device = torch.from_numpy(query_features).to(team.device)
-    metrics = retrieve(
-        on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
-        reduce_sum=_summed_by(team),
-    ).metrics()  # fmt: skip
+    with progress("compare with the gallery") as on_images:
+        metrics = retrieve(
+            on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
+            reduce_sum=_summed_by(team), on_gallery=on_images,
+        ).metrics()  # fmt: skip
     if rerank:
         k1, k2, weight = rerank
-        metrics["rerank"] = evaluate_reranked(
-            on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
-            part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
-        )  # fmt: skip
+        with progress("re-rank") as on_images:
+            metrics["rerank"] = evaluate_reranked(
+                on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
+                part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_images=on_images,
+            )  # fmt: skip
     return metrics
 
 
@@ -62,7 +74,13 @@ def measure_vehicleid(
 
 
 def measure_pair(
-    query: FeatureSet, gallery: FeatureSet, *, normalize: bool, rule: str, rerank: tuple[int, int, float] | None
+    query: FeatureSet,
+    gallery: FeatureSet,
+    *,
+    normalize: bool,
+    rule: str,
+    rerank: tuple[int, int, float] | None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Metrics of feature files, in this process. With `normalize` the sets' features are changed in place.
 
@@ -72,7 +90,7 @@ def measure_pair(
         normalize_rows(part.features)
     return measure_retrieval(
         query.features, _labels(query), gallery.features, _labels(gallery), rule=rule, rerank=rerank,
-        team=_this_process(),
+        team=_this_process(), progress=progress,
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     query, gallery = read_pair(options.features, rule)
     from cluster.measure import measure_pair
 
-    return measure_pair(query, gallery, normalize=normalize, rule=rule, rerank=options.rerank)
+    return measure_pair(query, gallery, normalize=normalize, rule=rule, rerank=options.rerank, progress=progress_bar)
 
 
 def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
