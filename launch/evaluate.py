@@ -24,8 +24,9 @@ EXAMPLE = """examples:
   python launch/evaluate.py --features test.npz --protocol vehicleid --draws 10
 
 With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
-files written by extract.py, the query's first; or for vehicleid one extraction of split test. With --weights the rule,
-re-ranking and draws are those of the configuration (eval.rule, eval.rerank, eval.draws, run.seed)."""
+files, or folders NAME.parquet, written by extract.py, the query's first; or for vehicleid one extraction of split test.
+With --weights the rule, re-ranking and draws are those of the configuration (eval.rule, eval.rerank, eval.draws,
+run.seed). Under torchrun the workers share the images."""
 
 FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
 
