@@ -54,6 +54,7 @@ class Reporter(Protocol):
     """Where the loop's news go; rank 0 has a run folder behind it, the others nothing."""
 
     def step(self, entry: dict[str, Any], *, steps_left: int, epochs: int) -> None: ...
+    def flush(self) -> None: ...
     def saved(self, name: str) -> None: ...
     def epoch(self, stage: int, epoch: int) -> float | None:
         """Called by every rank at the end of an epoch, before its checkpoint; mAP, where it was evaluated."""
@@ -201,6 +202,7 @@ def _save(
     position: Position,
     mAP: float | None,
 ) -> None:
+    reporter.flush()  # First, so that no checkpoint is further than the log.
     checkpoints.save(position, stage.engine, mAP=mAP)
     due.saved()
     reporter.saved(position.words)

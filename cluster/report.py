@@ -17,7 +17,8 @@ from cluster.storage import Storage
 from cluster.team import Team
 
 STOP = "stop-request"
-POLL_S = 1.0
+POLL_S = {True: 1.0, False: 5.0}
+"""On a local disk; elsewhere, where a look takes as long as a training step."""
 DRAIN_POLL_S = 5.0
 
 
@@ -78,9 +79,12 @@ class RunReporter:
             facts["seconds_left"] = round(steps_left * step_s)
             self.folder.status(phase=f"stage {entry['stage']}", epochs=epochs, steps_left=steps_left, **facts)
 
-    def saved(self, name: str) -> None:
+    def flush(self) -> None:
         if self.folder:
             self.folder.flush()
+
+    def saved(self, name: str) -> None:
+        if self.folder:
             self.folder.status(checkpoint=name, checkpoint_at=time.time())
 
     def epoch(self, stage: int, epoch: int) -> float | None:
@@ -154,7 +158,7 @@ class StopRequest:
 
     def asked(self) -> bool:
         if self.polls and not self.seen and time.monotonic() > self._next_poll_s:
-            self._next_poll_s = time.monotonic() + POLL_S
+            self._next_poll_s = time.monotonic() + POLL_S[self.storage.local_root is not None]
             self.seen = self.storage.exists(STOP)
         return self.seen
 

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 LOG = "log.jsonl"
 METRICS = "metrics.json"
 STATUS = "status.json"
+STATUS_EVERY_S = {True: 0.5, False: 5.0}
+"""On a local disk; elsewhere, where a write takes as long as a training step."""
 
 
 class RunFolder:
@@ -98,9 +100,9 @@ class RunFolder:
         self.storage.write_json(METRICS, metrics)
 
     def status(self, *, now: bool = False, **facts: Any) -> None:
-        """What the live view shows. At most two writes a second, unless `now`."""
+        """What the live view shows. Written every STATUS_EVERY_S, unless `now`."""
         self._status |= facts
-        if now or time.monotonic() - self._status_at_s > 0.5:
+        if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
             self._status_at_s = time.monotonic()
             self.on_status(self._status)
             try:

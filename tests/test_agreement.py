@@ -45,7 +45,7 @@ class Log:
     def nothing(self, *_, **__):
         return False
 
-    should_stop = wants_drain_notice = by_clock = by_steps = saved = save = finish = nothing
+    should_stop = wants_drain_notice = by_clock = by_steps = flush = saved = save = finish = nothing
 
 
 def settings(shards, arch, epochs):

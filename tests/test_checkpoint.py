@@ -182,7 +182,7 @@ class SpoiltStage:
 
 
 class NoNews:
-    should_stop = wants_drain_notice = saved = step = lambda *_, **__: False
+    should_stop = wants_drain_notice = flush = saved = step = lambda *_, **__: False
 
 
 def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_named(tmp_path):

@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_where(runs, kind, par
     run = runs[kind]
     assert run["steps"] == 2 and len(run["identities"]) == 4
     assert f"stage 2, epoch 1, step 3: {part}" in run["message"]
-    assert f"identities of the batch: {', '.join(run['identities'])}." in run["message"]
+    assert f"identities of the batch: {', '.join(run['identities'])};" in run["message"]
 
 
 @pytest.mark.parametrize("kind", ["text", "loss"])
