@@ -99,10 +99,12 @@ class Team:
 def join_process_group(timeout_s: float) -> Team:
     """Make the process group that torchrun's environment describes, or one of a single process.
 
-    Under Ray Train the group exists already and is adopted.
+    Under Ray Train the group exists already and is adopted; one of gloo says that workers have no GPU, though a node's
+    may be in sight.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = choose_device(local_rank)
+    without_gpu = dist.is_initialized() and dist.get_backend() == "gloo"
+    device = torch.device("cpu") if without_gpu else choose_device(local_rank)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -13,7 +13,7 @@ from cluster.config import parse_config
 from cluster.errors import RankLost
 from cluster.features import extract
 from cluster.places import at_project_root
-from cluster.team import Team
+from cluster.team import Team, join_process_group
 from cluster.watchdog import Watchdog
 from shards.index import ShardIndex
 
@@ -65,6 +65,15 @@ def test_one_process_needs_no_group():
     team = Team()
     tensor = torch.ones(2)
     assert team.gather(tensor) is tensor and team.collect(3, "x") == [3] and team.sum(tensor).tolist() == [1, 1]
+
+
+def join_where_a_gpu_is_in_sight(team):
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+    return join_process_group(TIMEOUT_S).device.type
+
+
+def test_workers_that_were_given_no_gpu_use_none():
+    assert on_processes(1, join_where_a_gpu_is_in_sight) == ["cpu"]
 
 
 def test_relative_paths_start_at_the_working_folder(tmp_path, monkeypatch):
