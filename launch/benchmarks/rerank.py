@@ -41,8 +41,9 @@ class Size:
 SIZES = {"market": Size(3_368, 15_913, 750, 6), "msmt17": Size(11_659, 82_161, 3_060, 15)}
 DIRECTIONS = 96
 """In which identities differ: what a trained encoder tells apart lies in far fewer dimensions than its features."""
-CAMERA, IMAGE, NOISE = 0.45, 0.9, 0.3
-"""Spread of cameras, of images of one identity, and in all dimensions alike, that of identities being 1."""
+CAMERA, IMAGE, NOISE = 0.45, (0.3, 1.8), 0.3
+"""Spread of cameras, of images of one identity (from the clearest to the worst), and in all dimensions alike, that of
+identities being 1."""
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -106,7 +107,8 @@ def make_sets(size: Size) -> list[tuple[Tensor, Labels]]:
         camera = torch.randint(size.cameras, (n,), generator=generator)
         features = torch.empty(n, size.width)
         for rows in torch.arange(n).split(4096):
-            image = IMAGE * torch.randn(len(rows), DIRECTIONS, generator=generator)
+            clear = torch.empty(len(rows), 1).uniform_(*IMAGE, generator=generator)
+            image = clear * torch.randn(len(rows), DIRECTIONS, generator=generator)
             noise = NOISE * torch.randn(len(rows), size.width, generator=generator)
             own = centres[identity[rows]] + shifts[camera[rows]] + image
             features[rows] = normalize(own @ directions + noise)
