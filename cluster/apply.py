@@ -25,6 +25,7 @@ from cluster.features import extract_batches
 from cluster.measure import Progress, silent
 from cluster.model_spec import configured_spec, model_spec
 from cluster.orchestrate import quiet_libraries, threads_per_worker
+from cluster.per_query import PerQueryFile
 from cluster.team import Team, choose_device, join_process_group
 from shards.folder import FolderLoader
 from shards.index import ShardIndex
@@ -62,10 +63,12 @@ class Applied:
         model = load_model(path)[0] if card else _load_others(config, path, index)
         self.model: ReIDModel = model.to(self.team.device).eval()
 
-    def evaluate(self, index: ShardIndex, progress: Progress) -> dict[str, Any]:
-        """Metrics as of a run, `cluster.evaluate.evaluate`. Raises as it does."""
+    def evaluate(self, index: ShardIndex, progress: Progress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
+        """Metrics as of a run, `cluster.evaluate.evaluate`. Raises as it does. per_query: as in `measure`."""
         shown = progress if self.team.is_first else silent
-        return measure(lambda split: self._encode(index, split, progress), index, self.config, self.team, shown)
+        return measure(
+            lambda split: self._encode(index, split, progress), index, self.config, self.team, shown, per_query
+        )
 
     def extract_split(self, index: ShardIndex, split: str, progress: Progress) -> dict[str, np.ndarray]:
         """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""

@@ -16,6 +16,7 @@ from clipreid.retrieval import Labels
 from cluster.config import Config
 from cluster.features import extract
 from cluster.measure import Progress, measure_retrieval, measure_vehicleid, silent
+from cluster.per_query import PerQueryFile
 from cluster.team import Team
 from shards.index import ShardIndex, SplitIndex
 
@@ -44,8 +45,12 @@ def measure(
     config: Config,
     team: Team,
     progress: Progress = silent,
+    per_query: PerQueryFile | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name."""
+    """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name.
+
+    per_query: not for VehicleID, whose queries differ from draw to draw.
+    """
     if "test" in index.splits:
         test = index.split("test")
         return measure_vehicleid(
@@ -56,6 +61,7 @@ def measure(
     return measure_retrieval(
         np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
         rule=config.eval.rule, rerank=config.eval.rerank, team=team, progress=progress,
+        per_query=per_query, keys=(query.keys, gallery.keys),
     )  # fmt: skip
 
 

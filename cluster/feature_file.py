@@ -4,9 +4,12 @@
 
 An extraction holds `features` float32 [n, D], `identities`, `keys`, `splits`, `lists`, `times` (strings [n]), `cameras`
 and `views` (int64 [n], -1 is unknown), in index order. To be judged, a file has two such sets, their names beginning
-with `query_` and `gallery_`, or two files have one each. Imports no torch, so that mistakes show at once.
+with `query_` and `gallery_`, or two files have one each. Large sets are folders of parts instead, see feature_parts.
+Imports no torch, so that mistakes show at once.
 """
 
+import os
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import ConfigError
-from shards.storage import open_read, write_atomic
+from shards.storage import local_path, open_read, write_atomic
 
 PARTS = ".parquet"
 """Ending of a folder of parts, see feature_parts."""
+CHUNK_BYTES = 1 << 24
 PREFIXES = ("query_", "gallery_")
 NEEDED_BY_RULE = {"camera": ("cameras",), "none": (), "camera_time": ("cameras", "times")}
 
@@ -28,13 +32,14 @@ class FeatureSet:
     """One set of a feature file: images with their features and what is known of them."""
 
     features: np.ndarray
-    """float32 [n, D]."""
+    """Numbers [n, D]; memory-mapped where the file allows it."""
     identities: np.ndarray
     """[n], strings or integers."""
     cameras: np.ndarray | None = None
     times: np.ndarray | None = None
     lists: np.ndarray | None = None
     splits: np.ndarray | None = None
+    keys: np.ndarray | None = None
 
 
 def write_features(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -115,7 +120,7 @@ def _read_sets(
 
 
 def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> FeatureSet:
-    features = arrays[f"{prefix}features"]
+    features = _mapped(path, arrays, f"{prefix}features")
     if features.ndim != 2 or features.dtype.kind not in "fiu" or not features.size:
         raise ConfigError(
             f"{path}: {prefix}features is {features.dtype} {features.shape}, needed are numbers [images, values]"
@@ -127,6 +132,7 @@ def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> Featu
         ("times", "US", "strings"),
         ("lists", "US", "strings"),
         ("splits", "US", "strings"),
+        ("keys", "US", "strings"),
     ):
         if prefix + name not in arrays:
             continue
@@ -137,4 +143,24 @@ def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> Featu
                 f"one for each row of {prefix}features"
             )
         columns[name] = column.astype(np.int64 if column.dtype.kind in "iu" else str)
-    return FeatureSet(np.ascontiguousarray(features, np.float32), **columns)
+    return FeatureSet(features, **columns)
+
+
+def _mapped(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The array, mapped into memory where it lies uncompressed in a local file, and read where not."""
+    local, member = local_path(path), f"{name}.npy"
+    plain = isinstance(arrays, np.lib.npyio.NpzFile) and local is not None and member in arrays.zip.namelist()
+    if not plain or arrays.zip.getinfo(member).compress_type != zipfile.ZIP_STORED:
+        return arrays[name]
+    with arrays.zip.open(member) as data:  # Once through, since a map does not compare the checksum.
+        while data.read(CHUNK_BYTES):
+            pass
+    with local.open("rb") as file:
+        file.seek(arrays.zip.getinfo(member).header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # behind the name and the extra field
+        if np.lib.format.read_magic(file) != (1, 0):
+            return arrays[name]
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+        if by_column or dtype.hasobject or not np.prod(shape):
+            return arrays[name]
+        return np.memmap(local, dtype, "r", file.tell(), shape)

@@ -17,6 +17,7 @@ from clipreid.protocols import vehicleid
 from clipreid.rerank import evaluate_reranked
 from clipreid.retrieval import Labels, retrieve
 from cluster.feature_file import FeatureSet
+from cluster.per_query import PerQueryFile
 from cluster.team import Team, choose_device
 
 UNIT_TOLERANCE = 1e-6
@@ -24,6 +25,22 @@ UNIT_TOLERANCE = 1e-6
 BLOCK_ROWS = 8192
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """progress(what is done): a block with a function to be told (images done, images in all)."""
+
+
+class Rows:
+    """Features of a file, float32 [n, D], of length 1 with `normalize`: made from the file's a few rows at a time."""
+
+    def __init__(self, features: np.ndarray, normalize: bool):
+        self.features, self.normalize = features, normalize
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        block = np.array(self.features[rows], np.float32)
+        if self.normalize:
+            normalize_rows(block)
+        return block
 
 
 @contextmanager
@@ -35,24 +52,30 @@ def silent(doing: str) -> Iterator[Callable[[int, int], None]]:
 def measure_retrieval(
     query_features: np.ndarray,
     query: Labels,
-    gallery_features: np.ndarray,
+    gallery_features: np.ndarray | Rows,
     gallery: Labels,
     *,
     rule: str,
     rerank: tuple[int, int, float] | None,
     team: Team,
     progress: Progress = silent,
+    per_query: PerQueryFile | None = None,
+    keys: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> dict[str, Any]:
     """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
 
-    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped.
+    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped. per_query: written by the
+    first rank, with the keys of queries and gallery; of the plain distances.
     """
     on_device = torch.from_numpy(query_features).to(team.device)
     with progress("compare with the gallery") as on_images:
-        metrics = retrieve(
-            on_device, query, gallery_features, gallery, rule=rule, part=(team.rank, team.world_size),
-            reduce_sum=_summed_by(team), on_gallery=on_images,
-        ).metrics()  # fmt: skip
+        result = retrieve(
+            on_device, query, gallery_features, gallery, rule=rule, top_k=per_query.top_k if per_query else 0,
+            part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_gallery=on_images,
+        )  # fmt: skip
+    if per_query and team.is_first:
+        per_query.write(result, *keys)
+    metrics = result.metrics()
     if rerank:
         k1, k2, weight = rerank
         with progress("re-rank") as on_images:
@@ -81,24 +104,23 @@ def measure_pair(
     rule: str,
     rerank: tuple[int, int, float] | None,
     progress: Progress = silent,
+    per_query: PerQueryFile | None = None,
 ) -> dict[str, Any]:
-    """Metrics of feature files, in this process. With `normalize` the sets' features are changed in place.
+    """Metrics of feature files, in this process. normalize: features are scaled to length 1.
 
     Raises ModelError for features that are not finite, and where no query has a valid match.
     """
-    for part in (query, gallery) if normalize else ():
-        normalize_rows(part.features)
     return measure_retrieval(
-        query.features, _labels(query), gallery.features, _labels(gallery), rule=rule, rerank=rerank,
-        team=_this_process(), progress=progress,
+        Rows(query.features, normalize)[:], _labels(query), Rows(gallery.features, normalize), _labels(gallery),
+        rule=rule, rerank=rerank, team=_this_process(), progress=progress, per_query=per_query,
+        keys=(query.keys, gallery.keys),
     )  # fmt: skip
 
 
 def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int) -> dict[str, Any]:
     """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
-    if normalize:
-        normalize_rows(test.features)
-    return measure_vehicleid(test.features, test.identities, test.lists, draws=draws, seed=seed, team=_this_process())
+    features = Rows(test.features, normalize)[:]
+    return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=_this_process())
 
 
 def normalize_rows(features: np.ndarray) -> None:

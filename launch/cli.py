@@ -62,12 +62,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
-def check_out(parser: Parser, out: Path) -> None:
+def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
     """Refuse a place for the result where it could not be written, before the work is done for nothing."""
     if out.is_dir():
-        parser.error(f"--out {out}: is a folder; name a file in it")
+        parser.error(f"{option} {out}: is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: no such folder {out.absolute().parent}")
+        parser.error(f"{option} {out}: no such folder {out.absolute().parent}")
 
 
 @contextmanager

@@ -14,13 +14,16 @@ from launch.cli import Parser, check_out, progress_bar, run
 
 USAGE = """
   evaluate.py --config FILE --weights FILE|RUN [key.path=value ...] [--out metrics.json]
+              [--per-query FILE.csv [--top-k K]]
   evaluate.py --features FILE.npz [FILE.npz] [--normalize|--no-normalize] [--rule camera|none|camera_time]
-              [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out metrics.json]"""
+              [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out metrics.json]
+              [--per-query FILE.csv [--top-k K]]"""
 
 EXAMPLE = """examples:
   python launch/evaluate.py --config configs/demo.yaml --weights runs/demo eval.rerank=[20,6,0.3]
   python launch/evaluate.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth data.shards=data/market
   python launch/evaluate.py --features query.npz gallery.npz --rerank 20,6,0.3 --out reranked.json
+  python launch/evaluate.py --features query.npz gallery.npz --per-query queries.csv --top-k 10
   python launch/evaluate.py --features test.npz --protocol vehicleid --draws 10
 
 With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
@@ -35,6 +38,10 @@ def main(arguments: list[str]) -> None:
     parser = make_parser()
     options = parser.parse_intermixed_args(arguments)
     check_out(parser, options.out)
+    if options.per_query:
+        check_out(parser, options.per_query, "--per-query")
+    elif options.top_k:
+        parser.error("--top-k: the lists are written into --per-query FILE.csv, which is not given")
     if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
         parser.error(f"--out {options.out}: is the metrics.json of a run; choose another name")
     metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
@@ -70,6 +77,10 @@ def make_parser() -> Parser:
     parser.add_argument("--protocol", choices=("vehicleid",), help="draw queries and gallery from the test lists")
     parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
     parser.add_argument("--seed", type=int, metavar="N", help="fixes the draws (default 0)")
+    parser.add_argument(
+        "--per-query", type=Path, metavar="FILE.csv", help="also a table of each query's matches, first rank and AP"
+    )
+    parser.add_argument("--top-k", type=positive, metavar="K", help="and its K nearest gallery images, in that table")
     parser.add_argument(
         "--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
     )
@@ -109,12 +120,15 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
     config = at_project_root(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
         index = check_evaluation(config)
+        if options.per_query and "test" in index.splits:
+            parser.error(f"--per-query: {index.name} is judged over draws, each with queries of its own")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.apply import Applied, this_team
 
         with this_team(config) as team:
-            metrics = Applied(config, path, card, index, team).evaluate(index, progress_bar)
+            applied = Applied(config, path, card, index, team)
+            metrics = applied.evaluate(index, progress_bar, _per_query_file(options))
             return metrics if team.is_first else None
 
 
@@ -132,7 +146,18 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     query, gallery = read_pair(options.features, rule)
     from cluster.measure import measure_pair
 
-    return measure_pair(query, gallery, normalize=normalize, rule=rule, rerank=options.rerank, progress=progress_bar)
+    return measure_pair(
+        query, gallery, normalize=normalize, rule=rule, rerank=options.rerank, progress=progress_bar,
+        per_query=_per_query_file(options),
+    )  # fmt: skip
+
+
+def _per_query_file(options: argparse.Namespace) -> Any:
+    if not options.per_query:
+        return None
+    from cluster.per_query import PerQueryFile
+
+    return PerQueryFile(str(options.per_query), options.top_k or 0)
 
 
 def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
@@ -144,9 +169,10 @@ def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
     most = 1 if options.protocol else 2
     if len(options.features) > most:
         parser.error(f"--features: {len(options.features)} files; give {'one' if most == 1 else 'one or two'}")
-    for name in ("rule", "rerank") if options.protocol else ("draws", "seed"):
+    for name in ("rule", "rerank", "per_query") if options.protocol else ("draws", "seed"):
         if getattr(options, name) is not None:
-            parser.error(f"--{name} does not go {'with' if options.protocol else 'without'} --protocol vehicleid")
+            option, fits = f"--{name.replace('_', '-')}", "with" if options.protocol else "without"
+            parser.error(f"{option} does not go {fits} --protocol vehicleid")
 
 
 def show(metrics: dict[str, Any]) -> None:

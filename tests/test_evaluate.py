@@ -1,5 +1,6 @@
 """evaluate.py and extract.py: weights of every kind, feature files, the reference figures, and what is refused."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from clipreid.arch import check_arch
 from clipreid.errors import ModelError
 from clipreid.model import build_models
 from clipreid.protocols import draw_gallery, vehicleid_draw
+from clipreid.retrieval import Labels, retrieve
 from clipreid.weights import read_card
 from cluster.config import load_config
 from cluster.errors import ConfigError
 from cluster.evaluate import evaluate as evaluate_in_team
+from cluster.feature_file import read_pair
 from cluster.measure import normalize_rows
 from cluster.model_spec import model_spec
 from cluster.team import Team
@@ -297,6 +300,129 @@ def test_vehicleid_is_judged_from_one_extraction_over_seeded_draws(tmp_path, cap
     assert abs(ten["mean"] - golden["mean_mAP"]) < 2 * ten["std"]
 
 
+# --- feature files: how they are read, single queries, and what can be said of little
+
+
+def random_pair(queries, gallery, seed=0, width=16):
+    """The arrays of one file: 5 identities, 3 cameras; the last query's identity is not in the gallery."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for side, n in (("query_", queries), ("gallery_", gallery)):
+        features = rng.standard_normal((n, width)).astype(np.float32)
+        arrays |= columns(features, rng.integers(0, 5, n), rng.integers(0, 3, n), side)
+    arrays["query_identities"][-1] = 99
+    return arrays
+
+
+def features_file(path, arrays, save=np.savez):
+    save(path, **arrays)
+    return path
+
+
+def test_features_are_mapped_where_a_file_holds_them_uncompressed(tmp_path):
+    arrays = random_pair(9, 40)
+    turned = {"gallery_features": np.asfortranarray(arrays["gallery_features"])}
+    double = {name: arrays[name].astype(float) for name in ("query_features", "gallery_features")}
+    files = [
+        features_file(tmp_path / "plain.npz", arrays),
+        features_file(tmp_path / "packed.npz", arrays, np.savez_compressed),
+        features_file(tmp_path / "turned.npz", arrays | turned),
+        features_file(tmp_path / "double.npz", arrays | double),
+    ]
+    pairs = [read_pair([str(path)], "camera") for path in files]
+    assert all(isinstance(part.features, np.memmap) for part in pairs[0])
+    assert not any(isinstance(part.features, np.memmap) for part in pairs[1])
+    for pair in pairs:
+        for side, part in zip(("query", "gallery"), pair, strict=True):
+            np.testing.assert_array_equal(part.features, arrays[f"{side}_features"])
+    found = [judged("--features", path, out=tmp_path / "metrics.json") for path in files]
+    assert found == [found[0]] * 4
+
+
+def test_a_mapped_file_is_left_as_it_is_and_its_checksum_compared(tmp_path):
+    path = features_file(tmp_path / "features.npz", random_pair(9, 40))
+    before = path.read_bytes()
+    judged("--features", path, "--normalize", out=tmp_path / "metrics.json")
+    assert path.read_bytes() == before
+    with np.load(path) as file:
+        place = before.index(file["gallery_features"].tobytes()) + 100
+    path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
+    with pytest.raises(ConfigError, match="features.npz: is not a complete .npz file .*CRC"):
+        judged("--features", path, out=tmp_path / "metrics.json")
+
+
+def test_each_query_is_listed_on_request(tmp_path):
+    arrays = random_pair(30, 200)
+    files = []
+    for side in ("query", "gallery"):
+        own = {name.removeprefix(f"{side}_"): value for name, value in arrays.items() if name.startswith(side)}
+        keys = np.array([f"{side}/{row}.jpg" for row in range(len(own["features"]))])
+        files.append(features_file(tmp_path / f"{side}.npz", own | {"keys": keys}))
+    table, out = tmp_path / "queries.csv", tmp_path / "metrics.json"
+    plain = judged("--features", *files, "--no-normalize", out=out)
+    assert judged("--features", *files, "--no-normalize", "--per-query", table, "--top-k", 4, out=out) == plain
+    lines = list(csv.DictReader(table.open()))
+    labels = [Labels(arrays[f"{side}_identities"], arrays[f"{side}_cameras"]) for side in ("query", "gallery")]
+    result = retrieve(
+        torch.from_numpy(arrays["query_features"]), labels[0], arrays["gallery_features"], labels[1], top_k=4
+    )
+    assert [line["query"] for line in lines] == [f"query/{row}.jpg" for row in range(30)]
+    valid = [line for line in lines if line["AP"]]
+    assert np.mean([float(line["AP"]) for line in valid]) == pytest.approx(plain["mAP"], abs=1e-12)
+    assert np.mean([line["first_rank"] == "1" for line in valid]) == pytest.approx(plain["R1"], abs=1e-12)
+    assert lines[-1]["positives"] == "0" and lines[-1]["AP"] == lines[-1]["first_rank"] == ""
+    for line, rows, distances in zip(lines, result.nearest.rows, result.nearest.distances, strict=True):
+        assert [line[f"nearest_{k}"] for k in range(1, 5)] == [f"gallery/{row}.jpg" for row in rows]
+        np.testing.assert_allclose([float(line[f"distance_{k}"]) for k in range(1, 5)], distances, atol=1e-6)
+
+    arrays = random_pair(3, 2) | {"gallery_identities": np.array([0, 1]), "query_identities": np.array([0, 1, 1])}
+    one = features_file(tmp_path / "one.npz", arrays)
+    judged("--features", one, "--rule", "none", "--per-query", table, "--top-k", 3, out=out)
+    line = next(csv.DictReader(table.open()))
+    assert {line["nearest_1"], line["nearest_2"]} == {"0", "1"} and line["nearest_3"] == line["distance_3"] == ""
+
+
+def test_queries_are_listed_by_key_from_weights(clip, tiny_shards, tmp_path):
+    table = tmp_path / "queries.csv"
+    metrics = judged(*clip, "--per-query", table, "--top-k", 2, out=tmp_path / "metrics.json")
+    lines = list(csv.DictReader(table.open()))
+    index = ShardIndex.open(str(tiny_shards))
+    assert [line["query"] for line in lines] == index.split("query").keys.tolist()
+    assert {line["nearest_1"] for line in lines} <= set(index.split("gallery").keys.tolist())
+    assert np.mean([float(line["AP"]) for line in lines if line["AP"]]) == pytest.approx(metrics["mAP"], abs=1e-12)
+
+
+def test_a_gallery_smaller_than_ten_has_all_ranks(tmp_path):
+    """R10 of a gallery of 5 is that of its 5 images, all of which are found."""
+    arrays = random_pair(20, 5) | {"gallery_identities": np.arange(5)}
+    file = features_file(tmp_path / "few.npz", arrays)
+    metrics = judged("--features", file, "--rule", "none", out=tmp_path / "metrics.json")
+    assert metrics["R10"] == metrics["R5"] == 1.0 and 0 < metrics["R1"] < 1
+    assert (metrics["queries"], metrics["valid_queries"]) == (20, 19)
+    assert set(metrics["TPR@FPR"]) == {"1e-4", "1e-3", "1e-2"}
+
+
+def test_features_that_cannot_be_judged_are_told_in_one_line(tmp_path):
+    """Through the command itself: exit code 2, one line, no metrics."""
+    arrays = random_pair(6, 12)
+    one_camera = {"query_cameras": np.zeros(6, int), "gallery_cameras": np.zeros(12, int)}
+    nothing = {name: value[:0] for name, value in arrays.items() if name.startswith("gallery")}
+    broken = arrays["query_features"].copy()
+    broken[4, 2] = np.nan
+    cases = [
+        ({"query_identities": np.arange(100, 106)}, "none of 6 queries has a gallery image of its identity that rule"),
+        (one_camera, "rule 'camera' leaves: check the splits, or use another rule"),
+        (nothing, "gallery_features is float32 (0, 16), needed are numbers [images, values]"),
+        ({"gallery_features": np.ones((12, 5))}, "query_features have 16 values an image, gallery_features 5"),
+        ({"query_features": broken}, "query feature of row 4 is not finite"),
+    ]
+    for number, (changes, reason) in enumerate(cases):
+        path, out = features_file(tmp_path / f"{number}.npz", arrays | changes), tmp_path / f"{number}.json"
+        done = launch("evaluate.py", "--features", path, "--out", out, check=False)
+        assert done.returncode == 2 and reason in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not out.exists()
+
+
 def test_rows_of_unit_length_keep_every_bit():
     rows = F.normalize(torch.randn(500, 64, generator=torch.Generator().manual_seed(0)))
     features = torch.cat([rows, rows * 1.001, torch.zeros(1, 64)]).numpy()
@@ -362,6 +488,9 @@ def test_files_that_are_no_pair_are_refused(tmp_path):
         ("--features a.npz --protocol vehicleid --rerank 20,6,0.3", "--rerank does not go with --protocol vehicleid"),
         ("--features a.npz --rerank 20,6", "'20,6' is not K1,K2,LAMBDA such as 20,6,0.3"),
         ("--features a.npz --rerank 20,6,1.5", "'20,6,1.5' is not K1,K2,LAMBDA"),
+        ("--features a.npz --top-k 5", "--top-k: the lists are written into --per-query FILE.csv, which is not given"),
+        ("--features a.npz --per-query nowhere/queries.csv", "--per-query nowhere/queries.csv: no such folder"),
+        ("--features a.npz --protocol vehicleid --per-query q.csv", "--per-query does not go with --protocol vehicl"),
         ("--features a.npz --draws 0", "'0' is not a whole number above 0"),
         ("--features a.npz --out nowhere/metrics.json", "--out nowhere/metrics.json: no such folder"),
     ],
