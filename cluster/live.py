@@ -50,8 +50,9 @@ def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, 
     """(what is going on, units done, units in all, speed) of a status."""
     speed = f"{status['images_per_s']:.0f} images/s" if status.get("images_per_s") else ""
     phase = status.get("phase", "waiting for workers")
-    if phase == "start" and status["resumed_from"]:
-        return f"going on from {status['resumed_from']}, restarts so far: {status['restarts']}", 0, None, ""
+    if phase == "start" and status["restarts"]:
+        place = status["resumed_from"] or "the beginning"
+        return f"going on from {place}, restarts so far: {status['restarts']}", 0, None, ""
     if phase.startswith("stage "):
         text = f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}"
         return text, status["step"], status["step"] + status["steps_left"], speed

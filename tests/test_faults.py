@@ -67,7 +67,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(job, ray_head, undistu
     kill_worker(ray_head.process.pid, dice)
     job.report_restart(killed_s, last)
     text = job.end()
-    assert "going on from stage" in text and "Traceback" not in text
+    assert "Traceback" not in text
     assert job.status()["restarts"] == 1
     assert_same_result(undisturbed, job.run_dir)
 

@@ -1,4 +1,5 @@
-"""The run folder as rank 0 writes it: a log without gap or repetition, a status that does not hold up training."""
+"""The run folder as rank 0 writes it: a log without gap or repetition, a status that does not hold up training; and what
+the live view makes of it."""
 
 import json
 
@@ -6,6 +7,7 @@ import fsspec
 import pytest
 
 from cluster.config import parse_config
+from cluster.live import describe
 from cluster.manifest import Position
 from cluster.run_folder import RunFolder
 from cluster.storage import Storage
@@ -63,3 +65,10 @@ def test_the_status_is_written_seldom_where_a_write_takes_long(place, monkeypatc
         now[0] += 0.1
         folder.status(step=step)
     assert len(written) <= (2 if place.startswith("memory") else 20)
+
+
+@pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
+def test_the_live_view_says_from_where_a_run_goes_on(place):
+    status = {"phase": "start", "restarts": 2, "resumed_from": place}
+    assert describe(status, {})[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
+    assert describe(status | {"restarts": 0}, {})[0] == "start"
