@@ -1,5 +1,5 @@
-"""The run folder as rank 0 writes it: a log without gap or repetition, a status that does not hold up training; and what
-the live view makes of it."""
+"""The run folder as rank 0 writes it: a log without gap or repetition, a status that does not hold up training; and
+what the live view makes of it."""
 
 import json
 
