@@ -120,8 +120,9 @@ def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, start
 
 
 def _print_lines(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
-    phase, printed_at, first, table = None, 0.0, (0, 0.0), None
-    while not done.wait(0.5):
+    phase, printed_at, first, table, ended = None, 0.0, (0, 0.0), None, False
+    while not ended:
+        ended = done.wait(0.5)  # Once more after the end: a short run may have said nothing yet.
         status = _fresh(run, started)
         if status.get("workers_table") != table:
             table = status.get("workers_table")
