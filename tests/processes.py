@@ -1,5 +1,9 @@
-"""Run one function on several gloo processes, the cheapest stand-in for a team of workers."""
+"""Run one function on several gloo processes, the cheapest stand-in for a team of workers.
 
+They are forked from a process that has the libraries loaded: loading them takes longer than most tests.
+"""
+
+import multiprocessing
 import os
 import tempfile
 from datetime import timedelta
@@ -15,8 +19,9 @@ from cluster.team import Team
 def on_processes(world_size, function, *inputs, timeout_s=60):
     """`function(team, *inputs)` on every rank; the list of what the ranks returned."""
     with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.set_forkserver_preload(["processes", "cluster.worker", "deepspeed", "torch._dynamo"])
         mp.start_processes(
-            _enter, (world_size, function, inputs, folder, timeout_s), nprocs=world_size, start_method="spawn"
+            _enter, (world_size, function, inputs, folder, timeout_s), nprocs=world_size, start_method="forkserver"
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 

@@ -7,9 +7,10 @@ from runs import launch
 
 from clipreid.arch import check_arch
 from clipreid.model import build_models
+from clipreid.retrieval import retrieve
 from clipreid.spec import ModelSpec
 from launch.bench import main, names
-from launch.benchmarks import rerank, stage1, stage2
+from launch.benchmarks import evaluate, rerank, stage1, stage2
 
 TINY = "configs/models/tiny_vit.json"
 
@@ -52,7 +53,7 @@ def test_checkpoint_prints_what_training_waits_for_as_one_json_object():
         "bench.py", "checkpoint", "--arch", TINY, "--image-size", "32x32", "--batch", "8", "--rounds", "1"
     )  # fmt: skip
     result = json.loads(done.stdout)
-    keys = ("state_bytes", "step_ms", "stalled_ms", "stalled_share_of_step", "step_beside_write_ms", "write_s")
+    keys = ("state_bytes", "step_ms", "stalled_ms", "stalled_share_of_step", "step_beside_write_ms", "write_ms")
     assert result["bench"] == "checkpoint" and min(result[key] for key in keys) > 0
 
 
@@ -66,6 +67,17 @@ def test_rerank_gives_the_figures_of_whole_matrices():
     assert min(ours["memory_above_features_mb"], plain["memory_above_features_mb"]) >= 0
 
 
+def test_evaluate_gives_time_and_memory_and_finds_a_sample_that_is_wrong(monkeypatch):
+    sizes = ["--queries", "60", "--gallery", "1500", "--identities", "40", "--width", "32", "--rounds", "1"]
+    result = evaluate.run([*sizes, "--sample", "60", "--device", "cpu"])
+    assert result["sample_equals_plain"] and result["sample"] == 60 and 0 < result["metrics"]["mAP"] < 1
+    assert min(result[key] for key in ("seconds", "product_s", "times_product", "peak_memory_mb")) > 0
+    assert result["memory_above_features_mb"] >= 0
+    without_cameras = lambda *sides: retrieve(*sides, rule="none")  # noqa: E731
+    monkeypatch.setattr(evaluate, "retrieve", without_cameras)
+    assert not evaluate.run([*sizes, "--device", "cpu"])["sample_equals_plain"]
+
+
 @pytest.mark.parametrize(
     "arguments", [["nosuch"], ["rerank", "--settings", "20"], ["stage1", "--batch", "5"], ["stage2", "--cases", "vit"]]
 )
@@ -77,4 +89,5 @@ def test_a_mistake_is_refused_in_one_line(arguments, capsys):
 
 
 def test_the_promised_benchmarks_are_there():
-    assert {"stage1", "stage2", "checkpoint", "rerank"} <= set(names())
+    promised = ["checkpoint", "evaluate", "loader", "pack", "rerank", "sampler", "stage1", "stage2"]
+    assert names() == promised

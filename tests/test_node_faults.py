@@ -118,7 +118,7 @@ def test_an_elastic_run_shrinks_with_the_cluster_and_grows_again(nodes, tiny_sha
 
 def crawl(workers):
     """Hold the workers up for a while, so that a short run lasts as long as the test needs."""
-    for sent, pause_s in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.03)):
+    for sent, pause_s in ((signal.SIGSTOP, 1.5), (signal.SIGCONT, 0.03)):
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)

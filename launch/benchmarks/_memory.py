@@ -2,9 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import torch
+
+from launch.benchmarks._timing import peak_memory_bytes, seconds
 
 SAMPLE_S = 0.05
 """Seconds between two looks at the memory."""
@@ -42,6 +46,20 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._ended.wait(SAMPLE_S):
             self.peak_bytes = max(self.peak_bytes, _family_bytes(self.pid))
+
+
+def measured(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Seconds and metrics of `work`, and the most memory it held above what was held before."""
+    metrics = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    with PeakMemory() as memory:
+        duration = seconds(lambda: metrics.update(work()), device)
+    result = {"seconds": round(duration, 4), "memory_above_features_mb": round(memory.above_bytes / 1e6)}
+    if device.type == "cuda":
+        result["gpu_memory_above_features_mb"] = round((peak_memory_bytes(device) - held) / 1e6)
+    return result | {"metrics": metrics}
 
 
 def _family_bytes(pid: int) -> int:

@@ -117,5 +117,5 @@ class Bench:
             "stalled_ms": round(stalled * 1e3, 1),
             "stalled_share_of_step": round(stalled / step, 4),
             "step_beside_write_ms": round(beside * 1e3, 1),
-            "write_s": round(write, 2),
+            "write_ms": round(write * 1e3, 1),
         }
