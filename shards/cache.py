@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 RANGE_BYTES = 8 << 20
 DOWNLOADS = 2
 """A shard whose checksum is wrong this often is wrong at its source. It is kept: its records name what is damaged."""
+RETRY_S = 0.2
+"""Between two looks at shards that could not be fetched ahead."""
 
 
 def node_cache_dir(cache_dir: str | None) -> Path:
@@ -36,6 +38,10 @@ def node_cache_dir(cache_dir: str | None) -> Path:
 
 class Busy(Exception):
     """Another process downloads the shard just now."""
+
+
+class Full(Exception):
+    """The shards that are in use leave no room just now."""
 
 
 class ShardCache:
@@ -67,7 +73,8 @@ class ShardCache:
     def fetch(self, name: str, wait: bool = True, stop: threading.Event | None = None) -> BinaryIO | None:
         """Like `open`, but downloads what is not there. None when there is no room, or when `stop` was set.
 
-        Raises DataError when the source keeps failing; without `wait`, Busy while another process downloads it.
+        Raises DataError when the source keeps failing; without `wait`, Busy while another process downloads it, and
+        Full while there is no room for it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         working = self.folder / f"{name}.part"
@@ -84,7 +91,10 @@ class ShardCache:
                 continue
             complete = False
             try:
-                complete = self._reserve(part, self.files[name]["bytes"]) and self._download(name, part, stop)
+                has_room = self._reserve(part, self.files[name]["bytes"])
+                if not has_room and not wait:
+                    raise Full
+                complete = has_room and self._download(name, part, stop)
             finally:
                 if not complete:
                     working.unlink()
@@ -96,6 +106,10 @@ class ShardCache:
             part.seek(0)
             return part
         return file
+
+    def fits(self, name: str) -> bool:
+        """Whether an empty cache would have room for it."""
+        return self.files[name]["bytes"] <= self.limit_bytes
 
     def discard(self, name: str) -> bool:
         """Drop a damaged copy; those who have it mapped keep it. False when there was none."""
@@ -163,12 +177,13 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def start(self, names: Sequence[str]) -> None:
-        """Fetch these, first ones first, until the cache is full of shards that are in use."""
+        """Fetch these, first ones first. While the cache is full of shards in use, wait until some are let go of."""
         self._halt()
         for name in [name for name in self._held if name not in names]:
             self._held.pop(name).close()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(list(names), self._stop), daemon=True)
+        wanted = [name for name in names if self._cache.fits(name)]
+        self._thread = threading.Thread(target=self._run, args=(wanted, self._stop), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -184,23 +199,35 @@ class Prefetcher:
             self._thread = None
 
     def _run(self, names: list[str], stop: threading.Event) -> None:
+        left = names
         try:
-            while names:
-                busy = []  # another process is downloading them: looked at again later
-                for name in names:
+            while left:
+                later = []  # another process is downloading them, or there is no room: looked at again
+                for name in left:
                     try:
                         file = self._held.get(name) or self._cache.fetch(name, wait=False, stop=stop)
                     except Busy:
-                        busy.append(name)
+                        later.append(name)
                         continue
-                    if file is None:
+                    except Full:
+                        rest = names[names.index(name) :]
+                        later += rest
+                        self._let_go(rest)
+                        break
+                    if file is None:  # it has to stop, or the disk is full
                         return
                     self._held[name] = file
-                names = busy
-                if names and stop.wait(0.2):
+                left = later
+                if left and stop.wait(RETRY_S):
                     return
         except (DataError, OSError) as error:
             log.warning("fetching ahead has stopped: %s", error)  # whoever needs the shard meets the same error
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        """What is needed later must not keep out what is needed now; it stays in the cache while there is room."""
+        for name in names:
+            if name in self._held:
+                self._held.pop(name).close()
 
 
 def _has_name(file: BinaryIO, path: Path) -> bool:

@@ -235,6 +235,34 @@ def test_with_locality_a_node_fetches_its_own_shards_only(folder, tmp_path):
         loader.close()
 
 
+def test_every_epoch_is_fetched_ahead_though_the_last_one_fills_the_cache(folder, tmp_path):
+    """A limit of 1.3 parts: the last epoch's are still being read when this epoch's are asked for."""
+    settings = PKSettings(identities=4, images_per_identity=3, seed=2, virtual_nodes=2)
+    with serving(folder) as server:
+        index = ShardIndex.open(server.url, str(tmp_path))
+        train = index.split("train")
+
+        def needed(epoch):
+            shards = shards_needed(train, rank_part(epoch_plan(train, settings, epoch), 0, 2))
+            return {train.shard_names[shard] for shard in shards}
+
+        part_bytes = max(sum(map(index.shard_bytes, needed(epoch))) for epoch in (1, 2, 3, 4))
+        options = {"settings": settings, "image_size": SIZE, "rank": 0, "world_size": 2, "workers": 1}
+        loader = PKLoader(index, **options, cache_bytes=int(1.3 * part_bytes))
+        for epoch in (1, 2, 3, 4):
+            slow = [cache_of(server.url, tmp_path).open(name) for name in cached(tmp_path)]  # another process reads
+            batches = loader.epoch(epoch)
+            found = [next(batches)]
+            time.sleep(0.1)
+            for file in slow:
+                file.close()
+            wait_for(lambda epoch=epoch: needed(epoch) <= set(cached(tmp_path)))
+            found += batches
+            local = PKLoader(ShardIndex.open(folder, str(tmp_path)), **options | {"workers": 0})
+            assert_same(found, list(local.epoch(epoch)))
+        loader.close()
+
+
 def cache_of(url, tmp_path, limit_bytes=10**9):
     return shard_cache(ShardIndex.open(url, str(tmp_path)), None, limit_bytes)
 
@@ -269,6 +297,18 @@ def test_the_cache_never_evicts_what_is_in_use(folder, tmp_path):
         assert cache.fetch(names[2]) is not None or cache.fetch(names[3]) is not None
         assert names[1] in cached(tmp_path)
         assert_same(pk_batches(server.url, tmp_path, cache_bytes=cache.limit_bytes), pk_batches(folder, tmp_path))
+
+
+def test_what_is_needed_now_takes_the_room_of_what_was_fetched_for_later(folder, tmp_path):
+    with serving(folder) as server:
+        names = sorted(path.name for path in Path(folder).glob("train-*.tar"))
+        cache = cache_of(server.url, tmp_path, sum(sorted((Path(folder) / name).stat().st_size for name in names)[-2:]))
+        prefetcher = Prefetcher(cache)
+        prefetcher.start(names[:2])
+        wait_for(lambda: cached(tmp_path) == names[:2])
+        prefetcher.start([names[2], names[1], names[0]])
+        wait_for(lambda: cached(tmp_path) == names[1:3])
+        prefetcher.close()
 
 
 def test_a_cache_smaller_than_a_shard_or_of_no_size_is_passed_by(folder, tmp_path):
