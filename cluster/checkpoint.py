@@ -21,9 +21,9 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor, nn
 
 from cluster.engine import MOMENTS, Engine
-from cluster.errors import TrainingError
+from cluster.errors import ConfigError, TrainingError
 from cluster.host_copy import HostCopy
-from cluster.manifest import FOLDER, Manifest, Position, find_fault, read_manifests
+from cluster.manifest import FOLDER, Fault, Manifest, Position, chosen_manifest, find_fault, none_usable, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
 
@@ -44,8 +44,8 @@ class Checkpoints:
         encoder: str = "",
     ):  # fmt: skip
         self.run = run
-        self.source = run
-        """Where the checkpoint to go on from lies: the run itself, unless run.resume names another one's."""
+        self.source: Storage | None = None
+        """The folder of the checkpoint to go on from."""
         self.team = team
         self.settings = settings
         self.fingerprint = fingerprint
@@ -56,22 +56,27 @@ class Checkpoints:
         self.attempt = team.from_first(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
         self.newest_name: str | None = None
         """Newest checkpoint known to be complete (rank 0 only)."""
-        self.damaged: set[str] = set()
-        """Checkpoints that were passed over; they go when the next one is complete (rank 0 only)."""
+        self.newest_position: Position | None = None
+        """Its position, on every rank."""
+        self.passed_over: dict[str, Fault] = {}
+        """Of these the damaged ones go when the next checkpoint is complete (rank 0 only)."""
         self._copy = HostCopy()
         self._writer: threading.Thread | None = None
-        self._writing: str | None = None
+        self._writing: Manifest | None = None
         self._piece_done = threading.Event()
         self._failure: tuple[str, str] | None = None
         """What is wrong, and the remedy."""
 
     def save(self, position: Position, engine: Engine, *, mAP: float | None = None) -> None:
-        """Copy this rank's state and write it in the background. All ranks call this together.
+        """Copy this rank's state and write it in the background, unless a complete checkpoint has it. All ranks call
+        this together.
 
         Raises:
             TrainingError: the write before this one failed.
         """
         self.finish()
+        if self._is_saved(position):
+            return
         name = f"stage{position.stage}-{position.total:08d}-{self.attempt}"
         tensors, starts = {}, {}
         for piece in engine.fragments(self.team.rank):
@@ -84,7 +89,7 @@ class Checkpoints:
             name, position, self.team.world_size, engine.zero_stage, self.settings, self.fingerprint, {}, mAP,
             self.encoder,
         )  # fmt: skip
-        self._writing = name
+        self._writing = manifest
         self._piece_done.clear()
         self._writer = threading.Thread(target=self._write, args=(manifest, starts), daemon=True)
         self._writer.start()
@@ -97,11 +102,24 @@ class Checkpoints:
         """
         if self._writer is None:
             return
-        self._piece_done.wait()
+        self._piece_done.wait(self.timeout_s)
+        self._check_in_time(self._piece_done.is_set())
         self._fail_together()  # Before rank 0 waits for the other ranks' pieces.
-        self._writer.join()
+        self._writer.join(2 * self.timeout_s)
+        self._check_in_time(not self._writer.is_alive())
         self._fail_together()
         self._writer = None
+        self.newest_position = self._writing.position
+
+    def _check_in_time(self, done: bool) -> None:
+        if not done:
+            self._failure = f"rank {self.team.rank} is not done after {self.timeout_s:g} s", STORAGE_REMEDY
+
+    def _is_saved(self, position: Position) -> bool:
+        newest = self.newest_position
+        if newest is None or (newest.stage, newest.total) != (position.stage, position.total):
+            return False
+        return newest.epoch_done or not position.epoch_done
 
     @property
     def failed(self) -> bool:
@@ -114,9 +132,9 @@ class Checkpoints:
         failures = [failure for failure, _ in everyone if failure]
         if not failures:
             return
-        if self.team.is_first and self._writing != self.newest_name:  # Incomplete, it would only fill the storage.
+        if self.team.is_first and self._writing.name != self.newest_name:  # Incomplete, it would only fill the storage.
             with suppress(OSError):
-                self.run.remove(f"{FOLDER}/{self._writing}")
+                self.run.remove(f"{FOLDER}/{self._writing.name}")
         self._failure = self._writer = None
         self.team.wait("discard the incomplete checkpoint")
         faults, remedies = ("; ".join(dict.fromkeys(parts)) for parts in zip(*failures, strict=True))
@@ -163,8 +181,10 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Keep the newest `keep` and the best by mAP; folders of interrupted writes go as well."""
-        manifests = [m for m in read_manifests(self.run)[0] if m.name not in self.damaged]
-        keep = {m.name for m in manifests[-self.keep :]}
+        manifests, unreadable = read_manifests(self.run)
+        manifests = [m for m in manifests if m.name not in self.passed_over]
+        keep = {m.name for m in manifests[-self.keep :]} | unreadable.keys()
+        keep |= {name for name, fault in self.passed_over.items() if not fault.damaged}
         scored = [m for m in manifests if m.mAP is not None]
         if scored:
             keep.add(max(scored, key=lambda m: (m.mAP, m.position)).name)
@@ -173,24 +193,41 @@ class Checkpoints:
                 self.run.remove(f"{FOLDER}/{name}")
 
     def newest(self, chosen: str = "auto") -> Manifest | None:
-        """The newest complete and undamaged checkpoint, or the one whose path is `chosen`; the same on every rank."""
-        if chosen not in ("auto", "never"):
-            self.source = Storage(chosen.rstrip("/").rsplit(f"/{FOLDER}/", 1)[0])
-        found = None
-        if self.team.is_first:
-            manifests, damaged = read_manifests(self.source)
-            if self.source is not self.run:
-                manifests = [m for m in manifests if m.name == chosen.rstrip("/").rsplit("/", 1)[-1]]
-            for line in damaged:
-                log.warning("%s", line)
-            for manifest in reversed(manifests):
-                fault = find_fault(self.source, manifest)
-                if fault is None:
-                    found, self.newest_name = manifest, manifest.name
-                    break
-                self.damaged.add(manifest.name)
-                log.warning("%s: checkpoint %s is skipped", fault, manifest.name)
-        return self.team.from_first(found, "choose a checkpoint")
+        """The newest complete and undamaged checkpoint; while the run has none, the one whose path is `chosen`. The
+        same on every rank.
+
+        Raises:
+            ConfigError: the run has checkpoints and none of them can be used, or the chosen one cannot.
+        """
+        found, folder = self.team.on_first(lambda: self._find(chosen), "choose a checkpoint")
+        if found is not None:
+            self.source = Storage(folder)
+            if folder.startswith(self.run.place(FOLDER) + "/"):
+                self.newest_position = found.position
+        return found
+
+    def _find(self, chosen: str) -> tuple[Manifest | None, str]:
+        """A checkpoint and its folder."""
+        manifests, faults = read_manifests(self.run)
+        while manifests:
+            manifest = manifests.pop()
+            folder = Storage(self.run.place(f"{FOLDER}/{manifest.name}"))
+            fault = find_fault(folder, manifest)
+            if fault is None:
+                self.newest_name = manifest.name
+                for name, text in faults.items():
+                    log.warning("%s: checkpoint %s is skipped", text, name)
+                return manifest, folder.url
+            self.passed_over[manifest.name] = fault
+            faults[manifest.name] = fault.text
+        if faults:
+            raise none_usable(self.run, faults.values())
+        if chosen in ("auto", "never"):
+            return None, ""
+        manifest = chosen_manifest(chosen)
+        if fault := find_fault(Storage(chosen), manifest):
+            raise ConfigError(f"run.resume: {fault.text}: choose another checkpoint")
+        return manifest, chosen
 
     def load(self, manifest: Manifest, engine: Engine) -> None:
         """Put a checkpoint of any world size into this rank's engine: values, moments, step count and buffers.
@@ -212,7 +249,7 @@ class Checkpoints:
         held = Counter()
         buffers = dict(_kept_buffers(module))
         for name in manifest.files:
-            content = self.source.read(f"{FOLDER}/{manifest.name}/{name}")
+            content = self.source.read(name)
             starts = _metadata(content)["starts"]
             for key, tensor in parse_safetensors(content).items():
                 kind, parameter = key.split("/", 1)
@@ -226,8 +263,8 @@ class Checkpoints:
         for parameter in held.keys() | parameters.keys():
             if held[parameter] != (wanted := parameters.get(parameter, 0)):
                 raise TrainingError(
-                    f"checkpoint {manifest.name} of {self.source.url} holds {held[parameter]} elements of "
-                    f"{parameter}, the model has {wanted}: it is of another model"
+                    f"checkpoint {self.source.url} holds {held[parameter]} elements of {parameter}, the model has "
+                    f"{wanted}: it is of another model"
                 )
         return full
 

@@ -43,7 +43,8 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes initial weights, data order and augmentation."""
     resume: str = "auto"
-    """auto: go on from the newest complete checkpoint; never: refuse a folder that has one; or a checkpoint's path."""
+    """auto: go on from the newest complete checkpoint; never: refuse a folder that has one; or the path of a checkpoint
+    to begin from, while the folder has none."""
 
 
 class DataSection(Section):
@@ -271,16 +272,19 @@ class Config(Section):
         return [n for n in range(low, high + 1) if self.stage2.identities % n == 0]
 
 
+STAGE1_EPOCHS = "stage1.epochs"
+"""Bends stage 1's learning rate from its first epoch on, and changes nothing when stage 1 is done."""
 # Keys that may change between a run and its continuation: none of them changes what is computed.
 HARMLESS = (
     "run.dir", "run.resume", "data.shards", "data.on_error", "data.cache_dir", "data.cache_gb", "data.loaders",
-    "model.pretrained", "stage1.epochs", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
+    "model.pretrained", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
     "cluster",
 )  # fmt: skip
 
 
 def results_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's results, flat: {"stage2.lr": 5e-6, ...}. Epoch counts may grow later."""
+    """The settings that decide a run's results, flat: {"stage2.lr": 5e-6, ...}. The epochs of stage 2 may
+    grow later."""
     flat = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if not any((key + ".").startswith(h + ".") for h in HARMLESS)}
 

@@ -56,6 +56,8 @@ def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, 
     if phase.startswith("stage "):
         text = f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}"
         return text, status["step"], status["step"] + status["steps_left"], speed
+    if phase == "stopped" or phase.startswith("failed: "):
+        return phase, 0, None, ""
     total = images.get("train", 0) if "training images" in phase else images.get("evaluation", 0)
     return phase, min(status.get("images", 0), total), total or None, speed
 

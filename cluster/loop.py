@@ -94,11 +94,9 @@ def run_stage(
             step, total = step + 1, total + 1
             entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
             reporter.step(entry, steps_left=steps - step + steps * (stage.epochs - epoch), epochs=stage.epochs)
-            if wanted.save and step < steps:
+            if wanted.stop or (wanted.save and step < steps):  # After a stop the next start ends the epoch.
                 _save(checkpoints, stage, reporter, due, here, None)
             if wanted.stop:
-                if step == steps:
-                    _save(checkpoints, stage, reporter, due, here._replace(epoch_done=True), None)
                 checkpoints.finish()
                 kind = Drained if wanted.drain else Preempted
                 raise kind(f"stopped after {here.words}")

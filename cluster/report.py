@@ -38,20 +38,22 @@ class RunReporter:
         self._next_drain_poll_s = 0.0
         self._times_s: deque[float] = deque(maxlen=50)
         nodes = Counter(team.collect(socket.gethostname(), "host names"))
-        if team.is_first:
-            self.folder = RunFolder(config, Gauges(config.run.dir).set) if report else RunFolder(config)
-            self.folder.go_on_from(position)
-            self.folder.status(
-                now=True, workers=team.world_size, nodes=nodes, phase="start", resumed_from=position and position.words,
-                checkpoint=position and position.words,
-            )  # fmt: skip
+        team.on_first(lambda: self._open_folder(position, nodes), "open the run folder")
+
+    def _open_folder(self, position: Position | None, nodes: dict[str, int]) -> None:
+        self.folder = RunFolder(self.config, *([Gauges(self.config.run.dir).set] if self.report else []))
+        self.folder.go_on_from(position)
+        place = position and position.words
+        self.folder.status(
+            now=True, workers=self.team.world_size, nodes=nodes, phase="start", resumed_from=place, checkpoint=place
+        )
 
     def known_metrics(self) -> dict[str, Any]:
         return self.folder.read_metrics() if self.folder else {}
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        if self.folder:
-            self.folder.write_metrics(metrics)
+        """Called by every rank. Raises TrainingError on all of them where the metrics cannot be written."""
+        self.team.on_first(lambda: self.folder.write_metrics(metrics), "write the metrics")
 
     def show_workers(self, table: str) -> None:
         if self.folder:
@@ -85,7 +87,7 @@ class RunReporter:
 
     def saved(self, name: str) -> None:
         if self.folder:
-            self.folder.status(checkpoint=name, checkpoint_at=time.time())
+            self.folder.status(now=True, checkpoint=name, checkpoint_at=time.time())
 
     def epoch(self, stage: int, epoch: int) -> float | None:
         """Evaluate where it is due, tell Ray. The last epoch is evaluated when the run finishes."""
@@ -115,8 +117,14 @@ class RunReporter:
         return get_preemption_info() is not None
 
     def finished(self) -> None:
+        self.team.on_first(lambda: self.folder.flush(), "write the log")
         if self.folder:
             self.folder.status(now=True, phase="finished", run=run_identity(self.config))
+
+    def ended(self, how: str) -> None:
+        """Before its time."""
+        if self.folder:
+            self.folder.status(now=True, phase=how)
 
     def close(self) -> None:
         if self.folder:

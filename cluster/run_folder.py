@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.config import Config, dump_config
 from cluster.errors import TrainingError
+from cluster.events import Events
 from cluster.manifest import Position
 from cluster.storage import Storage
 
@@ -30,10 +31,11 @@ class RunFolder:
     def __init__(self, config: Config, on_status: Callable[[dict[str, Any]], None] = lambda facts: None):
         self.on_status = on_status
         self.storage = Storage(config.run.dir)
-        self.storage.write("config.yaml", dump_config(config).encode())
+        with self.storage.writing("config.yaml"):
+            self.storage.write("config.yaml", dump_config(config).encode())
         self._lines: list[str] = []
         self._file = None
-        self._events = None
+        self._events = Events(f"{self.storage.url}/tensorboard", None)
         self._status: dict[str, Any] = {"restarts": self._restarts()}
         self._status_at_s = 0.0
 
@@ -47,6 +49,7 @@ class RunFolder:
 
     def go_on_from(self, position: Position | None) -> None:
         """Drop what was logged after the position, so that the log has neither gap nor repetition."""
+        self._events.position = position
         kept = []
         if position is not None and self.storage.exists(LOG):
             for line in self.storage.read(LOG).decode().splitlines():
@@ -57,7 +60,8 @@ class RunFolder:
                 if (entry["stage"], entry["step"]) <= (position.stage, position.total):
                     kept.append(line)
         self._lines = kept
-        self.storage.write(LOG, "".join(line + "\n" for line in kept).encode())
+        with self.storage.writing(LOG):
+            self.storage.write(LOG, "".join(line + "\n" for line in kept).encode())
         if self.storage.local_root is not None:
             self._file = (self.storage.local_root / LOG).open("a", buffering=1)
 
@@ -69,13 +73,8 @@ class RunFolder:
         """
         line = json.dumps(entry)
         if self._file is not None:
-            try:
+            with self.storage.writing(LOG):
                 self._file.write(line + "\n")
-            except OSError as error:
-                raise TrainingError(
-                    f"{self.storage.url}/{LOG} cannot be written ({error}): make room or mend the storage, then repeat "
-                    "the command, which goes on from the newest checkpoint"
-                ) from error
         else:
             self._lines.append(line)
         for name, value in entry.items():
@@ -83,21 +82,21 @@ class RunFolder:
                 self.event(f"stage{entry['stage']}/{name}", value, entry["step"])
 
     def event(self, name: str, value: float, step: int) -> None:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(f"{self.storage.url}/tensorboard", flush_secs=10)
-        self._events.add_scalar(name, value, step)
+        self._events.add(name, value, step)
 
     def flush(self) -> None:
+        """Raises TrainingError where the log cannot be written."""
         if self._file is None and self._lines:
-            self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
+            with self.storage.writing(LOG):
+                self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
 
     def read_metrics(self) -> dict[str, Any]:
         return self.storage.read_json(METRICS) if self.storage.exists(METRICS) else {}
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        self.storage.write_json(METRICS, metrics)
+        """Raises TrainingError where they cannot be written."""
+        with self.storage.writing(METRICS):
+            self.storage.write_json(METRICS, metrics)
 
     def status(self, *, now: bool = False, **facts: Any) -> None:
         """What the live view shows. Written every STATUS_EVERY_S, unless `now`."""
@@ -107,12 +106,15 @@ class RunFolder:
             self.on_status(self._status)
             try:
                 self.storage.write_json(STATUS, self._status | {"updated": time.time()})
-            except OSError as error:  # Who looks on misses something; the run does not.
+            except Exception as error:  # Who looks on misses something; the run does not.
                 log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Let go of the files. What cannot be written any more is told and does not hide why the run ends."""
+        try:
+            self.flush()
+            if self._file is not None:
+                self._file.close()
+        except (OSError, TrainingError) as error:
+            log.warning("%s", error)
+        self._events.close()

@@ -99,12 +99,14 @@ class Stage1Result:
     """Of the image encoder's weights before training, which the tokens were fitted to."""
 
     def write(self, storage: Storage) -> None:
+        """Raises TrainingError where the storage cannot be written."""
         meta = {"label_names": self.label_names, "fingerprint": self.fingerprint, "encoder": self.encoder}
         tensors = {
             "tokens": self.tokens.cpu().contiguous(),
             "text_features": self.text_features.cpu().contiguous(),
         }
-        storage.write(RESULT, dump_safetensors(tensors, {"stage1": json.dumps(meta)}))
+        with storage.writing(RESULT):
+            storage.write(RESULT, dump_safetensors(tensors, {"stage1": json.dumps(meta)}))
 
     @classmethod
     def read(cls, content: bytes) -> "Stage1Result":

@@ -4,8 +4,11 @@ A file appears under its final name only when it is complete.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from cluster.errors import TrainingError
 from shards import storage as files
 
 
@@ -36,6 +39,17 @@ class Storage:
         with files.write_atomic(place) as file:
             for part in parts:
                 file.write(part)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Raises TrainingError, which names the file and the remedy, where the block cannot write."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.place(name)} cannot be written ({error}): make room or mend the storage, then repeat the "
+                "command, which goes on from the newest checkpoint"
+            ) from error
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))

@@ -5,7 +5,7 @@ can say who is missing where. `clipreid` is handed `Team.gather` and knows nothi
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -90,6 +90,19 @@ class Team:
     def from_first(self, value: Any, operation: str) -> Any:
         """Rank 0's picklable value."""
         return self.collect(value if self.is_first else None, operation)[0]
+
+    def on_first(self, work: Callable[[], Any], operation: str) -> Any:
+        """Rank 0's result of `work`. What it raises is raised on every rank."""
+        value = error = None
+        if self.is_first:
+            try:
+                value = work()
+            except Exception as fault:
+                error = fault
+        value, error = self.from_first((value, error), operation)
+        if error is not None:
+            raise error
+        return value
 
     def wait(self, operation: str) -> None:
         """Go on when every rank has come here."""

@@ -24,7 +24,7 @@ from cluster.config import Config, results_settings
 from cluster.errors import ConfigError
 from cluster.evaluate import evaluate
 from cluster.features import extract
-from cluster.loop import run_stage
+from cluster.loop import Preempted, run_stage
 from cluster.manifest import Manifest, Position
 from cluster.model_spec import model_spec
 from cluster.preflight import preflight
@@ -58,6 +58,12 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
         if run.wants_stage(2):
             run.stage2()
         return run.finish()
+    except Preempted:
+        run.reporter.ended("stopped")
+        raise
+    except Exception as error:
+        run.reporter.ended(f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        raise
     finally:
         run.reporter.close()
 
@@ -78,10 +84,12 @@ class Run:
         self.encoder_hash = encoder_hash(self.model)
         self.checkpoints = Checkpoints(
             self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
-            keep=config.checkpoint.keep, timeout_s=max(10 * config.cluster.timeout_s, 600), encoder=self.encoder_hash,
+            keep=config.checkpoint.keep, timeout_s=PATIENCE / 2 * config.cluster.timeout_s, encoder=self.encoder_hash,
         )  # fmt: skip
         self.resumed: Manifest | None = self.checkpoints.newest(config.run.resume)
         self._check_began_alike()
+        if self.text is not None and 1 in config.stages and self.position and self.position.stage == 2:
+            team.on_first(self._bring_stage1_result, "find stage 1's result")
         self.reporter = RunReporter(config, team, self.position, report, self.evaluate)
         self.due = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
         self.metrics: dict[str, Any] = {}
@@ -95,9 +103,22 @@ class Run:
         if self.resumed is not None and self.resumed.encoder not in ("", self.encoder_hash):
             raise ConfigError(
                 f"model.pretrained: {self.config.model.pretrained} gives image encoder {self.encoder_hash}, but the "
-                f"checkpoints of {self.checkpoints.source.url} began with {self.resumed.encoder}: use the same "
+                f"checkpoint {self.checkpoints.source.url} began with {self.resumed.encoder}: use the same "
                 "weights, or another run.dir"
             )
+
+    def _bring_stage1_result(self) -> None:
+        """A checkpoint of another run's stage 2 goes with the text features of that run."""
+        if self.storage.exists(RESULT):
+            return
+        theirs = Storage(self.checkpoints.source.url.rsplit("/", 2)[0])
+        if not theirs.exists(RESULT):
+            raise ConfigError(
+                f"{self.storage.place(RESULT)}: no such file, nor {theirs.place(RESULT)}, but checkpoint "
+                f"{self.checkpoints.source.url} is in stage 2: copy the file there from the run that wrote it"
+            )
+        with self.storage.writing(RESULT):
+            self.storage.write(RESULT, theirs.read(RESULT))
 
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""
@@ -138,9 +159,7 @@ class Run:
         else:
             self._take_tokens()
         result = self._stage1_result()
-        if self.team.is_first:
-            result.write(self.storage)
-        self.team.wait("stage 1 written")
+        self.team.on_first(lambda: result.write(self.storage), "write stage 1's result")
 
     def _encode_frozen(self, images: Tensor, rows: Tensor) -> Tensor:
         pixels = normalise(images, self.config.data.pixel_mean, self.config.data.pixel_std)
@@ -213,9 +232,7 @@ class Run:
         if 2 in self.config.stages:
             self.metrics = {**self.evaluate("evaluate"), **self.metrics}
             self.reporter.write_metrics(self.metrics)
-            if self.team.is_first:
-                self._write_model()
-        self.team.wait("results written")
+            self.team.on_first(self._write_model, "write the model")
         self.reporter.finished()
         return self.metrics
 
@@ -225,4 +242,5 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MODEL
             save_model(path, self.model, card, self.text)
-            self.storage.write(MODEL, path.read_bytes())
+            with self.storage.writing(MODEL):
+                self.storage.write(MODEL, path.read_bytes())

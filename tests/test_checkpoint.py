@@ -2,10 +2,14 @@
 
 import json
 import logging
+import shutil
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
+from object_store import s3_server
+from processes import on_processes
 from torch import nn
 
 from cluster.checkpoint import Checkpoints, Due
@@ -13,7 +17,7 @@ from cluster.config import parse_config, results_settings
 from cluster.engine import MOMENTS, Fragment
 from cluster.errors import ConfigError, TrainingError
 from cluster.host_copy import HostCopy
-from cluster.loop import run_stage
+from cluster.loop import Preempted, run_stage
 from cluster.manifest import FOLDER, Position, check_may_continue, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
@@ -86,6 +90,32 @@ def test_a_later_stage_is_newer_than_any_step_of_an_earlier_one(tmp_path):
     assert store(tmp_path).newest().position == at(2, stage=2)
 
 
+@pytest.fixture(params=["memory", "s3"])
+def remote(request):
+    """URL of a folder in a store that is no file system."""
+    if request.param == "memory":
+        yield "memory://checkpoints/run"
+        fsspec.filesystem("memory").store.clear()
+    else:
+        with s3_server("checkpoints") as bucket:
+            yield f"{bucket}/run"
+
+
+def test_checkpoints_in_an_object_store_are_kept_skipped_and_gone_on_from_as_on_a_disk(remote):
+    save(store(remote, keep=2), 3, 5, 7)
+    assert names(remote) == [5, 7]
+    assert loaded(store(remote)) == (7, 7.0)
+    newest = Storage(f"{remote}/{FOLDER}/{Storage(remote).names(FOLDER)[-1]}")
+    content = bytearray(newest.read("rank-0-of-1.safetensors"))
+    content[-5] ^= 1
+    newest.write("rank-0-of-1.safetensors", bytes(content))
+    again = store(remote, keep=2)
+    assert loaded(again) == (5, 5.0)
+    assert loaded(store("memory://elsewhere"), newest.url.replace("00000007", "00000005")) == (5, 5.0)
+    save(again, 9)
+    assert names(remote) == [5, 9]
+
+
 def damage(folder, kind):
     newest = sorted((folder / FOLDER).iterdir())[-1]
     weights = next(newest.glob("*.safetensors"))
@@ -111,7 +141,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_named(tmp_path, 
     if kind in ("truncated", "flipped"):
         assert name in caplog.text
     elif kind == "unreadable manifest":
-        assert "manifest.json is damaged" in caplog.text
+        assert "manifest.json cannot be read" in caplog.text
 
 
 def test_what_an_interrupted_write_left_is_removed_by_the_next(tmp_path):
@@ -198,6 +228,47 @@ def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_nam
     assert names(tmp_path) == [1, 2]
 
 
+class StopsAtTheEndOfAnEpoch(NoNews):
+    """Asked to stop in the last step of the first epoch, once."""
+
+    def __init__(self):
+        self.steps, self.evaluated, self.asked = 0, [], False
+
+    def step(self, entry, **_):
+        self.steps += 1
+
+    def should_stop(self):
+        stop, self.asked = self.steps == 8 and not self.asked, self.asked or self.steps == 8
+        return stop
+
+    def epoch(self, stage, epoch):
+        self.evaluated.append(epoch)
+        return 0.25 * epoch
+
+
+class SoundStage(SpoiltStage):
+    epochs = 2
+
+    def step(self):
+        self.done += 1
+
+
+def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
+    reporter = StopsAtTheEndOfAnEpoch()
+
+    def start(position):
+        due = Due(every_steps=3, every_minutes=0)
+        run_stage(SoundStage(), Team(), store(tmp_path, keep=9), reporter, due, position, every_epochs=1)
+
+    with pytest.raises(Preempted):
+        start(Position(2, 1, 0, 0, False))
+    assert store(tmp_path).newest().position == Position(2, 1, 9, 9, False) and reporter.evaluated == []
+    start(store(tmp_path).newest().position)
+    assert (reporter.evaluated, reporter.steps) == ([1, 2], 18)
+    scored = [(m.position.total, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
+    assert scored == [(9, 0.25), (18, 0.5)]
+
+
 class OtherPieces(PlainEngine):
     """Its pieces do not cover one parameter."""
 
@@ -210,8 +281,9 @@ def test_pieces_that_do_not_cover_the_model_are_refused_by_name(tmp_path):
     checkpoints.save(at(3), OtherPieces(3.0))
     checkpoints.finish()
     engine = PlainEngine(0.0)
+    fresh = store(tmp_path)
     with pytest.raises(TrainingError, match="holds 0 elements of 0.weight, the model has 6: it is of another model"):
-        store(tmp_path).load(store(tmp_path).newest(), engine)
+        fresh.load(fresh.newest(), engine)
     assert engine.loaded is None
 
 
@@ -252,6 +324,140 @@ def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
     assert names(tmp_path) == []
 
 
+def loaded(checkpoints, chosen="auto"):
+    """The step count and the first weight of the checkpoint that a run goes on from."""
+    engine = PlainEngine(0.0)
+    checkpoints.load(checkpoints.newest(chosen), engine)
+    full, steps = engine.loaded
+    return steps, full["0.weight"]["value"][0].item()
+
+
+def test_a_run_begins_from_the_named_checkpoint_and_then_goes_on_from_its_own(tmp_path):
+    save(store(tmp_path / "other"), 3, 7)
+    older = min((tmp_path / "other" / FOLDER).iterdir())
+    moved = tmp_path / "elsewhere" / "best"
+    shutil.copytree(older, moved)
+    for chosen in (older, moved):
+        assert loaded(store(tmp_path / "run"), str(chosen)) == (3, 3.0)
+    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
+    save(store(tmp_path / "run", settings=settings), 5)
+    shutil.rmtree(moved)
+    assert loaded(store(tmp_path / "run"), str(moved)) == (5, 5.0)
+    check_may_continue(settings_of(tmp_path / "run", run__resume=str(moved)), "f")
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused_in_one_line(tmp_path):
+    save(store(tmp_path / "other"), 3)
+    (folder,) = (tmp_path / "other" / FOLDER).iterdir()
+    name = damage(tmp_path / "other", "flipped")
+    with pytest.raises(ConfigError, match=rf"^run.resume: \S+{name} does not have the hash.*another checkpoint$"):
+        store(tmp_path / "run").newest(str(folder))
+    (folder / "manifest.json").write_text("{")
+    for refuse in (
+        lambda: store(tmp_path / "run").newest(str(folder)),
+        lambda: check_may_continue(settings_of(tmp_path / "run", run__resume=str(folder)), "f"),
+    ):
+        with pytest.raises(ConfigError, match=r"^run.resume: \S+manifest.json cannot be read.*another checkpoint$"):
+            refuse()
+
+
+def test_an_earlier_checkpoint_of_the_same_run_is_refused(tmp_path):
+    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
+    save(store(tmp_path, settings=settings), 3, 7)
+    older, newest = sorted((tmp_path / FOLDER).iterdir())
+    check_may_continue(settings_of(tmp_path, run__resume=str(newest)), "f")
+    with pytest.raises(ConfigError, match=rf"{older.name}/ is not the newest.*{newest.name}: choose another run.dir"):
+        check_may_continue(settings_of(tmp_path, run__resume=f"{older}/"), "f")
+
+
+@pytest.mark.parametrize("kind", ["flipped", "other format", "out of reach"])
+def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_over_them(tmp_path, kind, monkeypatch):
+    save(store(tmp_path), 3)
+    (folder,) = (tmp_path / FOLDER).iterdir()
+    manifest = folder / "manifest.json"
+    if kind == "flipped":
+        damage(tmp_path, kind)
+    elif kind == "other format":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+    else:
+        monkeypatch.setattr(Storage, "read", out_of_reach)
+    with pytest.raises(ConfigError, match=rf"none can be used \(.*{folder.name}.*choose another run.dir, or remove"):
+        store(tmp_path).newest()
+    if kind != "flipped":
+        with pytest.raises(ConfigError, match="none can be used"):
+            check_may_continue(settings_of(tmp_path), "f")
+
+
+def out_of_reach(self, name):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("kind", ["other format", "out of reach"])
+def test_checkpoints_that_could_not_be_read_are_not_removed_with_the_next(tmp_path, kind, monkeypatch):
+    save(store(tmp_path, keep=1), 3)
+    save(store(tmp_path, keep=2), 7)
+    newest = max((tmp_path / FOLDER).iterdir())
+    checkpoints = store(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        if kind == "other format":
+            manifest = newest / "manifest.json"
+            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+        else:
+            read = Storage.read
+            patch.setattr(Storage, "read", lambda s, n: (out_of_reach if newest.name in s.url else read)(s, n))
+        assert checkpoints.newest().position == at(3)
+    save(checkpoints, 5)
+    assert sorted(f.name.split("-")[1] for f in (tmp_path / FOLDER).iterdir()) == ["00000005", "00000007"]
+
+
+def test_a_complete_checkpoint_is_not_written_again(tmp_path):
+    done = at(3)._replace(epoch_done=True)
+    checkpoints = store(tmp_path)
+    checkpoints.save(done, PlainEngine(3.0), mAP=0.5)
+    checkpoints.finish()
+    for again in (checkpoints, store(tmp_path)):
+        assert again.newest().position == done
+        again.save(Position(2, 2, 0, 3, False), PlainEngine(3.0))
+        again.finish()
+        (manifest,) = read_manifests(Storage(str(tmp_path)))[0]
+        assert (manifest.position, manifest.mAP) == (done, 0.5)
+
+
+class Halves(PlainEngine):
+    """Each of two ranks holds a half of every parameter."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        for parameter in self.module.parameters():
+            parameter.data = torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter)
+
+    def fragments(self, rank):
+        for piece in super().fragments(rank):
+            half = piece.value.numel() // 2
+            part = slice(rank * half, (rank + 1) * half)
+            yield Fragment(piece.name, part.start, piece.value[part], piece.exp_avg[part], piece.exp_avg_sq[part])
+
+
+def save_on_two(team, folder):
+    checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=20)
+    checkpoints.save(at(3), Halves())
+    checkpoints.finish()
+
+
+def load_on_two(team, folder):
+    checkpoints, engine = store(folder), PlainEngine(0.0)
+    checkpoints.team = team
+    checkpoints.load(checkpoints.newest(), engine)
+    return engine.loaded[0]["0.weight"]["value"].tolist()
+
+
+def test_a_checkpoint_is_read_by_fewer_and_by_more_ranks_than_wrote_it(tmp_path):
+    on_processes(2, save_on_two, str(tmp_path / "by two"))
+    assert load_on_two(Team(), tmp_path / "by two") == [0, 1, 2, 3, 4, 5]
+    save(store(tmp_path / "by one"), 3)
+    assert on_processes(2, load_on_two, str(tmp_path / "by one")) == [[3.0] * 6] * 2
+
+
 def settings_of(folder, **changes):
     tree = {"data": {"shards": "x"}, "run": {"dir": str(folder)}}
     for key, value in changes.items():
@@ -272,7 +478,21 @@ def test_changes_that_would_change_results_are_refused_by_key_and_harmless_ones_
     with pytest.raises(ConfigError, match="run.resume: never, but"):
         check_may_continue(settings_of(tmp_path, run__resume="never"), "f")
     with pytest.raises(ConfigError, match="neither auto, never, nor a complete checkpoint"):
-        check_may_continue(settings_of(tmp_path, run__resume=str(tmp_path / "no")), "f")
+        check_may_continue(settings_of(tmp_path / "new", run__resume=str(tmp_path / "no")), "f")
+
+
+def test_epochs_may_change_where_nothing_that_is_done_depends_on_them(tmp_path):
+    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
+    checkpoints = store(tmp_path, settings=settings)
+    checkpoints.save(Position(1, 2, 1, 9, False), PlainEngine(1.0))
+    checkpoints.finish()
+    with pytest.raises(ConfigError, match="stage1.epochs: 60, but the checkpoints of .* were made with 120"):
+        check_may_continue(settings_of(tmp_path, stage1__epochs=60), "f")
+    checkpoints.save(Position(2, 5, 1, 9, False), PlainEngine(1.0))
+    checkpoints.finish()
+    check_may_continue(settings_of(tmp_path, stage1__epochs=60, stage2__epochs=5), "f")
+    with pytest.raises(ConfigError, match="stage2.epochs: 4, but stage2-.* is in epoch 5 already"):
+        check_may_continue(settings_of(tmp_path, stage2__epochs=4), "f")
 
 
 def test_due_by_steps_and_by_the_clock():

@@ -14,9 +14,11 @@ import time
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from object_store import s3_server
 from shards_helpers import write_shards
 
 from shards import source as source_module
@@ -447,27 +449,9 @@ def test_a_shard_whose_checksum_is_wrong_is_fetched_a_second_time(folder, tmp_pa
 @pytest.fixture(scope="module")
 def s3(folder):
     """moto's S3 on loopback with the dataset in a bucket; yields its URL."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    settings = {
-        "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem()
-    files.mkdir("datasets")
-    files.put(folder, "datasets/tiny", recursive=True)
-    yield "s3://datasets/tiny"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with s3_server("datasets") as bucket:
+        fsspec.filesystem("s3").put(folder, f"{bucket}/tiny", recursive=True)
+        yield f"{bucket}/tiny"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
