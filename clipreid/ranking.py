@@ -11,6 +11,7 @@ Q, G = queries and gallery images, P = positives of a block's queries; b, w = ro
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +73,8 @@ class QueryBlock:
     """int64 [P]: how many of what has been counted come before a positive."""
     columns: range = field(init=False)
     """No image of the queries' identities lies outside."""
+    reach: Tensor = field(init=False)
+    """float32 [b]: what lies nearer matters. Known when the distances are complete."""
 
     def __post_init__(self) -> None:
         self.distances = torch.zeros_like(self.positives.column, dtype=torch.float32)
@@ -96,7 +99,7 @@ class QueryBlock:
         self.distances = self.distances[order]
         farthest = torch.full((len(self.rows),), -torch.inf, device=row.device)
         farthest.scatter_reduce_(0, row, self.distances, "amax")
-        self._reach = farthest.nextafter(farthest.new_tensor(torch.inf))
+        self.reach = farthest.nextafter(farthest.new_tensor(torch.inf))
         self._starts = torch.arange(len(self.rows), device=row.device) << 32
 
     def leave_out(self, distances: Tensor, start: int) -> None:
@@ -105,12 +108,13 @@ class QueryBlock:
             _, row, column = self.ignored.within(start, distances.shape[1])
             distances[row, column] = torch.inf
 
-    def count(self, distances: Tensor, start: int, gallery_rows: Tensor) -> None:
+    def count(self, distances: Tensor, near: "Near", start: int, gallery_rows: Tensor) -> None:
         """Count a block, float32 [b, w], of the columns from `start`, without what is ignored.
 
-        gallery_rows: int64 [G], row number in the gallery of each column, by which ties are decided.
+        near: all in it that is below `reach`, and perhaps more. gallery_rows: int64 [G], row number in the gallery of
+        each column, by which ties are decided.
         """
-        keys = near_keys(distances, self._reach)
+        keys = near_keys(distances, near)
         place = torch.searchsorted(keys, self._keys)
         self.nearer += place - torch.searchsorted(keys, self._starts)[self.positives.row]
         # At its place is the positive itself, where it is in this block; what is equal there besides is a tie.
@@ -174,21 +178,31 @@ def count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
-def near_keys(distances: Tensor, reach: Tensor) -> Tensor:
-    """Keys of what is nearer than each row's reach, float32 [b], and perhaps of more. int64, ascending."""
-    near = within_reach(distances, reach)
-    if len(near) * FEW < distances.numel():
-        return ascending(query_keys(near // distances.shape[1], distances.flatten()[near]))
+class Near(NamedTuple):
+    """Those distances of a block, float32 [b, w], that are below the reach of their row; row by row."""
+
+    row: Tensor
+    """int64 [n]."""
+    distance: Tensor
+    """float32 [n]."""
+
+
+def find_near(distances: Tensor, reach: Tensor) -> Near:
+    """What is below its row's reach, float32 [b]."""
+    below = distances < reach[:, None]
+    if below.device.type == "cpu":
+        place = torch.from_numpy(np.flatnonzero(below.numpy()))  # several times as fast as torch on a CPU
+    else:
+        place = below.flatten().nonzero().squeeze(1)
+    return Near(place // distances.shape[1], distances.reshape(-1).index_select(0, place))
+
+
+def near_keys(distances: Tensor, near: Near) -> Tensor:
+    """Keys of what is near, and perhaps of more. int64, ascending."""
+    if len(near.row) * FEW < distances.numel():
+        return ascending(query_keys(near.row, near.distance))
     row = torch.arange(len(distances), device=distances.device)
     return query_keys(row[:, None], ascending(distances)).flatten()
-
-
-def within_reach(distances: Tensor, reach: Tensor) -> Tensor:
-    """Which elements, int64, of [b, w] taken row by row are below their row's reach, [b]."""
-    near = distances < reach[:, None]
-    if near.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(near.numpy()))  # several times as fast as torch on a CPU
-    return near.flatten().nonzero().squeeze(1)
 
 
 def query_keys(rows: Tensor, distances: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from clipreid.errors import ModelError
 from clipreid.products import GALLERY_BLOCK, QUERY_BLOCK, Products
 from clipreid.ranked import Nearest, RankedLists
-from clipreid.ranking import Labels, QueryBlock, ReduceSum, count_up, query_blocks
+from clipreid.ranking import Labels, QueryBlock, ReduceSum, count_up, find_near, query_blocks
 from clipreid.verification import SAFE_RATE, Verification
 
 CMC_RANKS = 50
@@ -119,10 +119,11 @@ def retrieve(
     lists = RankedLists(blocks, top_k) if top_k else None
 
     def count(number: int, start: int, distances: Tensor) -> None:
-        block = blocks[number]
+        block, squared = blocks[number], products.squared[number]
         block.leave_out(distances, start)
-        block.count(distances, start, products.rows)
-        verification.add(distances, products.squared[number])
+        near = find_near(distances, torch.maximum(block.reach, verification.reach(squared)))
+        block.count(distances, near, start, products.rows)
+        verification.add(near, squared)
         if lists:
             lists.add(number, distances, products.rows[start : start + distances.shape[1]])
 
@@ -166,7 +167,7 @@ def retrieve_by_blocks(
         for start in range(0, len(columns), GALLERY_BLOCK):
             part = distances[:, start : start + GALLERY_BLOCK]
             block.leave_out(part, start)
-            block.count(part, start, columns)
+            block.count(part, find_near(part, block.reach), start, columns)
         measured[:, rows] = torch.from_numpy(_measure(block)).to(device)
     measured = reduce_sum(measured).cpu().numpy()
     _check_some_positive(int(measured[3].sum()), total, rule)
@@ -207,7 +208,8 @@ def _rates(
 
         def count(number: int, start: int, distances: Tensor) -> None:
             products.queries[number].leave_out(distances, start)
-            verification.add(distances, products.squared[number])
+            squared = products.squared[number]
+            verification.add(find_near(distances, verification.reach(squared)), squared)
 
         products.each(count)
         counts = reduce_sum(verification.counts())

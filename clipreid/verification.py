@@ -15,12 +15,12 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from clipreid.ranking import ascending, within_reach
+from clipreid.ranking import Near, ascending
 
 ONE_IN = {"1e-4": 10_000, "1e-3": 1000, "1e-2": 100}
 """Name of a false positive rate, and of how many negatives it lets one pass."""
-SAFE_RATE = 0.03
-"""Fraction of the negatives in a sample below the estimate."""
+SAFE_RATE = 0.015
+"""Fraction of the negatives in a sample below the estimate: half as many again as any rate asks for."""
 WAITING = 1 << 20  # distances that are counted at a time
 
 
@@ -38,28 +38,35 @@ class Verification:
         self._num_waiting = 0
         self._lock = Lock()
 
-    def add(self, distances: Tensor, squared: Tensor) -> None:
-        """A block of |g|² - 2 q·g, float32 [b, w], infinite where it does not count; squared: |q|², float32 [b]."""
-        rounding = 4 * torch.finfo(squared.dtype).eps * (self.farthest.abs() + squared)
-        near = within_reach(distances, self.farthest - squared + rounding)
-        values = distances.flatten()[near] + squared[near // distances.shape[1]]
+    def reach(self, squared: Tensor) -> Tensor:
+        """Below it lie all |g|² - 2 q·g that can matter, float32 [b]; squared: |q|², float32 [b]."""
+        return self.farthest - squared + 4 * torch.finfo(squared.dtype).eps * (self.farthest.abs() + squared)
+
+    def add(self, near: Near, squared: Tensor) -> None:
+        """Those |g|² - 2 q·g of a block that are below `reach`, and perhaps more, infinite where it does not count."""
+        values = near.distance + squared.index_select(0, near.row)
         values = values[values <= self.farthest]
         with self._lock:
             self._waiting.append(values)
             self._num_waiting += len(values)
-            if self._num_waiting > WAITING:
-                self._count()
+            waiting = self._take_waiting() if self._num_waiting > WAITING else []
+        self._count(waiting)  # Other threads go on meanwhile.
 
     def counts(self) -> Tensor:
         """Of what was added, how many are at most as far as each of `positives`, and last how many in all. int64."""
-        self._count()
+        self._count(self._take_waiting())
         return self._upto
 
-    def _count(self) -> None:
-        if self._waiting:
+    def _take_waiting(self) -> list[Tensor]:
+        waiting, self._waiting, self._num_waiting = self._waiting, [], 0
+        return waiting
+
+    def _count(self, waiting: list[Tensor]) -> None:
+        if waiting:
             limits = torch.cat([self.positives, self.farthest[None]])
-            self._upto += torch.searchsorted(ascending(torch.cat(self._waiting)), limits, right=True)
-            self._waiting, self._num_waiting = [], 0
+            upto = torch.searchsorted(ascending(torch.cat(waiting)), limits, right=True)
+            with self._lock:
+                self._upto += upto
 
     def suffices(self, counts: Tensor) -> bool:
         """Whether the counts of all ranks reach as far as any rate does."""
