@@ -1,5 +1,17 @@
-"""The one error type of the data side: what a user can cause with files, layouts or shards."""
+"""The error types of the data side: what a user can cause with files, layouts or shards."""
 
 
 class DataError(ValueError):
     """One line that names the file, shard or key, its value, and the remedy."""
+
+
+class DamagedError(DataError):
+    """A file of a packed dataset that is not as it was written."""
+
+
+class StoreError(DataError, OSError):
+    """A remote store that can't be reached, refuses access or keeps failing."""
+
+
+class AccessError(StoreError):
+    """A remote store that refuses access."""

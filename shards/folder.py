@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shards.decode import decode, resize_into
-from shards.errors import DataError
+from shards.errors import DataError, StoreError
 from shards.pool import Pool
 from shards.sequential import ImageBatch
 from shards.storage import Source
@@ -70,6 +70,8 @@ class FillFolder:
         for name, place in zip(self.names[start:stop], out, strict=True):
             try:
                 image = decode(np.frombuffer(bytearray(self.source.read(name)), np.uint8))
+            except StoreError:  # the store fails, not the image
+                raise
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"{self.source.root}/{name}: can't be read as an image ({error}); repair it, or take it out"

@@ -9,11 +9,12 @@ import hashlib
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from shards import storage
-from shards.errors import DataError
+from shards.errors import DamagedError
 from shards.records import ImageRecord
 
 if TYPE_CHECKING:
@@ -91,35 +92,43 @@ def index_schema() -> "pyarrow.Schema":
     )
 
 
-def read_dataset_json(url: str) -> dict[str, Any]:
-    """dataset.json of a packed dataset; raises DataError when there is none, or one of another format."""
-    path = storage.join(url, DATASET_FILE)
+def read_index_table(url: str, dataset: dict[str, Any] | None = None) -> "pyarrow.Table":
+    """index.parquet as it is written. Raises as `parse_index`, and DamagedError when it is missing."""
+    where = storage.join(url, INDEX_FILE)
     try:
-        dataset = json.loads(storage.read_bytes(path))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{url}: no packed dataset there ({DATASET_FILE} is missing); pack it first") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); fetch or pack the dataset again") from error
-    version = dataset.get("format_version") if isinstance(dataset, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}: pack it again")
-    return dataset
+        data = storage.read_bytes(where)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{where}: no such file; copy it again or re-pack") from error
+    return parse_index(where, data, dataset or {})
 
 
-def read_index_table(url: str) -> "pyarrow.Table":
-    """index.parquet as it is written; raises DataError when it is missing or damaged."""
-    import pyarrow
+def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> "pyarrow.Table":
+    """The table in index.parquet's bytes, its columns those of `index_schema`, without nulls.
+
+    Raises DamagedError unless these are the bytes that dataset.json lists, and can be read. Damaged bytes are not
+    decoded where dataset.json tells them: a Parquet reader may do anything with them.
+    """
+    import pyarrow as pa
     from pyarrow import parquet
 
-    path = storage.join(url, INDEX_FILE)
+    packed = dataset.get("files", {}).get(INDEX_FILE)
+    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+        raise DamagedError(
+            f"{where}: not the file that {DATASET_FILE} (fingerprint {dataset['fingerprint']}) was packed with; one "
+            "of the two comes from another packing, is damaged or was cut short: copy both again or re-pack"
+        )
+    schema = index_schema()
     try:
-        table = parquet.read_table(pyarrow.BufferReader(storage.read_bytes(path)))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; the dataset is incomplete: fetch or pack it again") from error
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); fetch or pack the dataset again") from error
-    if missing := [name for name in index_schema().names if name not in table.column_names]:
-        raise DataError(f"{path}: lacks column {', '.join(missing)}; pack the dataset again")
+        table = parquet.ParquetFile(pa.BufferReader(data)).read()
+        if missing := [name for name in schema.names if name not in table.column_names]:
+            raise DamagedError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
+        table = table.select(schema.names).cast(schema)
+        if not packed:
+            table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
+    if empty := [name for name in schema.names if table.column(name).null_count]:
+        raise DamagedError(f"{where}: column {', '.join(empty)} has empty cells; pack the dataset again")
     return table
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from shards.cache import node_cache_dir
+from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
-from shards.index_file import address, numpy, open_table, read_facts, single
+from shards.index_file import address, numpy, open_table, single
 from shards.source import ShardSource
 
 
@@ -43,7 +44,7 @@ class ShardIndex:
         Raises DataError for a missing or unfinished dataset, another format, or files that do not fit each other.
         """
         source = ShardSource(url)
-        facts = read_facts(source)
+        facts = read_dataset_json(url)
         index = cls(source, facts, address(source, facts), cache_dir)
         if source.local_root is not None:
             index._check_local_shards()

@@ -1,6 +1,6 @@
-"""dataset.json and index.parquet, read and checked; the index decoded once per node.
+"""index.parquet, checked, and decoded once per node.
 
-    pack -> dataset.json + index.parquet -> [index file] -> index
+    pack -> index.parquet -> [index file] -> index
 
 The Parquet file becomes an uncompressed Arrow file in the node's cache, which every process of the node maps: an
 index of millions of images is in memory once and opens in milliseconds.
@@ -11,16 +11,14 @@ import hashlib
 import json
 import time
 import uuid
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from shards.errors import DataError
-from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE
+from shards.errors import DamagedError, DataError
+from shards.format import DATASET_FILE, INDEX_FILE, parse_index
 from shards.source import ShardSource
 
 KEPT_DAYS = 30
@@ -32,34 +30,12 @@ COLUMNS = {
 }
 
 
-def read_facts(source: ShardSource) -> dict:
-    """dataset.json; raises DataError when it is missing, damaged or of another format."""
-    where = source.where(DATASET_FILE)
-    try:
-        data = source.read(DATASET_FILE)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
-            "give the --out of `launch/pack.py build`, or run that command again"
-        ) from error
-    try:
-        facts = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{where}: format_version is {facts.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-            "pack the dataset again with this version"
-        )
-    return facts
-
-
 def address(source: ShardSource, facts: dict) -> str:
     """Names this packing at this place, for what the node's cache keeps of it."""
     try:
         state = source.state(INDEX_FILE)
     except FileNotFoundError as error:
-        raise DataError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
+        raise DamagedError(f"{source.where(INDEX_FILE)}: no such file; copy it again or re-pack") from error
     return hashlib.sha256(json.dumps([source.url, facts, state]).encode()).hexdigest()[:32]
 
 
@@ -103,21 +79,9 @@ def _map(path: Path) -> pa.Table:
 def _decode(source: ShardSource, facts: dict) -> pa.Table:
     """index.parquet as one Arrow batch, repeated strings as codes into sorted dictionaries."""
     where = source.where(INDEX_FILE)
-    data = source.read(INDEX_FILE)
-    packed = facts.get("files", {}).get(INDEX_FILE)
-    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
-        raise DataError(
-            f"{where}: not the file that {DATASET_FILE} (fingerprint {facts['fingerprint']}) was packed with; one of "
-            "the two comes from another packing, or was cut short: copy both again or re-pack"
-        )
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise DataError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
+    table = parse_index(where, source.read(INDEX_FILE), facts)
     if not table.num_rows:
-        raise DataError(f"{where}: lists no images; pack the dataset again")
+        raise DamagedError(f"{where}: lists no images; pack the dataset again")
     table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
     _check_counts(where, facts, table)
     for name in CODED:
@@ -129,7 +93,7 @@ def _check_counts(where: str, facts: dict, table: pa.Table) -> None:
     counts = {row["values"]: row["counts"] for row in pc.value_counts(table.column("split")).to_pylist()}
     listed = {name: split["images"] for name, split in facts["splits"].items() if split["images"]}
     if counts != listed:
-        raise DataError(
+        raise DamagedError(
             f"{where}: lists {_counts(counts)}, {DATASET_FILE} says {_counts(listed)}; the two files come from two "
             "packings: copy both again or re-pack"
         )

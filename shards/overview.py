@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.format import read_dataset_json, read_index_table
+from shards.dataset_file import read_dataset_json
+from shards.format import read_index_table
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Overview:
     @classmethod
     def read(cls, url: str) -> "Overview":
         """Raises DataError when there is no dataset, or a damaged one."""
-        dataset, table = read_dataset_json(url), read_index_table(url)
+        dataset = read_dataset_json(url)
+        table = read_index_table(url, dataset)
         names = table.column("split").to_numpy()
         splits = [
             _split_overview(name, table.filter(names == name), dataset.get("files", {}))

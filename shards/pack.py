@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from shards import storage
+from shards.dataset_file import read_dataset_json, write_dataset_json
 from shards.datasets.joint import Collection, read_collection
 from shards.errors import DataError
 from shards.format import (
@@ -24,7 +25,6 @@ from shards.format import (
     fingerprint,
     index_schema,
     make_key,
-    read_dataset_json,
 )
 from shards.plan import PlannedShard, plan_shards
 from shards.records import SPLITS
@@ -129,14 +129,14 @@ def _existing(
     dataset = read_dataset_json(out)
     remedy = "give another --out, or delete that folder first"
     now = {"name": collection.name, "noun": collection.noun} | said
-    before = {"name": dataset["name"], "noun": dataset["noun"]} | dataset["options"]
+    before = {"name": dataset["name"], "noun": dataset["noun"]} | dataset.get("options", {})
     if now != before:
         changed = sorted(key for key in now | before if now.get(key) != before.get(key))
         differences = ", ".join(f"{key} {before.get(key)} there, {now.get(key)} asked" for key in changed)
         raise DataError(f"--out {out}: packed with other options ({differences}): {remedy}")
-    if dataset["source"] != _source_digest(collection, shards):
+    if dataset.get("source") != _source_digest(collection, shards):
         raise DataError(f"--out {out}: the source has changed since this was packed: {remedy}")
-    if missing := [name for name in dataset["files"] if name not in names]:
+    if missing := [name for name in dataset.get("files", {}) if name not in names]:
         raise DataError(f"--out {out}: incomplete, {examples(missing)} missing: delete that folder, then repeat")
     return dataset
 
@@ -199,7 +199,7 @@ def _publish(
         "source": _source_digest(collection, shards),
         "files": files,
     }
-    storage.write_json(join(out, DATASET_FILE), dataset, work)
+    write_dataset_json(out, dataset, work)
     storage.remove(work)
     return dataset
 

@@ -14,9 +14,10 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from shards import storage
+from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
-from shards.format import read_dataset_json, read_index_table
-from shards.storage import join
+from shards.format import read_index_table
+from shards.source import ShardSource
 
 CELL = 128
 """Pixels, the longer side of an image on the sheet."""
@@ -28,8 +29,8 @@ MAX_COLUMNS = 10
 
 def write_sheet(url: str, path: Path, identities: int = 8) -> None:
     """Write a PNG with `identities` rows, half of them from train. Raises DataError on an unreadable image."""
-    read_dataset_json(url)
-    rows = _choose(read_index_table(url).to_pylist(), identities)
+    rows = _choose(read_index_table(url, read_dataset_json(url)).to_pylist(), identities)
+    source = ShardSource(url)
     columns = max(len(images) for images in rows)
     height = TEXT + CELL + TEXT + GAP
     sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), GAP + len(rows) * height), "white")
@@ -39,7 +40,7 @@ def write_sheet(url: str, path: Path, identities: int = 8) -> None:
         draw.text((GAP, top), f"identity {images[0]['identity']}", "black", font)
         for column, row in enumerate(images):
             left = GAP + column * (CELL + GAP)
-            picture = _read(url, row)
+            picture = _read(source, row)
             picture.thumbnail((CELL, CELL))
             sheet.paste(picture, (left + (CELL - picture.width) // 2, top + TEXT + (CELL - picture.height) // 2))
             draw.text((left, top + TEXT + CELL), _caption(row), "dimgray", font)
@@ -79,10 +80,9 @@ def _mix_cameras(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return mixed
 
 
-def _read(url: str, row: dict[str, Any]) -> Image.Image:
+def _read(source: ShardSource, row: dict[str, Any]) -> Image.Image:
+    data = source.read_range(row["shard"], row["offset"], row["offset"] + row["size"])
     try:
-        with storage.open_read(join(url, row["shard"])) as file:
-            file.seek(row["offset"])
-            return Image.open(io.BytesIO(file.read(row["size"]))).convert("RGB")
+        return Image.open(io.BytesIO(data)).convert("RGB")
     except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
-        raise DataError(f"{join(url, row['shard'])}: {row['key']} cannot be read ({error}): run verify") from error
+        raise DataError(f"{source.where(row['shard'])}: {row['key']} cannot be read ({error}): run verify") from error

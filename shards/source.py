@@ -2,26 +2,17 @@
 
     dataset.json, index.parquet, *.tar ──▶ [source] ──▶ index, cache, reader
 
-A remote request that fails, or whose answer is cut short, is repeated with growing pauses. What is returned has
-the length that was asked for; whether it is right is checked by those who know its checksum.
+A remote request that fails, or whose answer is cut short, is repeated (`remote.py`). What is returned has the
+length that was asked for; whether it is right is checked by those who know its checksum.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from shards.errors import DataError
+from shards.remote import OPEN, READ, Patience, file_system, read_range, retried
 from shards.storage import join, local_path
-
-OPEN_ATTEMPTS = 7
-"""For the first files of a run: 3 s of pauses, so that a mistyped address shows soon."""
-READ_ATTEMPTS = 10
-"""For images: 26 s of pauses, so that a run survives a short failure of the store."""
-FIRST_PAUSE_S = 0.05
-"""Doubles after every attempt."""
 
 
 class ShardSource:
@@ -42,7 +33,7 @@ class ShardSource:
         """A whole small file. Raises FileNotFoundError, or DataError when the source keeps failing."""
         if self.local_root is not None:
             return (self.local_root / name).read_bytes()
-        return self._retried(name, OPEN_ATTEMPTS, lambda fs, path: fs.cat_file(path))
+        return self._retried(name, OPEN, lambda fs, path: fs.cat_file(path))
 
     def state(self, name: str) -> list:
         """What changes when the file does: its size, and its time or tag where the source has one. Raises as `read`."""
@@ -55,14 +46,14 @@ class ShardSource:
             info = fs.info(path)
             return [info.get("size"), *(str(info.get(tag, "")) for tag in ("ETag", "LastModified", "mtime"))]
 
-        return self._retried(name, OPEN_ATTEMPTS, once)
+        return self._retried(name, OPEN, once)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Exactly bytes start ... stop-1 of a shard. Raises DataError."""
         try:
             if self.local_root is not None:
                 return self._read_local(name, start, stop)
-            return self._retried(name, READ_ATTEMPTS, lambda fs, path: _exactly(fs, path, start, stop))
+            return self._retried(name, READ, lambda fs, path: read_range(fs, path, start, stop))
         except FileNotFoundError as error:
             raise DataError(f"{self.where(name)}: no such file; copy it again or re-pack") from error
 
@@ -74,33 +65,8 @@ class ShardSource:
             raise DataError(f"{self.where(name)}: ends before byte {stop}, which the index lists; copy it again")
         return data
 
-    def _retried(self, name: str, attempts: int, request: Callable[[Any, str], Any]) -> Any:
+    def _retried(self, name: str, patience: Patience, request: Callable[[Any, str], Any]) -> Any:
         if self._fs is None:
-            try:
-                self._fs, self._root = url_to_fs(self.url)
-            except (ImportError, ValueError) as error:
-                raise DataError(f"{self.url}: can't be opened ({error})") from error
-        for attempt in range(attempts):
-            try:
-                return request(self._fs, self._root.rstrip("/") + "/" + name)
-            except FileNotFoundError:
-                raise
-            except PermissionError as error:
-                raise DataError(f"{self.where(name)}: access denied ({error}); check the credentials") from error
-            except Exception as error:  # every fsspec backend has its own types for a broken connection
-                failure = error
-            if attempt < attempts - 1:
-                time.sleep(FIRST_PAUSE_S * 2**attempt)
-        raise DataError(
-            f"{self.where(name)}: failed {attempts} times, at last with {type(failure).__name__}: {failure}; "
-            "check the address and the network"
-        ) from failure
-
-
-def _exactly(fs, path: str, start: int, stop: int) -> bytes:
-    data = fs.cat_file(path, start=start, end=stop)
-    if len(data) > stop - start:
-        raise OSError("the server ignores range requests")
-    if len(data) < stop - start:
-        raise OSError(f"only {len(data)} of {stop - start} bytes came")
-    return data
+            self._fs, self._root = file_system(self.url)
+        path = self._root.rstrip("/") + "/" + name
+        return retried(self.where(name), lambda: request(self._fs, path), patience)

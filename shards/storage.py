@@ -5,10 +5,15 @@
 A source is read only. What is written appears under its final name complete or not at all.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -17,6 +22,11 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from shards.errors import DataError
+from shards.remote import RangedFile, Upload, file_system, retried
+
+REQUESTS = 16
+"""Files of a remote folder that are asked for at a time."""
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def is_local(url: str) -> bool:
@@ -42,35 +52,47 @@ def join(url: str, *names: str) -> str:
 
 
 def exists(url: str) -> bool:
-    fs, path = url_to_fs(url)
-    return fs.exists(path)
+    try:
+        return bool(_ask(url, lambda fs, path: fs.info(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def size_bytes(url: str) -> int:
-    fs, path = url_to_fs(url)
-    return fs.size(path)
+    return _ask(url, lambda fs, path: fs.size(path))
 
 
 def list_folder(url: str) -> list[str]:
     """Sorted names of the files and folders directly below; empty when there is no such folder."""
-    fs, path = url_to_fs(url)
-    fs.invalidate_cache()
-    try:
+
+    def names(fs: Any, path: str) -> list[str]:
+        fs.invalidate_cache()
         entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
+        return sorted(PurePosixPath(entry).name for entry in entries if entry != path.rstrip("/"))
+
+    try:
+        return _ask(url, names)
     except FileNotFoundError:
         return []
-    return sorted(PurePosixPath(entry).name for entry in entries if entry != path.rstrip("/"))
 
 
-def open_read(url: str) -> IO[bytes]:
-    """A file to read from the start; raises FileNotFoundError."""
+def open_read(url: str, block_bytes: int = 8 << 20) -> IO[bytes]:
+    """A file to read from the start; raises FileNotFoundError. block_bytes: the least that is asked of a remote one."""
     path = local_path(url)
-    return path.open("rb") if path else fsspec.open(url, "rb").open()
+    return path.open("rb") if path else io.BufferedReader(RangedFile(url), block_bytes)
 
 
 def read_bytes(url: str) -> bytes:
-    with open_read(url) as file:
-        return file.read()
+    path = local_path(url)
+    return path.read_bytes() if path else _ask(url, lambda fs, path: fs.cat_file(path))
+
+
+def _ask(url: str, request: Callable[[Any, str], Any]) -> Any:
+    """request(file system, path on it), repeated where the file system is a remote one."""
+    if local_path(url) is not None:
+        return request(*url_to_fs(url))
+    fs, path = file_system(url)
+    return retried(url, lambda: request(fs, path))
 
 
 def read_text(url: str, encoding: str = "utf-8") -> str:
@@ -84,8 +106,7 @@ def read_text(url: str, encoding: str = "utf-8") -> str:
 
 
 def make_folder(url: str) -> None:
-    fs, path = url_to_fs(url)
-    fs.makedirs(path, exist_ok=True)
+    _ask(url, lambda fs, path: fs.makedirs(path, exist_ok=True))
 
 
 def remove(url: str) -> None:
@@ -96,9 +117,9 @@ def remove(url: str) -> None:
         else:
             path.unlink(missing_ok=True)
         return
-    fs, path = url_to_fs(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    if exists(url):
+        with contextlib.suppress(FileNotFoundError):
+            _ask(url, lambda fs, path: fs.rm(path, recursive=True))
 
 
 @contextmanager
@@ -110,14 +131,12 @@ def write_atomic(url: str, work: str | None = None) -> Iterator[IO[bytes]]:
     """
     target = local_path(url)
     if target is None:
-        fs, path = url_to_fs(url)
-        file = fs.open(path, "wb", autocommit=False)
+        file = Upload(url)
         try:
             yield file
         except BaseException:
             file.discard()
             raise
-        file.close()
         file.commit()
         return
     working = (local_path(work) if work else target.parent) / f".{target.name}.{os.getpid()}"
@@ -144,14 +163,13 @@ class Source:
 
     def __init__(self, root: str | os.PathLike):
         self.root = os.fspath(root)
-        if self.root.lower().endswith(".zip"):
-            if not exists(self.root):
-                raise DataError(f"{self.root}: no such file")
-            self._fs, self._base = fsspec.filesystem("zip", fo=self.root), ""
+        self._is_zip = self.root.lower().endswith(".zip")
+        if self._is_zip:
+            self._fs, self._base = _open_zip(self.root), ""
         else:
-            self._fs, base = url_to_fs(self.root)
+            self._fs, base = file_system(self.root)
             self._base = base.rstrip("/") + "/"
-        self._local = local_path(self.root) if not self.root.lower().endswith(".zip") else None
+        self._local = local_path(self.root) if not self._is_zip else None
         if self._local and not self._local.is_dir():
             raise DataError(f"{self.root}: no such folder" + (" (it is a file)" if self._local.exists() else ""))
         self._sizes: dict[str, int] = {}
@@ -160,13 +178,16 @@ class Source:
         return Source, (self.root,)
 
     def has(self, path: str) -> bool:
-        return self._fs.exists(self._base + path)
+        try:
+            return bool(self._ask(path, self._fs.info))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def read(self, path: str) -> bytes:
-        """A file's bytes; raises OSError (FileNotFoundError) as the file system does."""
+        """A file's bytes; raises OSError (FileNotFoundError, StoreError, ...)."""
         if self._local:
             return (self._local / path).read_bytes()
-        return self._fs.cat_file(self._base + path)
+        return self._ask(path, self._fs.cat_file)
 
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """A small text file of the dataset; raises DataError when it is not there."""
@@ -182,10 +203,14 @@ class Source:
         if self._local:
             found = dict(_walk(self._local / folder, f"{folder}/" if folder else ""))
         else:
-            start = self._base + folder
+            start, listed = self._base + folder, {}
+            # else the walk over HTTP leaves out the folders whose listing fails
+            strict = {"on_error": "raise"} if self.root.startswith("http") else {}
+            with contextlib.suppress(FileNotFoundError):
+                listed = self._ask(folder, lambda path: self._fs.find(path, detail=True, **strict))
             found = {
                 name.removeprefix(self._base): int(entry["size"] or 0)
-                for name, entry in self._fs.find(start, detail=True).items()
+                for name, entry in listed.items()
                 if name != start
             }
         self._sizes |= found
@@ -193,19 +218,42 @@ class Source:
 
     def sizes(self, paths: Sequence[str]) -> list[int | None]:
         """Bytes of each file, from the listing where it was listed; None where there is no such file."""
+        if self._is_zip and not self._sizes:
+            self.files()
         unknown = [path for path in paths if path not in self._sizes]
         if self._local:
             self._sizes |= {path: size for path in unknown if (size := _stat_size(self._local / path)) is not None}
-        elif unknown:
-            self._sizes |= self._remote_sizes(unknown)
+        elif unknown and not self._is_zip:
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                sizes = pool.map(self._remote_size, unknown)
+                self._sizes |= {path: size for path, size in zip(unknown, sizes, strict=True) if size is not None}
         return [self._sizes.get(path) for path in paths]
 
-    def _remote_sizes(self, paths: Sequence[str]) -> dict[str, int]:
-        try:  # many at a time, where the file system can
-            found = self._fs.sizes([self._base + path for path in paths])
-            return {path: int(size or 0) for path, size in zip(paths, found, strict=True)}
+    def _remote_size(self, path: str) -> int | None:
+        try:
+            return int(self._ask(path, self._fs.size) or 0)
         except FileNotFoundError:
-            return {p: int(self._fs.size(self._base + p) or 0) for p in paths if self._fs.exists(self._base + p)}
+            return None
+
+    def _ask(self, path: str, request: Callable[[str], Any]) -> Any:
+        """request(path on the file system), repeated where that is a remote one."""
+        if self._is_zip:
+            try:
+                return request(path)
+            except BAD_ZIP as error:
+                raise OSError(f"the zip file is damaged there, or needs a password ({error})") from error
+        return retried(join(self.root, path), lambda: request(self._base + path))
+
+
+def _open_zip(root: str) -> Any:
+    """The file system in a zip file; raises DataError."""
+    if not exists(root):
+        raise DataError(f"{root}: no such file")
+    try:  # a remote one in small pieces: its images are read one by one
+        file = root if is_local(root) else open_read(root, block_bytes=1 << 16)
+        return fsspec.filesystem("zip", fo=file, skip_instance_cache=True)
+    except BAD_ZIP as error:
+        raise DataError(f"{root}: not a readable zip file ({error}); fetch it again") from error
 
 
 def _stat_size(path: Path) -> int | None:
@@ -215,13 +263,17 @@ def _stat_size(path: Path) -> int | None:
         return None
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+def _walk(folder: Path, prefix: str, above: frozenset = frozenset()) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of all files below. above: device and inode of the folders that this one lies in."""
     try:
-        entries = list(os.scandir(folder))
+        stat, entries = folder.stat(), list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return
+    inside = above | {(stat.st_dev, stat.st_ino)}
+    if len(inside) == len(above):
+        raise DataError(f"{folder}: a link to a folder that it lies in; remove the link")
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", inside)
         else:
             yield prefix + entry.name, entry.stat().st_size

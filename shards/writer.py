@@ -15,6 +15,7 @@ from PIL import Image
 
 from shards import storage
 from shards.datasets.joint import locate
+from shards.errors import StoreError
 from shards.format import TAR_END, make_key, metadata, tar_header, tar_padding
 from shards.plan import PlannedShard
 from shards.storage import Source
@@ -128,6 +129,8 @@ def _write_images(job: WriteJob, file: IO[bytes], rows: ShardRows, bad: list[str
 def read_image(source: Source, path: str) -> bytes:
     try:
         return source.read(path)
+    except StoreError:  # the store fails, not the image
+        raise
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error
 

@@ -22,8 +22,9 @@ from PIL import Image
 
 from launch.cli import run
 from shards import storage
+from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
-from shards.format import make_key, read_dataset_json, read_index_table
+from shards.format import make_key, read_index_table
 from shards.pack import build
 from shards.workers import run_tasks
 
@@ -296,7 +297,7 @@ def test_readers_never_see_half_a_dataset(large, tmp_path):
     def look(done, total):
         nonlocal seen
         seen += 1
-        with pytest.raises(DataError, match="no packed dataset there"):
+        with pytest.raises(DataError, match="no packed dataset"):
             read_dataset_json(str(tmp_path / "out"))
         for path in (tmp_path / "out").glob("*.tar"):
             with tarfile.open(path) as tar:
@@ -509,8 +510,8 @@ def test_build_on_the_command_line_reports_and_never_loads_torch(tmp_path):
         (["build", "--dataset", "marked", "--root", ".", "--out", "out"], "dataset 'marked' is not known; known: "),
         (["build", "--dataset", "market1501", "--root", ".", "--out", "out", "--resize", "12"], "not HEIGHTxWIDTH"),
         (["build", "--dataset", "market1501", "--rot", "."], "required: --root, --out"),
-        (["verify", "nowhere"], "nowhere: no packed dataset there"),
-        (["inspect", "nowhere"], "nowhere: no packed dataset there"),
+        (["verify", "nowhere"], "nowhere/dataset.json: no such file, so this is no packed dataset"),
+        (["inspect", "nowhere"], "nowhere/dataset.json: no such file, so this is no packed dataset"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_within_five_seconds(arguments, fault, tmp_path):

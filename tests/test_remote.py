@@ -1,12 +1,9 @@
 """Shards behind S3 and HTTP: retries, the node's cache, and never a wrong byte."""
 
-import contextlib
 import fcntl
-import http.server
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -18,10 +15,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from http_server import Handler, serving
 from object_store import s3_server
 from shards_helpers import write_shards
 
-from shards import source as source_module
+from shards import remote
 from shards.cache import Busy, Prefetcher, ShardCache, node_cache_dir
 from shards.errors import DataError
 from shards.index import ShardIndex
@@ -44,67 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(source_module, "FIRST_PAUSE_S", 0.001)
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """A file server with ranges that can be told to misbehave."""
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        server = self.server
-        with server.lock:
-            server.requests.append((self.path, self.headers.get("Range")))
-            number = len(server.requests)
-        path = server.root / self.path.lstrip("/")
-        if server.fail(number):
-            return self.send_error(503)
-        if not path.is_file():
-            return self.send_error(404)
-        data = server.content(path)
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        first, last = (int(asked[1]), min(int(asked[2]), len(data) - 1)) if asked else (0, len(data) - 1)
-        self.send_response(206 if asked else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(last - first + 1))
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.end_headers()
-        if body:
-            part = data[first : last + 1]
-            self.wfile.write(part[: len(part) // 2] if server.cut(number) else part)
-        return None
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """Clients that break off are part of the tests."""
-
-
-@contextlib.contextmanager
-def serving(root, fail=lambda number: False, cut=lambda number: False, content=Path.read_bytes):
-    """A server of a folder; yields it with `url`, and `requests` = [(path, range)]."""
-    server = Server(("127.0.0.1", 0), Handler)
-    server.root, server.fail, server.cut, server.content = Path(root), fail, cut, content
-    server.requests, server.lock = [], threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
 
 
 def pk_batches(url, cache, epochs=(1,), **options):
@@ -166,7 +104,7 @@ def test_a_server_without_ranges_is_an_error_that_says_so(folder, tmp_path, monk
 
 
 def test_a_server_that_is_not_there_is_an_error_within_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_module, "FIRST_PAUSE_S", 0.05)  # the real one
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)  # the real one
     start = time.monotonic()
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9/dataset.json: failed 7 times.*check the address") as error:
         ShardIndex.open("http://127.0.0.1:9", str(tmp_path))

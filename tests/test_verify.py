@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from layouts import image_bytes, make_manifest, make_vehicleid, write
 
 from shards.errors import DataError
 from shards.format import read_index_table
+from shards.index import ShardIndex
 from shards.pack import build
 from shards.verify import verify
 
@@ -117,24 +119,74 @@ def test_missing_extra_and_longer_shards_are_named(copy):
     assert sorted(found(copy)) == [("gallery-000000.tar", ""), ("query-000000.tar", ""), ("train-000001.tar", "")]
 
 
-def test_a_damaged_index_is_named(copy):
+def without_checksums(folder, **changes):
+    """What another program may have written: dataset.json tells neither its own checksum nor those of the files."""
+    dataset = json.loads((folder / "dataset.json").read_text())
+    del dataset["crc32"], dataset["files"]
+    (folder / "dataset.json").write_text(json.dumps(dataset | changes))
+
+
+def test_an_index_that_does_not_fit_dataset_json_and_the_shards_is_named(copy):
     table = read_index_table(str(copy))
     rows = table.to_pylist()
     rows[0]["camera"] = 7
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), copy / "index.parquet")
+    (problem,) = check(copy).problems
+    assert problem.file == "index.parquet" and "not the file that dataset.json" in problem.what
+    without_checksums(copy)
     problems = check(copy).problems
-    assert [p.file for p in problems] == ["index.parquet", "index.parquet", "train-000000.tar"]
-    assert problems[2].key == rows[0]["key"] and "its JSON differs from the index in camera" in problems[2].what
-    flip(copy / "index.parquet", -2)
-    assert found(copy) == [("index.parquet", "")]
+    assert [p.file for p in problems] == ["index.parquet", "train-000000.tar"]
+    assert problems[1].key == rows[0]["key"] and "its JSON differs from the index in camera" in problems[1].what
+    rows[0]["identity"] = None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), copy / "index.parquet")
+    (problem,) = check(copy).problems
+    assert "column identity has empty cells" in problem.what
 
 
 def test_counts_in_dataset_json_are_checked(copy):
-    dataset = json.loads((copy / "dataset.json").read_text())
-    dataset["splits"]["query"]["images"] = 3
-    (copy / "dataset.json").write_text(json.dumps(dataset))
+    splits = json.loads((copy / "dataset.json").read_text())["splits"]
+    splits["query"]["images"] = 3
+    without_checksums(copy, splits=splits)
     (problem,) = check(copy).problems
     assert "split query holds" in problem.what
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "index.parquet"])
+def test_every_flipped_bit_of_the_facts_and_the_index_is_a_problem_and_never_a_traceback(copy, name):
+    good = (copy / name).read_bytes()
+    draws = random.Random(0)
+    for position in draws.sample(range(len(good)), 200):
+        data = bytearray(good)
+        data[position] ^= 1 << draws.randrange(8)
+        (copy / name).write_bytes(data)
+        try:
+            problems = check(copy).problems
+        except DataError as error:  # another format, so it seems
+            assert "format_version" in str(error)
+            continue
+        assert problems and problems[0].file == name, position
+        try:
+            ShardIndex.open(str(copy), str(copy.parent / "cache"))
+        except DataError as error:
+            assert name in str(error) and "\n" not in str(error)
+        else:  # the name of the checksum is hit, so no reader looks at it
+            assert problems[0].what.startswith("unknown key")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"splits": []}, "splits is [], not of type dict"),
+        ({"splits": {"train": {"images": "3"}}}, "splits.train does not say how many images"),
+        ({"cameras": "two"}, "cameras is 'two', not of type int"),
+    ],
+)
+def test_wrong_types_in_dataset_json_are_named(copy, changes, fault):
+    without_checksums(copy, **changes)
+    (problem,) = check(copy).problems
+    assert fault in problem.what
+    with pytest.raises(DataError, match=re.escape(fault)):
+        ShardIndex.open(str(copy), str(copy.parent / "cache"))
 
 
 def test_an_image_that_cannot_be_decoded_is_found_by_all(tmp_path):
@@ -158,10 +210,10 @@ def test_two_processes_find_the_same_in_the_same_order(copy):
 
 
 def test_what_is_no_dataset_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no packed dataset there"):
+    with pytest.raises(DataError, match="no packed dataset"):
         check(tmp_path)
     (tmp_path / "dataset.json").write_text('{"format_version": 99}')
-    with pytest.raises(DataError, match="format_version 99, this program reads 1"):
+    with pytest.raises(DataError, match="format_version is 99, this program reads 1"):
         check(tmp_path)
 
 

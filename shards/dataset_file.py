@@ -1,0 +1,81 @@
+"""dataset.json: what holds for a whole packed dataset, written last and with a checksum of itself.
+
+pack -> [dataset.json] -> index, verify, overview
+"""
+
+import json
+import zlib
+from typing import Any
+
+from shards import storage
+from shards.errors import DamagedError, DataError
+from shards.format import DATASET_FILE, FORMAT_VERSION
+
+REQUIRED = {"format_version": int, "name": str, "noun": str, "cameras": int, "views": int, "splits": dict,
+            "fingerprint": str}  # fmt: skip
+OPTIONAL = {"options": dict, "source": str, "files": dict, "crc32": int}
+"""`crc32`: of all the other keys, see `_checksum`; datasets packed before it was written have none."""
+
+
+def write_dataset_json(url: str, dataset: dict[str, Any], work: str) -> None:
+    """Write it into the folder `url`. work: folder of the working file."""
+    storage.write_json(storage.join(url, DATASET_FILE), dataset | {"crc32": _checksum(dataset)}, work)
+
+
+def read_dataset_json(url: str) -> dict[str, Any]:
+    """The dataset's facts, its keys and types checked.
+
+    Raises DataError where there is none, or one of another format; DamagedError where it is not as it was written.
+    """
+    where = storage.join(url, DATASET_FILE)
+    try:
+        data = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{where}: no such file, so this is no packed dataset, or its packing never finished; "
+            "give the --out of `launch/pack.py build`, or run that command again"
+        ) from error
+    try:
+        dataset = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
+    if fault := _fault(dataset):
+        raise DamagedError(f"{where}: {fault}; copy it again or re-pack")
+    if dataset["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format_version is {dataset['format_version']!r}, this program reads {FORMAT_VERSION}; "
+            "pack the dataset again with this version"
+        )
+    dataset.pop("crc32", None)
+    return dataset
+
+
+def unknown_keys(dataset: dict[str, Any]) -> list[str]:
+    """Keys that nothing reads: a damaged name is one of them."""
+    return [key for key in dataset if key not in REQUIRED | OPTIONAL]
+
+
+def _checksum(dataset: dict[str, Any]) -> int:
+    """Of the values, however they are laid out in the file."""
+    rest = {key: value for key, value in dataset.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _fault(dataset: Any) -> str:
+    """What is wrong with the content; empty when it can be used, or is of another format."""
+    if not isinstance(dataset, dict):
+        return "holds no keys and values"
+    if "crc32" in dataset and dataset["crc32"] != _checksum(dataset):
+        return "its checksum says that it was changed since it was written"
+    if dataset.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        return ""
+    for key, kind in (REQUIRED | OPTIONAL).items():
+        if key in REQUIRED and key not in dataset:
+            return f"lacks {key}"
+        if key in dataset and type(dataset[key]) is not kind:
+            return f"{key} is {dataset[key]!r}, not of type {kind.__name__}"
+    for part, number in (("splits", "images"), ("files", "bytes")):
+        for name, facts in dataset.get(part, {}).items():
+            if not isinstance(facts, dict) or type(facts.get(number)) is not int or facts[number] < 0:
+                return f"{part}.{name} does not say how many {number}"
+    return ""
