@@ -9,6 +9,14 @@ class TrainingError(RuntimeError):
     """Training cannot go on, and a restart would not help. The message names stage, epoch, step and cause."""
 
 
+class Preempted(Exception):
+    """The run was asked to stop; a checkpoint of this very step is written."""
+
+
+class Drained(Preempted):
+    """A worker's node is about to be taken away; the workers are wanted again on other nodes."""
+
+
 class RankLost(RuntimeError):
     """A collective failed because ranks did not come to it; a restart from the newest checkpoint helps."""
 

@@ -18,17 +18,9 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoints, Due
 from cluster.engine import Engine
-from cluster.errors import TrainingError
+from cluster.errors import Drained, Preempted, TrainingError
 from cluster.manifest import Position
 from cluster.team import PATIENCE, Team
-
-
-class Preempted(Exception):
-    """The run was asked to stop; a checkpoint of this very step is written."""
-
-
-class Drained(Preempted):
-    """A worker's node is about to be taken away; the workers are wanted again on other nodes."""
 
 
 class Stage(Protocol):

@@ -6,32 +6,32 @@ Ray Train places the workers and starts them again after a failure; what they co
 does not know who placed it.
 """
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipreid.errors import ModelError
 from cluster.config import Config, parse_config
-from cluster.errors import ConfigError, RankLost, TrainingError
+from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.live import read_status
 from cluster.manifest import FOLDER, read_manifests
+from cluster.placement import shortage, worker_needs
 from cluster.report import STOP, request_stop, withdraw_stop
 from cluster.run_folder import METRICS
 from cluster.storage import Storage
-from shards.errors import DataError
+from cluster.team import PATIENCE, Team, join_process_group
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 
-FAILURE = "failure.json"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -56,15 +56,15 @@ def run_in_this_process(config: Config) -> dict[str, Any]:
     quiet_libraries()
     import torch
 
-    from cluster.loop import Preempted
-    from cluster.team import join_process_group
     from cluster.worker import train
 
-    team = join_process_group(config.cluster.timeout_s)
+    cpus = threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    team = join_process_group(config.cluster.timeout_s, cpus)
     check_world_size(config, team.world_size)
     if team.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(cpus)
     try:
+        team.on_first(lambda: withdraw_stop(config.run.dir), "withdraw an earlier request to stop")
         return train(config, team)
     except Preempted as stop:
         raise Stopped(str(stop)) from None
@@ -82,7 +82,7 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 def threads_per_worker(config: Config, workers_on_node: int) -> int:
     """Torch's threads on a CPU. Sums round differently with another number of threads, so where a run may move between
-    nodes of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
+    machines of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
     return config.cluster.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
 
 
@@ -117,14 +117,18 @@ def run_with_ray(config: Config) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from cluster.trainer import Trainer
+    from cluster.trainer import Trainer, final_cause
 
     run_dir = Storage(config.run.dir)
-    run_dir.remove(FAILURE)
     withdraw_stop(config.run.dir)
     _connect(config)
-    resources = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) > 0 if config.cluster.gpus_per_worker is None else config.cluster.gpus_per_worker
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    use_gpu = config.cluster.gpus_per_worker
+    if use_gpu is None:
+        use_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+    need = worker_needs(config, nodes, bool(use_gpu))
+    if line := shortage(config, nodes, need):
+        log.warning("%s", line)
     low, high = config.cluster.worker_range
     trainer = Trainer(
         _ray_worker,
@@ -134,31 +138,49 @@ def run_with_ray(config: Config) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=bool(use_gpu),
-            resources_per_worker=_resources_per_worker(config, resources, bool(use_gpu)),
+            resources_per_worker=need,
             placement_strategy=config.cluster.placement,
         ),
         run_config=RunConfig(
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage_path=f"{run_dir.url}/ray",
+            **ray_storage(run_dir),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             # Ray's own story of the run, with a traceback for every lost worker, goes to logs/train of its session.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    signal.signal(signal.SIGTERM, lambda *_: request_stop(config.run.dir))
+    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
     try:
         trainer.fit()
     except Exception as error:
-        raise _failure_of(run_dir) or TrainingError(_root_cause(error)) from error
+        if trainer.ended:
+            raise Stopped("stopped while no worker was running; the same command starts it or goes on") from None
+        raise final_cause(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
     finally:
         stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
         withdraw_stop(config.run.dir)
-    if failure := _failure_of(run_dir):
-        raise failure
     if stopped:
         raise Stopped("stopped as asked, after a checkpoint; the same command goes on from it")
     return run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
+
+
+def _stop(config: Config, trainer: Any) -> None:
+    request_stop(config.run.dir)
+    # In a thread: the main one is inside Ray, which asks its controller while it handles the signal.
+    threading.Thread(target=trainer.end_unless_running, daemon=True).start()
+
+
+def ray_storage(run_dir: Storage) -> dict[str, Any]:
+    """Where Ray Train keeps its records, in the run folder: through fsspec, as all else, where that is a URL."""
+    place = run_dir.place("ray")
+    if run_dir.local_root is not None:
+        return {"storage_path": place}
+    from fsspec.core import url_to_fs
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    files, path = url_to_fs(place)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
 
 
 def _connect(config: Config) -> None:
@@ -167,53 +189,40 @@ def _connect(config: Config) -> None:
 
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     low, high = config.cluster.worker_range
-    variables = {"PYTHONPATH": path} | _QUIET
+    variables = {"PYTHONPATH": path} | {name: os.environ[name] for name in _QUIET}
     if low != high:
         # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
-        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
+        variables[START_TIMEOUT] = os.environ.get(START_TIMEOUT, "20")
     options = {"logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return
+    # Workers started ahead lack our environment variables and would never be used.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Nothing big goes through Ray's object store: images and features have their own ways.
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, low), object_store_memory=100_000_000, **options)
-
-
-def _resources_per_worker(config: Config, resources: dict[str, float], use_gpu: bool) -> dict[str, float]:
-    """CPUs for a worker and its loaders, as far as the cluster has them; one GPU where it has any."""
-    _, high = config.cluster.worker_range
-    fair = max(1, int(resources.get("CPU", 1) // high))
-    cpus = config.cluster.cpus_per_worker or min(1 + config.data.loaders, fair)
-    return {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
     quiet_libraries()
-    import ray.train
+    import ray
     import torch
 
-    from cluster.loop import Drained, Preempted
-    from cluster.team import join_process_group
+    from cluster.trainer import FINAL
     from cluster.worker import train
 
     config = parse_config(settings["config"])
-    run_dir = Storage(config.run.dir)
-    if run_dir.exists(FAILURE):  # Ray started the workers again, but what went wrong would go wrong again.
-        return
-    team = join_process_group(config.cluster.timeout_s)
+    cpus = int(ray.get_runtime_context().get_assigned_resources()["CPU"])
+    team = join_process_group(config.cluster.timeout_s, cpus)
     if team.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(config, ray.train.get_context().get_local_world_size()))
+        torch.set_num_threads(cpus)
     try:
-        train(config, team, report=partial(_report_to_ray, run_dir, team.rank))
-    except Drained:
-        raise  # Ray counts it as the node's doing and starts the workers on other nodes.
+        train(config, team, report=partial(_report_to_ray, Storage(config.run.dir), team))
+    except (Drained, *FINAL):
+        raise  # What comes of them is `RestartPolicy`'s to decide.
     except Preempted:
         return
-    except (ConfigError, DataError, ModelError, TrainingError) as error:
-        with contextlib.suppress(OSError):  # A full disk, of which the error speaks.
-            run_dir.write_json(FAILURE, {"type": type(error).__name__, "message": str(error), "rank": team.rank})
-        raise
     except RankLost as error:
         log.error("%s", error)
         raise
@@ -222,34 +231,30 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         raise
 
 
-def _report_to_ray(run_dir: Storage, rank: int, metrics: dict[str, Any]) -> None:
+def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> None:
     """Tell Ray Train of an epoch. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
     copy the state, and it records a checkpoint only some time after the report."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as folder:
-        newest = read_manifests(run_dir)[0][-1:] if rank == 0 else []
+        newest = read_manifests(run_dir)[0][-1:] if team.is_first else []
         for manifest in newest:
             pointer = {"checkpoint": run_dir.place(f"{FOLDER}/{manifest.name}")}
             (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if newest else None)
+        with team.joining("report to Ray", PATIENCE):
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if newest else None)
 
 
-def _failure_of(run_dir: Storage) -> Exception | None:
-    """What a worker wrote down before it gave up, as the exception it was."""
-    if not run_dir.exists(FAILURE):
-        return None
-    facts = run_dir.read_json(FAILURE)
-    kinds = {kind.__name__: kind for kind in (ConfigError, DataError, ModelError, TrainingError)}
-    return kinds[facts["type"]](facts["message"])
-
-
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException, max_failures: int) -> str:
     """The workers' own words out of Ray's wrapping, in one line."""
     failures = getattr(error, "worker_failures", None)
-    if failures:
-        return "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
-    return _last_line(error)
+    if not failures:
+        return _last_line(error)
+    words = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
+    return (
+        f"{words}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
+        "checkpoint; cluster.max_failures allows for more"
+    )
 
 
 def _last_line(error: BaseException) -> str:

@@ -31,6 +31,8 @@ class Team:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    cpus: int | None = None
+    """CPUs that this worker has for itself and its loaders; None: not known."""
     watchdog: Watchdog | None = None
     patient_group: Any = None
     """The same ranks with a longer timeout."""
@@ -109,7 +111,7 @@ class Team:
         self.collect(None, operation)
 
 
-def join_process_group(timeout_s: float) -> Team:
+def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:
     """Make the process group that torchrun's environment describes, or one of a single process.
 
     Under Ray Train the group exists already and is adopted; one of gloo says that workers have no GPU, though a node's
@@ -127,10 +129,10 @@ def join_process_group(timeout_s: float) -> Team:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
-        return Team(rank, world_size, local_rank, device)
+        return Team(rank, world_size, local_rank, device, cpus)
     watchdog = Watchdog(rank, world_size, timeout_s)
     patient = dist.new_group(timeout=timedelta(seconds=PATIENCE * timeout_s))
-    return Team(rank, world_size, local_rank, device, watchdog, patient)
+    return Team(rank, world_size, local_rank, device, cpus, watchdog, patient)
 
 
 def choose_device(local_rank: int) -> torch.device:

@@ -1,16 +1,49 @@
-"""Ray Train's trainer, with two of its inner parts changed that it offers no public way to change.
+"""Ray Train's trainer, with those of its inner parts changed that it offers no public way to change.
 
     orchestrate ──▶ [trainer] ──▶ Ray Train's controller ──▶ worker groups
 
 Ray's own elastic policy takes any number of workers between min and max. This one rounds what the cluster can hold
-down to the next size that splits a batch into whole identities.
+down to the next size that splits a batch into whole identities. Ray's failure policy starts the workers again after
+every kind of error and counts them all; ours knows which of them a restart does not help, and which are a node's doing.
 """
 
 from typing import Any
 
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+from clipreid.errors import ModelError
+from cluster.errors import ConfigError, Drained, TrainingError
+from shards.errors import DataError
+
+FINAL = (ConfigError, DataError, ModelError, TrainingError)
+"""Errors of a worker that a restart would meet again."""
+ANSWER_S = 10.0
+"""Ray's controller answers at once, unless it waits for nodes to place workers on."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """What the workers raised, out of Ray's wrapping."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return [getattr(failure, "_base_exc", failure) for failure in failures]
+
+
+def final_cause(error: BaseException) -> BaseException | None:
+    return next((cause for cause in causes(error) if isinstance(cause, FINAL)), None)
+
+
+class RestartPolicy(DefaultFailurePolicy):
+    """Which errors end the run, and which of the others count towards max_failures."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if final_cause(training_failed_error):
+            return FailureDecision.RAISE
+        if any(isinstance(cause, Drained) for cause in causes(training_failed_error)):
+            return FailureDecision.RETRY
+        return super().make_decision(training_failed_error)
 
 
 class WholeIdentitiesPolicy(ElasticScalingPolicy):
@@ -41,8 +74,28 @@ class Trainer(TorchTrainer):
     def __init__(self, *args: Any, sizes: list[int], **options: Any):
         super().__init__(*args, **options)
         self.sizes = sizes
+        self.ended = False
+        """Whether `end_unless_running` has ended the run."""
+        self._controller: Any = None
+
+    def end_unless_running(self) -> None:
+        """End the run where there are no workers that could save a checkpoint first."""
+        if self._controller is None:
+            return
+        try:
+            state = type(ray.get(self._controller.get_state.remote(), timeout=ANSWER_S)).__name__
+        except ray.exceptions.GetTimeoutError:
+            state = "SchedulingState"
+        if state in ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState"):
+            self.ended = True
+            ray.kill(self._controller)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+        super()._register_sigint_handler(controller)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = RestartPolicy(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
             parts["scaling_policy"] = WholeIdentitiesPolicy(self.scaling_config, self.sizes)
         return super()._initialize_and_run_controller(**parts)

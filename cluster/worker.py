@@ -21,12 +21,13 @@ from clipreid.prompts import PromptedText
 from clipreid.weights import ModelCard, save_model
 from cluster.checkpoint import Checkpoints, Due
 from cluster.config import Config, results_settings
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, Preempted
 from cluster.evaluate import evaluate
 from cluster.features import extract
-from cluster.loop import Preempted, run_stage
+from cluster.loop import run_stage
 from cluster.manifest import Manifest, Position
 from cluster.model_spec import model_spec
+from cluster.placement import fit_loaders
 from cluster.preflight import preflight
 from cluster.report import RunReporter
 from cluster.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
@@ -49,7 +50,7 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
         TrainingError: a loss was not finite, or a checkpoint could not be written.
     """
     workers = preflight(config, team)
-    run = Run(config, team, report)
+    run = Run(fit_loaders(config, team.cpus), team, report)
     try:
         run.reporter.show_workers(workers)
         run.start()

@@ -15,9 +15,9 @@ from torch import nn
 from cluster.checkpoint import Checkpoints, Due
 from cluster.config import parse_config, results_settings
 from cluster.engine import MOMENTS, Fragment
-from cluster.errors import ConfigError, TrainingError
+from cluster.errors import ConfigError, Preempted, TrainingError
 from cluster.host_copy import HostCopy
-from cluster.loop import Preempted, run_stage
+from cluster.loop import run_stage
 from cluster.manifest import FOLDER, Position, check_may_continue, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team

@@ -1,9 +1,20 @@
-"""What is changed in Ray Train's trainer: sizes of the worker group, and one actor less. No cluster is started."""
+"""What is changed in Ray Train's trainer: sizes of the worker group, which errors a restart follows, where its records
+lie, and one actor less. No cluster is started."""
+
+import pickle
 
 import pytest
-from ray.train import ScalingConfig
+from object_store import s3_server
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.trainer import Trainer, WholeIdentitiesPolicy
+from cluster.errors import Drained, RankLost, TrainingError
+from cluster.orchestrate import _root_cause, ray_storage
+from cluster.storage import Storage
+from cluster.trainer import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_cause
 
 NODES = {"one": {"CPU": 2.0}, "two": {"CPU": 5.0}}
 
@@ -22,3 +33,40 @@ def test_rays_cleaner_which_may_ask_another_cluster_on_the_machine_is_left_out()
     ours = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     theirs = {type(callback).__name__ for callback in super(Trainer, trainer)._create_default_callbacks()}
     assert theirs - ours == {"PlacementGroupCleanerCallback"}
+
+
+LOST = RankLost(0, "average losses", 3.0, {1: "silent"}, "connection reset")
+
+
+def failed(**errors):
+    """Ray's error of a worker group, as its controller sees it."""
+    wrapped = {int(rank[-1]): UserExceptionWithTraceback(error, str(error)) for rank, error in errors.items()}
+    return pickle.loads(pickle.dumps(WorkerGroupError("workers failed", wrapped)))
+
+
+def test_drains_do_not_count_towards_max_failures():
+    policy = RestartPolicy(FailureConfig(max_failures=1))
+    drains = [failed(rank0=Drained("stopped"), rank1=LOST) for _ in range(4)]
+    assert {policy.make_decision(error) for error in drains} == {FailureDecision.RETRY}
+    decisions = [policy.make_decision(failed(rank1=LOST)) for _ in range(2)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_what_a_restart_would_meet_again_ends_the_run_with_its_own_error():
+    error = failed(rank0=LOST, rank1=TrainingError("disk full"))
+    assert RestartPolicy(FailureConfig(max_failures=-1)).make_decision(error) == FailureDecision.RAISE
+    cause = final_cause(error)
+    assert isinstance(cause, TrainingError) and str(cause) == "disk full"
+
+
+def test_a_run_given_up_says_after_how_many_restarts_and_what_to_do():
+    said = _root_cause(failed(rank1=LOST), max_failures=3)
+    assert "worker 1: rank 0 waited 3 s in 'average losses'" in said and "after 3 restarts" in said
+    assert "repeat the command" in said and "cluster.max_failures" in said
+
+
+def test_rays_records_go_to_the_run_folder_behind_any_url(tmp_path):
+    assert ray_storage(Storage(tmp_path / "run")) == {"storage_path": f"{tmp_path}/run/ray"}
+    with s3_server("runs") as bucket:
+        StorageContext(experiment_dir_name="start", read_only=False, **ray_storage(Storage(f"{bucket}/one")))
+        assert Storage(f"{bucket}/one/ray").names("start")

@@ -1,0 +1,50 @@
+"""What a worker gets of a node, and what a user is told when the nodes have no room. No cluster is started."""
+
+import pytest
+
+from cluster.config import parse_config
+from cluster.placement import fit_loaders, room_for, shortage, worker_needs
+
+NODES = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 5.0, "GPU": 1.0}, {"CPU": 2.0}]
+
+
+def config(loaders=2, **cluster):
+    return parse_config({"data": {"shards": "x", "loaders": loaders}, "cluster": cluster})
+
+
+@pytest.mark.parametrize(
+    ("placement", "cpus", "gpus"), [("PACK", 7, 3), ("SPREAD", 7, 3), ("STRICT_SPREAD", 3, 2), ("STRICT_PACK", 4, 2)]
+)
+def test_room_is_counted_by_whole_workers_and_by_placement(placement, cpus, gpus):
+    assert room_for(NODES, {"CPU": 2.0}, placement) == cpus
+    assert room_for(NODES, {"CPU": 2.0, "GPU": 1.0}, placement) == gpus
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "use_gpu", "cpus"),
+    [
+        ({"workers": 2}, NODES, True, 3),
+        ({"workers": 2, "cpus_per_worker": 7}, NODES, True, 7),
+        ({"workers": 2}, [{"CPU": 4.0, "GPU": 2.0}], True, 2),
+        ({"workers": 2}, [{"CPU": 8.0}], False, 4),
+        ({"workers": 2, "placement": "STRICT_SPREAD"}, [{"CPU": 8.0}, {"CPU": 3.0}], False, 3),
+        ({"workers": {"min": 1, "max": 4}}, [{"CPU": 8.0}], False, 2),
+        ({"workers": 4}, [{"CPU": 2.0}], False, 1),
+    ],
+)
+def test_a_worker_gets_cpus_for_its_loaders_or_without_gpus_its_share(settings, nodes, use_gpu, cpus):
+    need = worker_needs(config(**settings), nodes, use_gpu)
+    assert need == ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus})
+
+
+def test_workers_that_cannot_be_placed_are_told_with_what_is_there_and_what_to_change():
+    asked = config(workers=4)
+    assert shortage(asked, NODES, {"CPU": 2.0}) is None
+    said = shortage(asked, NODES, {"CPU": 2.0, "GPU": 1.0})
+    assert "4 workers with 2 CPU and 1 GPU each" in said and "8 CPU and 2 GPU; 5 CPU and 1 GPU; 2 CPU and 0 GPU" in said
+    assert "room for 3" in said and "change cluster.workers" in said
+    assert shortage(config(workers={"min": 2, "max": 8}), NODES, {"GPU": 1.0}) is None
+
+
+def test_a_worker_has_no_more_loaders_than_cpus():
+    assert [fit_loaders(config(loaders=3), cpus).data.loaders for cpus in (1, 3, 8, None)] == [1, 3, 3, 3]
