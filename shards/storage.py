@@ -102,7 +102,7 @@ def read_text(url: str, encoding: str = "utf-8") -> str:
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such file") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{url}: not {encoding} text ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{url}: not {encoding} text ({error.reason} at byte {error.start}); convert it") from error
 
 
 def make_folder(url: str) -> None:
@@ -271,7 +271,7 @@ def _walk(folder: Path, prefix: str, above: frozenset = frozenset()) -> Iterator
         return
     inside = above | {(stat.st_dev, stat.st_ino)}
     if len(inside) == len(above):
-        raise DataError(f"{folder}: a link to a folder that it lies in; remove the link")
+        raise DataError(f"{folder}: lies in itself, by a link; remove the link")
     for entry in entries:
         if entry.is_dir():
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", inside)

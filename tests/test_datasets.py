@@ -230,6 +230,8 @@ def test_veri776_view_faults_name_the_line(tmp_path):
         tmp_path,
         views=(f"{tmp_path}/v.txt",),
     )
+    write(tmp_path / "v.txt", f"a/{name} {VIEWS_LINE} ²\n")
+    fails("v.txt, line 1: expected PATH", "veri776", tmp_path, views=(f"{tmp_path}/v.txt",))
     write(tmp_path / "v.txt", f"a/{name} {VIEWS_LINE} 1\n\na/{name} {VIEWS_LINE} 2\n")
     fails("line 3: .* has view 2, before it had 1", "veri776", tmp_path, views=(f"{tmp_path}/v.txt",))
     fails("nothere.txt: no such file", "veri776", tmp_path, views=(f"{tmp_path}/nothere.txt",))
@@ -317,6 +319,11 @@ def test_manifest_optional_cells_may_be_empty(tmp_path):
         ("a.jpg,,train,0", "identity is empty"),
         ("a.jpg,x,train,c1", "camera is 'c1', not a number"),
         ("a.jpg,x,train", "3 cells for 4 columns"),
+        ("a.jpg,x,train,10000", "row 2: camera is 10000, above 9,999"),
+        ("a.jpg,x,train," + "9" * 5000, "row 2: camera is 9"),
+        ("a.jpg,x,train,²", "camera is '²', not a number"),
+        ('a.jpg,"x"y,train,0', "line 3: not readable as CSV"),
+        ('a.jpg,"x,train,0', "line 3: not readable as CSV"),
     ],
 )
 def test_manifest_faults_name_the_row(line, fault, tmp_path):
@@ -329,10 +336,103 @@ def test_manifest_columns_are_closed(tmp_path):
     fails("unknown column cam; columns are", "manifest", tmp_path / "m.csv")
     write(tmp_path / "m.csv", "path,split\n")
     fails("lacks column identity", "manifest", tmp_path / "m.csv")
-    write(tmp_path / "m.parquet", "no parquet")
-    fails("not a Parquet file", "manifest", tmp_path / "m.parquet")
+    write(tmp_path / "m.csv", "path,identity,split,path\n")
+    fails("more than one column path", "manifest", tmp_path / "m.csv")
+    write(tmp_path / "m.csv", "path,identity,split\né.jpg,x,train\n".encode("latin-1"))
+    fails("m.csv: not utf-8 text .* byte 20", "manifest", tmp_path / "m.csv")
+    write(tmp_path / "m.csv", "")
+    fails("lacks column path, identity, split", "manifest", tmp_path / "m.csv")
     fails("nothere.csv: no such file", "manifest", tmp_path / "nothere.csv")
     fails("wants a table", "manifest", tmp_path)
+
+
+def test_manifest_rows_without_anything_are_passed_over(tmp_path):
+    lines = ["path,identity,split,camera", "a.jpg,x,train,0", "", "b.jpg,y,query,0", ",,,", "c.jpg,y,gallery,1", "   "]
+    write(tmp_path / "m.csv", "\n".join(lines))
+    assert [r.path for r in read("manifest", tmp_path / "m.csv").records] == ["a.jpg", "b.jpg", "c.jpg"]
+    write(tmp_path / "m.csv", "\n".join([*lines, "d.jpg,z,nosplit,1"]))
+    fails("row 7: split 'nosplit'", "manifest", tmp_path / "m.csv")
+
+
+COLUMNS = {"path": ["a.jpg", "b.jpg", "c.jpg"], "identity": [7, 8, 8], "split": ["train", "query", "gallery"]}
+
+
+def test_manifest_parquet_identities_may_be_whole_numbers_and_categories(tmp_path):
+    table = pyarrow.table(
+        COLUMNS | {"camera": [0.0, None, 2.0], "split": pyarrow.array(COLUMNS["split"]).dictionary_encode()}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    records = read("manifest", tmp_path / "m.parquet").records
+    assert [(r.identity, r.split, r.camera) for r in records] == [
+        ("7", "train", 0),
+        ("8", "query", -1),
+        ("8", "gallery", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "kind"),
+    [
+        ("identity", [7.0, 8.0, 8.0], "double"),
+        ("identity", [b"7", b"8", b"8"], "binary"),
+        ("path", [b"a.jpg", b"b.jpg", b"c.jpg"], "binary"),
+        ("time", [b"noon", b"noon", b"noon"], "binary"),
+    ],
+)
+def test_manifest_parquet_columns_whose_text_is_not_certain_are_refused(column, values, kind, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table(COLUMNS | {column: values}), tmp_path / "m.parquet")
+    fails(f"m.parquet: column {column} is of type {kind}", "manifest", tmp_path / "m.parquet")
+
+
+def test_a_damaged_manifest_parquet_is_told_wherever_the_damage_is(tmp_path):
+    path = tmp_path / "m.parquet"
+    write(path, "no parquet")
+    fails("not a Parquet file", "manifest", path)
+    pyarrow.parquet.write_table(pyarrow.table(COLUMNS), path, compression="zstd")
+    good = path.read_bytes()
+    damaged = 0
+    for position in range(4, len(good) - 8, 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
+        try:
+            read("manifest", path)
+        except DataError as error:
+            damaged += "not a Parquet file, or damaged" in str(error)
+    assert damaged > 20
+
+
+def test_a_broken_zip_is_told_as_a_whole_and_for_the_image_it_breaks(tmp_path):
+    make_duke(tmp_path / "m")
+    shutil.make_archive(str(tmp_path / "m"), "zip", tmp_path / "m")
+    good = (tmp_path / "m.zip").read_bytes()
+    write(tmp_path / "cut.zip", good[:-40])
+    fails("cut.zip: not a readable zip file", "dukemtmc", tmp_path / "cut.zip")
+    with zipfile.ZipFile(tmp_path / "m.zip") as file:
+        image = next(info for info in file.infolist() if info.filename.endswith("f0001105.jpg"))
+    start = image.header_offset + 200
+    write(tmp_path / "bad.zip", good[:start] + bytes(20) + good[start + 20 :])
+    duke = read("dukemtmc", tmp_path / "bad.zip")
+    broken = []
+    for record in duke.records:
+        try:
+            duke.sources[""].read(record.path)
+        except OSError as error:
+            broken.append(record.path)
+            assert "the zip file is damaged there" in str(error)
+    assert broken == [image.filename]
+
+
+def test_a_link_to_a_folder_above_is_told_and_other_links_are_followed(tmp_path):
+    make_market(tmp_path / "elsewhere")
+    (tmp_path / "m").mkdir()
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        (tmp_path / "m" / folder).symlink_to(tmp_path / "elsewhere" / folder)
+    assert read("market1501", tmp_path / "m").records == read("market1501", tmp_path / "elsewhere").records
+    (tmp_path / "elsewhere" / "query" / "again").symlink_to(tmp_path / "elsewhere")
+    fails(
+        "elsewhere/query/again/query: lies in itself",
+        "market1501",
+        tmp_path / "elsewhere",
+    )
 
 
 def test_a_joint_dataset_keeps_identities_cameras_and_paths_apart(tmp_path):

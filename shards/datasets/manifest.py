@@ -11,16 +11,22 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from shards import storage
 from shards.datasets.layout import IMAGE_ENDINGS
-from shards.errors import DataError
+from shards.errors import DataError, StoreError
 from shards.records import ImageRecord
 from shards.storage import Source
+
+if TYPE_CHECKING:
+    import pyarrow
 
 TABLE_FORMATS = (".csv", ".parquet")
 REQUIRED = ("path", "identity", "split")
 OPTIONAL = ("camera", "view", "time")
+MAX_NUMBER = 9_999
+"""Of a camera or view. Their numbers are counted up to the largest, and each gets a row of the model's tables."""
 
 
 @dataclass(frozen=True)
@@ -66,38 +72,74 @@ def number_or_unknown(text: str, what: str) -> int:
         return -1
     if not text.isdecimal():
         raise DataError(f"{what} is {text!r}, not a number 0, 1, ...; leave it empty when unknown")
+    if len(text) > len(str(MAX_NUMBER)) or int(text) > MAX_NUMBER:
+        raise DataError(f"{what} is {text}, above {MAX_NUMBER:,}: number them 0, 1, ... without large gaps")
     return int(text)
 
 
 def read_table(url: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row number from 1, cells as text) of each row; raises DataError on missing and unknown columns."""
-    try:
-        data = storage.read_bytes(url)
-    except FileNotFoundError as error:
-        raise DataError(f"{url}: no such file") from error
-    if url.lower().endswith(".parquet"):
-        columns, rows = _parquet_rows(url, data)
-    else:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        columns, rows = [name.strip() for name in next(reader, [])], reader
+    """(row number from 1, cells as text) of each row that is not empty; raises DataError on faulty columns."""
+    columns, rows = _parquet_rows(url) if url.lower().endswith(".parquet") else _csv_rows(url)
     absent = [name for name in REQUIRED if name not in columns]
     unknown = [name for name in columns if name not in REQUIRED + OPTIONAL]
-    if absent or unknown:
-        fault = f"lacks column {', '.join(absent)}" if absent else f"has unknown column {', '.join(unknown)}"
-        raise DataError(f"{url} {fault}; columns are path, identity, split and optionally camera, view, time")
+    twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
+    for names, fault in ((absent, "lacks"), (unknown, "has unknown"), (twice, "has more than one")):
+        if names:
+            raise DataError(
+                f"{url} {fault} column {', '.join(names)}; columns are path, identity, split and optionally camera, "
+                "view, time"
+            )
     for number, row in enumerate(rows, 1):
+        if not any(cell.strip() for cell in row):
+            continue
         if len(row) != len(columns):
             raise DataError(f"{url}, row {number}: {len(row)} cells for {len(columns)} columns")
         yield number, {name: cell.strip() for name, cell in zip(columns, row, strict=True)}
 
 
-def _parquet_rows(url: str, data: bytes) -> tuple[list[str], Iterator[tuple[str, ...]]]:
+def _csv_rows(url: str) -> tuple[list[str], Iterator[list[str]]]:
+    reader = csv.reader(io.StringIO(storage.read_text(url), newline=""), strict=True)
+
+    def lines() -> Iterator[list[str]]:
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise DataError(
+                f"{url}, line {reader.line_num}: not readable as CSV ({error}); check its quotes"
+            ) from error
+
+    rows = lines()
+    return [name.strip() for name in next(rows, [])], rows
+
+
+def _parquet_rows(url: str) -> tuple[list[str], Iterator[tuple[str, ...]]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(pyarrow.BufferReader(data))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{url}: not a Parquet file ({error})") from error
+        table = parquet.ParquetFile(pyarrow.BufferReader(storage.read_bytes(url))).read()
+        table.validate(full=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: no such file") from error
+    except StoreError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{url}: not a Parquet file, or damaged ({str(error).splitlines()[0]})") from error
+    for column in table.schema:
+        if not _is_text_or_number(column):
+            raise DataError(
+                f"{url}: column {column.name} is of type {column.type}; write it as text"
+                + (" or whole numbers" if column.name == "identity" else "")
+            )
     columns = [["" if cell is None else str(cell) for cell in column.to_pylist()] for column in table.columns]
     return table.column_names, zip(*columns, strict=True)
+
+
+def _is_text_or_number(column: "pyarrow.Field") -> bool:
+    """Whether str() of a cell is what was meant: an identity 1.0 is not the identity 1, b'x' is not x."""
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind) or types.is_null(kind):
+        return True
+    return column.name not in REQUIRED and not (types.is_binary(kind) or types.is_large_binary(kind))

@@ -82,7 +82,7 @@ def read_views(files: tuple[str, ...]) -> dict[str, int]:
             fields = line.rsplit(None, 41)
             if not fields:
                 continue
-            if len(fields) != 42 or not fields[-1].isdigit() or int(fields[-1]) >= NUM_VIEWS:
+            if len(fields) != 42 or not fields[-1].isdecimal() or int(fields[-1]) >= NUM_VIEWS:
                 raise DataError(f"{file}, line {number}: expected PATH, 40 numbers and a view 0-7, got {line[:80]!r}")
             name = PurePosixPath(fields[0].replace("\\", "/")).name
             if views.setdefault(name, int(fields[-1])) != int(fields[-1]):
