@@ -8,9 +8,7 @@ blocks do not depend on the number of ranks: so the value of a pair does not dep
 equal rows get equal values.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from threading import Lock
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from clipreid.errors import ModelError
 from clipreid.ranking import Labels, ReduceSum, ascending, query_blocks
+from clipreid.threads import in_threads
 
 QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product
 SAMPLE = 1024
@@ -85,7 +84,8 @@ class Products:
             with locks[number]:
                 work(number, start, product[: len(self.queries[number].rows), :width])
 
-        _in_threads(multiply, tasks(), self.device)
+        for _ in in_threads(multiply, tasks(), self.device):
+            pass
 
     def sample_distance(self, rate: float, reduce_sum: ReduceSum) -> Tensor:
         """About how far this fraction of the negatives is at most, from a sample of pairs. float32 scalar."""
@@ -113,26 +113,6 @@ class Products:
             row = numbers[int(squared.isfinite().logical_not().nonzero()[0])]
             raise ModelError(f"{name} feature of row {row} is not finite: extract the features again.")
         return padded, squared
-
-
-def _in_threads(work: Callable[..., None], tasks: Iterable[tuple], device: torch.device) -> None:
-    """work(*task) of each task, on a CPU in as many threads as torch has, each using one."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        for task in tasks:
-            work(*task)
-        return
-    pending: deque = deque()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for task in tasks:
-                pending.append(pool.submit(work, *task))
-                if len(pending) > 2 * threads:
-                    pending.popleft().result()
-            while pending:
-                pending.popleft().result()
-    finally:
-        torch.set_num_threads(threads)  # The number that later threads begin with is that of the last call.
 
 
 def gallery_rows(gallery: Labels, rank: int, world_size: int) -> np.ndarray:

@@ -35,8 +35,7 @@ from shards.index import ShardIndex
 def this_team(config: Config) -> Iterator[Team]:
     """The processes that torchrun started, of which this is one; without torchrun this one alone.
 
-    Features are the same bit by bit for any number of them, on a CPU with one number of threads each
-    (cluster.cpus_per_worker).
+    Features and metrics are the same bit by bit for any number of them, and of threads on a CPU.
     """
     launched = "WORLD_SIZE" in os.environ
     quiet_libraries()

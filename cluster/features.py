@@ -9,6 +9,7 @@ was encoded goes to the file round by round, so that no worker ever holds more t
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipreid.threads import in_threads
 from cluster.team import PATIENCE, Team
 from shards.errors import DataError
 from shards.index import ShardIndex
@@ -24,8 +26,11 @@ from shards.sequential import ImageBatch, SequentialLoader
 
 ROUND_IMAGES = 4096
 """Images of each worker that are encoded between two exchanges, in whole batches."""
+THREAD_IMAGES = 16
+"""Images that one thread of a CPU encodes at a time: few, so that few images keep all threads busy."""
 Encode = Callable[[Tensor, Tensor], Tensor]
-"""uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width]."""
+"""uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width].
+Called in several threads on a CPU, without gradient."""
 
 
 class Batches(Protocol):
@@ -73,37 +78,52 @@ def extract_batches(
 ) -> np.ndarray:
     """The same for the images 0 … total - 1 of a loader, in batches of up to `batch`."""
     assert total, "splits and folders without images are refused before"
-    encoded = encode_batches(encode, loader, batch, team.device, on_images)
-    per_round = -(-ROUND_IMAGES // batch)
-    rounds = max(team.collect(-(-len(loader) // per_round), "rounds of features"))
+    size = _forward_images(batch, team.device)
+    per_round = -(-ROUND_IMAGES // size)
+    parts_here = len(loader) * -(-batch // size)
+    rounds = max(team.collect(-(-parts_here // per_round), "rounds of features"))
     bank = None
-    for _ in range(rounds):
-        parts = _encoded_round(islice(encoded, per_round), team)
-        bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
-        bank.add(parts)
+    with closing(encode_batches(encode, loader, batch, team.device, on_images)) as encoded:
+        for _ in range(rounds):
+            parts = _encoded_round(islice(encoded, per_round), team)
+            bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
+            bank.add(parts)
     return bank.whole()
 
 
-@torch.no_grad()
 def encode_batches(
     encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, on_images: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images."""
-    done = 0
-    for part in batches:
-        yield part.rows, _encode_padded(encode, part, batch, device)
-        done += len(part.rows)
-        on_images(done)
+    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images, on a
+    CPU of parts of batches: each is encoded by one thread, so that features do not depend on the number of threads."""
+    size, done = _forward_images(batch, device), 0
+
+    def work(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, _encode_padded(encode, rows, images, size, device)
+
+    parts = (part for read in batches for part in zip(read.rows.split(size), read.images.split(size), strict=True))
+    with closing(in_threads(work, parts, device)) as encoded:
+        for rows, features in encoded:
+            done += len(rows)
+            on_images(done)
+            yield rows, features
 
 
-def _encode_padded(encode: Encode, part: ImageBatch, batch: int, device: torch.device) -> Tensor:
-    """Features of one batch, which is filled up to `batch` images: one shape for all, so that an image's feature
-    depends as little as possible on how many workers share the split."""
-    missing = batch - len(part.rows)
-    images = torch.cat([part.images, part.images[-1:].expand(missing, -1, -1, -1)]) if missing else part.images
-    rows = torch.cat([part.rows, part.rows[-1:].expand(missing)]) if missing else part.rows
+def _forward_images(batch: int, device: torch.device) -> int:
+    """Images of one forward pass."""
+    return min(batch, THREAD_IMAGES) if device.type == "cpu" else batch
+
+
+@torch.no_grad()
+def _encode_padded(encode: Encode, rows: Tensor, images: Tensor, size: int, device: torch.device) -> Tensor:
+    """Features of some images, which are filled up to `size`: one shape for all, so that an image's feature does not
+    depend on how many workers share the split."""
+    count = len(rows)
+    if missing := size - count:
+        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+        rows = torch.cat([rows, rows[-1:].expand(missing)])
     encoded = encode(images.to(device, non_blocking=True), rows.to(device, non_blocking=True))
-    return encoded[: len(part.rows)].float().cpu()
+    return encoded[:count].float().cpu()
 
 
 def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list[tuple[Tensor, Tensor]]:

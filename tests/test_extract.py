@@ -2,6 +2,9 @@
 
 import json
 import subprocess
+import threading
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,8 +22,12 @@ from clipreid.model import build_models
 from cluster import feature_parts, features
 from cluster.config import load_config
 from cluster.errors import ConfigError
+from cluster.evaluate import encode_split
+from cluster.evaluate import evaluate as evaluate_in_team
 from cluster.feature_file import read_pair, write_features
 from cluster.model_spec import model_spec
+from cluster.team import Team
+from cluster.worker import Run
 from launch import evaluate, extract
 from shards.errors import DataError
 from shards.folder import FolderLoader
@@ -86,6 +93,53 @@ def test_two_workers_evaluate_and_rerank_as_one_does(arguments, tmp_path):
     on_workers(2, "evaluate.py", *arguments, "--out", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two and one["rerank"]["mAP"] != one["mAP"]
+
+
+def threaded_evaluation(team, threads, arguments):
+    """The gallery's features and all metrics on each rank, which has that many threads."""
+    torch.set_num_threads(threads)
+    model, index, config = applied(arguments)
+    seen = encode_split(model, index, "gallery", config, team, lambda count: None)
+    return np.array(seen), evaluate_in_team(model, index, config, team)
+
+
+def applied(arguments):
+    config = load_config(arguments[1], arguments[4:])
+    index = ShardIndex.open(config.data.shards)
+    return build_models(model_spec(config, index), arguments[3], config.run.seed)[0].eval(), index, config
+
+
+def test_features_and_metrics_do_not_depend_on_ranks_or_threads(arguments):
+    settings = [*arguments, "eval.batch=32"]
+    found = [
+        each
+        for ranks, threads in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
+        for each in on_processes(ranks, threaded_evaluation, threads, settings)
+    ]
+    assert len(found) == 10 and "rerank" in found[0][1]
+    for seen, metrics in found[1:]:
+        assert np.array_equal(seen, found[0][0]) and metrics == found[0][1]
+
+
+def test_threads_evaluate_a_compiled_encoder_as_it_was_written_and_without_gradient(arguments):
+    """What compiles for training has static shapes, and neither this choice nor grad mode may end at a thread."""
+    model, index, config = applied(arguments)
+    plain = encode_split(model, index, "query", config, Team(), lambda count: None)
+    model.image_encoder.compile(backend="eager", dynamic=False)
+    seen = []
+    model.image_encoder.register_forward_hook(lambda *_: seen.append((threading.get_ident(), torch.is_grad_enabled())))
+    run = SimpleNamespace(reporter=MagicMock(), model=model, index=index, config=config, team=Team())
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.set_num_threads(2)
+    try:
+        Run.evaluate(run, "evaluate")
+        with torch.compiler.set_stance("force_eager"):
+            compiled = encode_split(model, index, "query", config, Team(), lambda count: None)
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(compiled, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert len({thread for thread, _ in seen}) > 1 and not any(grad for _, grad in seen)
 
 
 def test_a_folder_of_parts_holds_what_the_file_holds_in_order(arguments, alone, tmp_path, monkeypatch):
