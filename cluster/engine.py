@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipreid.optim import adam as make_adam
 from cluster.errors import TrainingError
-from cluster.team import Team
+from cluster.team import PATIENCE, Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,21 +65,21 @@ class Engine:
         self._settings = [{k: g[k] for k in ("betas", "eps", "weight_decay") if k in g} for g in groups]
         adam = make_adam(groups, fused=team.device.type == "cuda")
         deepspeed = prepare_deepspeed(team.device)
-        deepspeed.init_distributed(dist_backend="nccl" if team.device.type == "cuda" else "gloo", verbose=False)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self.module,
-            optimizer=adam,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0,  # Its default is 1.0, the paper clips nothing.
-                "zero_optimization": _zero_settings(zero_stage),
-                # By default it waits for the GPU twice a step, to time what the run's own log times.
-                "timers": {"throughput": {"enabled": False, "synchronized": False}},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 2**40,
-            },
-        )
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # Its default is 1.0, the paper clips nothing.
+            "zero_optimization": _zero_settings(zero_stage),
+            # By default it waits for the GPU twice a step, to time what the run's own log times.
+            "timers": {"throughput": {"enabled": False, "synchronized": False}},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**40,
+        }
+        with team.joining("start DeepSpeed", PATIENCE):
+            deepspeed.init_distributed(dist_backend="nccl" if team.device.type == "cuda" else "gloo", verbose=False)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=self.module, optimizer=adam, config=settings
+            )
         self._remembered: list[tuple[list[Tensor], list[Tensor]]] | None = None
         self.steps = 0
         """Optimizer steps taken, over all epochs of the stage."""

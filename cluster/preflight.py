@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import StringIO
@@ -33,7 +34,8 @@ MARKERS = "preflight"
 
 @dataclass
 class WorkerFacts:
-    """What one worker says of itself. `faults` has a line for each thing that would stop the run later."""
+    """What one worker says of itself. `faults` has a line for each thing that would stop the run later, `warnings` for
+    what may."""
 
     rank: int
     host: str
@@ -46,6 +48,7 @@ class WorkerFacts:
     dataset: str = ""
     bandwidth_gb_s: float = 0.0
     faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def preflight(config: Config, team: Team) -> str:
@@ -66,14 +69,17 @@ def preflight(config: Config, team: Team) -> str:
         Storage(config.run.dir).remove(MARKERS)
     faults = [f"rank {w.rank} on {w.host}: {fault}" for w in everyone for fault in w.faults]
     faults += _differences(everyone)
+    warnings = [f"rank {w.rank} on {w.host}: {warning}" for w in everyone for warning in w.warnings]
+    low, high = config.cluster.worker_range
+    # An elastic run goes on with the nodes that are left to it.
+    (faults if low == high else warnings).extend(_scattered_virtual_nodes(config, [w.host for w in everyone]))
     if faults:
         raise TrainingError("\n".join(faults))
-    return _table(everyone)
+    return _table(everyone) + "".join(f"warning: {line}\n" for line in warnings)
 
 
 def _facts(config: Config, team: Team) -> WorkerFacts:
-    cache = config.data.cache_dir or tempfile.gettempdir()
-    Path(cache).mkdir(parents=True, exist_ok=True)
+    disk_gb, faults = _free_in_cache(config)
     gpu = team.device.type == "cuda"
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return WorkerFacts(
@@ -83,10 +89,22 @@ def _facts(config: Config, team: Team) -> WorkerFacts:
         versions=f"python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{package} {version(package)}" for package in ("deepspeed", "ray")),
         memory_gb=round(pages / 1e9, 1),
-        disk_gb=round(shutil.disk_usage(cache).free / 1e9, 1),
+        disk_gb=disk_gb,
         threads=torch.get_num_threads(),
         config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
+        faults=faults,
     )
+
+
+def _free_in_cache(config: Config) -> tuple[float, list[str]]:
+    """GB, and what keeps this worker from writing features and remote shards there."""
+    cache = config.data.cache_dir or tempfile.gettempdir()
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return round(shutil.disk_usage(cache).free / 1e9, 1), []
+    except OSError as error:
+        return 0.0, [f"data.cache_dir {cache} cannot be used ({error}): name a folder on the node that can be written"]
 
 
 def _write_marker(config: Config, team: Team, facts: WorkerFacts, mark: bytes) -> None:
@@ -122,6 +140,12 @@ def _read_data(config: Config, facts: WorkerFacts) -> None:
         (record,) = RowReader(train, cache, fetch=False).read([facts.rank % len(train)])
         if isinstance(record, DataError):
             raise record
+        cached_gb = min(config.data.cache_gb, sum(map(index.shard_bytes, index.shard_names)) / 1e9) if cache else 0.0
+        if facts.disk_gb < cached_gb:
+            facts.warnings.append(
+                f"{facts.disk_gb} GB are free for {cached_gb:.1f} GB of cached shards: make room, name another "
+                "data.cache_dir, or lower data.cache_gb"
+            )
     except Exception as error:
         facts.faults.append(f"data.shards: {error}")
 
@@ -159,6 +183,24 @@ def _differences(everyone: list[WorkerFacts]) -> list[str]:
             if mine and theirs and mine != theirs:
                 faults.append(f"rank {worker.rank} on {worker.host}: {name} {mine}, rank 0 has {theirs}: {remedy}")
     return faults
+
+
+def _scattered_virtual_nodes(config: Config, hosts: list[str]) -> Iterator[str]:
+    """Why data.locality=node would not keep every node to shards of its own. `hosts`: every rank's node."""
+    if config.data.locality != "node":
+        return
+    nodes, each = list(dict.fromkeys(hosts)), len(hosts) // len(set(hosts))
+    if hosts != [node for node in nodes for _ in range(each)]:
+        ranks = "; ".join(f"{node}: {[r for r, host in enumerate(hosts) if host == node]}" for node in nodes)
+        yield (
+            f"data.locality: node, but nodes do not hold equal numbers of neighbouring ranks ({ranks}): start as many "
+            "workers on each, or set data.locality=none"
+        )
+    elif config.data.virtual_nodes % len(nodes):
+        yield (
+            f"data.virtual_nodes: {config.data.virtual_nodes} do not fall on {len(nodes)} nodes in equal parts: set a "
+            "multiple, or data.locality=none"
+        )
 
 
 def _table(everyone: list[WorkerFacts]) -> str:

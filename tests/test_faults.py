@@ -8,7 +8,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -27,15 +26,11 @@ from fault_helpers import (
     small_disk,
     stop_at,
 )
-from processes import on_processes
 from runs import config_file, launch, overrides, read_log, steps, train
 from safetensors.torch import load_file
 from test_runs import assert_same_losses
 
-from cluster.config import load_config, parse_config
-from cluster.errors import TrainingError
 from cluster.manifest import read_manifests
-from cluster.preflight import preflight
 from cluster.storage import Storage
 
 pytestmark = pytest.mark.faults
@@ -281,41 +276,3 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms_and_repeats_exactly(tin
     for name in newest.files:
         values = load_file(tmp_path / "run" / "checkpoints" / newest.name / name)
         assert all(value.isfinite().all() for value in values.values())
-
-
-# --- nodes that see different things
-
-
-def checked_on_node2(team, mine, theirs):
-    """What pre-flight says where rank 1 has other settings than rank 0."""
-    socket.gethostname = lambda: f"node{team.rank + 1}"
-    try:
-        preflight(parse_config(mine if team.is_first else theirs), team)
-    except TrainingError as error:
-        return str(error)
-    return ""
-
-
-def preflight_with(tmp_path, tiny_shards, **other):
-    mine = load_config(config_file(tmp_path), overrides(tiny_shards, tmp_path / "run")).model_dump(mode="json")
-    theirs = json.loads(json.dumps(mine))
-    for key, value in other.items():
-        section, name = key.split("__")
-        theirs[section][name] = str(value)
-    return on_processes(2, checked_on_node2, mine, theirs)
-
-
-def test_preflight_names_the_node_without_the_shared_storage(tiny_shards, tmp_path):
-    for rank, folder in ((1, tmp_path / "run"), (0, tmp_path / "local" / "run")):  # What earlier starts left.
-        (folder / "preflight").mkdir(parents=True)
-        (folder / "preflight" / str(rank)).write_text("1")
-    for said in preflight_with(tmp_path, tiny_shards, run__dir=tmp_path / "local" / "run"):
-        assert "rank 1 on node2: run.dir" in said and "not the same storage" in said
-
-
-def test_preflight_names_the_node_with_another_dataset(tiny_shards, tmp_path):
-    other = tmp_path / "other"
-    launch("pack.py", "render", "--out", tmp_path / "images", "--identities", 8, "--images", 4, "--seed", 1)
-    launch("pack.py", "build", "--dataset", "veri776", "--root", tmp_path / "images", "--out", other)
-    for said in preflight_with(tmp_path, tiny_shards, data__shards=other):
-        assert "rank 1 on node2: dataset" in said and "copy the same shards" in said

@@ -1,14 +1,19 @@
 """The team of workers: gathers with gradients, shared features, and hangs that become named failures."""
 
+import logging
 import pickle
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from processes import on_processes
+from torch.multiprocessing import ProcessExitedException
 
+from cluster import watchdog
 from cluster.config import parse_config
 from cluster.errors import RankLost
 from cluster.features import extract
@@ -59,6 +64,37 @@ def test_a_rank_that_does_not_arrive_is_named_with_the_operation():
     assert lost.operation == "average losses" and set(lost.missing) == {1}
     assert "rank 1: still in 'own work after arrive together'" in str(lost)
     assert TIMEOUT_S - 1 < lost.waited_s < TIMEOUT_S + 10
+
+
+def stay_away(team, folder):
+    """Rank 1 does not come, under a timeout of gloo that would not end the test."""
+    logging.basicConfig(filename=f"{folder}/{team.rank}.log")
+    watchdog.GRACE_S = 0.5
+    team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=1)
+    team.collect(None, "arrive together")
+    if team.rank == 1:
+        time.sleep(60)
+    with team.joining("average losses"):
+        team.sum(torch.ones(1))
+
+
+def test_a_collective_that_never_ends_is_ended_with_the_names_of_rank_and_operation(tmp_path):
+    with pytest.raises(ProcessExitedException) as caught:
+        on_processes(2, stay_away, tmp_path)
+    assert (caught.value.error_index, caught.value.exit_code) == (0, watchdog.EXIT_CODE)
+    said = (tmp_path / "0.log").read_text()
+    assert "in 'average losses'; did not arrive: rank 1: still in 'own work after arrive together'" in said
+
+
+def fail_on_first(team):
+    try:
+        team.on_first(lambda: Path("/nowhere/file").read_bytes(), "read")
+    except OSError as error:
+        return str(error)
+
+
+def test_what_fails_on_rank_0_alone_is_raised_on_every_rank():
+    assert set(on_processes(2, fail_on_first)) == {"[Errno 2] No such file or directory: '/nowhere/file'"}
 
 
 def test_one_process_needs_no_group():
