@@ -2,15 +2,21 @@
 what the live view makes of it."""
 
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.config import parse_config
+from cluster.errors import TrainingError
+from cluster.events import Events, first_new_step
 from cluster.live import describe
 from cluster.manifest import Position
+from cluster.report import RunReporter
 from cluster.run_folder import RunFolder
 from cluster.storage import Storage
+from cluster.team import Team
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -20,8 +26,12 @@ def place(request, tmp_path):
     fsspec.filesystem("memory").store.clear()
 
 
+def config_at(place):
+    return parse_config({"data": {"shards": "x"}, "run": {"dir": place}})
+
+
 def folder_at(place):
-    return RunFolder(parse_config({"data": {"shards": "x"}, "run": {"dir": place}}))
+    return RunFolder(config_at(place))
 
 
 def log_of(place):
@@ -72,3 +82,74 @@ def test_the_live_view_says_from_where_a_run_goes_on(place):
     status = {"phase": "start", "restarts": 2, "resumed_from": place}
     assert describe(status, {})[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
     assert describe(status | {"restarts": 0}, {})[0] == "start"
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_closing_does_not_hide_it(tmp_path, caplog):
+    folder = folder_at(str(tmp_path))
+    folder._file = Path("/dev/full").open("a", buffering=1)
+    with pytest.raises(
+        TrainingError, match=r"log.jsonl cannot be written .*No space left.*make room.*repeat the command"
+    ):
+        log_steps(folder, 1, [1])
+    folder.close()
+    assert "No space left" in caplog.text
+
+
+def test_metrics_that_cannot_be_written_are_an_error_that_names_the_file(place, monkeypatch):
+    folder = folder_at(place)
+    monkeypatch.setattr(folder.storage, "write", full_disk)
+    with pytest.raises(TrainingError, match=r"run/metrics.json cannot be written .*No space left"):
+        folder.write_metrics({"mAP": 0.5})
+
+
+def test_events_that_cannot_be_written_are_told_once_and_dropped(tmp_path, monkeypatch, caplog):
+    folder = folder_at(str(tmp_path))
+    folder.go_on_from(None)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full_disk)
+    for step in (1, 2):
+        folder.log({"stage": 1, "epoch": 1, "step": step, "loss": 0.5})
+    folder.close()
+    assert caplog.text.count("No space left") == 1 and log_of(str(tmp_path)) == [(1, 1), (1, 2)]
+
+
+def test_curves_show_each_step_once_after_a_run_went_on_from_a_checkpoint(tmp_path):
+    for position, steps, loss in ((None, range(1, 6), 0.1), (Position(2, 1, 3, 3, False), range(4, 7), 0.2)):
+        events = Events(str(tmp_path), position)
+        for step in steps:
+            events.add("stage2/loss", loss, step)
+            if position is None:
+                events.add("stage1/loss", loss, step)
+        events.close()
+    curves = {}
+    for group in ("stage1", "stage2"):
+        seen = EventAccumulator(str(tmp_path / group)).Reload()
+        curves[group] = [(event.step, round(event.value, 1)) for event in seen.Scalars(f"{group}/loss")]
+    assert curves["stage1"] == [(step, 0.1) for step in range(1, 6)]
+    assert curves["stage2"] == [(1, 0.1), (2, 0.1), (3, 0.1), (4, 0.2), (5, 0.2), (6, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("position", "first"),
+    [
+        (None, {"stage1": 1, "stage2": 1, "eval": 1}),
+        (Position(1, 2, 3, 9, False), {"stage1": 10, "stage2": 1, "eval": 1}),
+        (Position(2, 3, 4, 20, True), {"stage2": 21, "eval": 4}),
+        (Position(2, 3, 2, 18, False), {"stage2": 19, "eval": 3}),
+    ],
+)
+def test_what_a_run_does_again_is_taken_off_its_curves(position, first):
+    assert {group: first_new_step(group, position) for group in first} == first
+
+
+def test_the_status_says_how_a_run_ended_and_its_last_checkpoint(place):
+    reporter = RunReporter(config_at(place), Team(), None, None, evaluate=None)
+    reporter.phase("stage 2")
+    reporter.saved("stage 2, epoch 1, step 3")
+    assert Storage(place).read_json("status.json")["checkpoint"] == "stage 2, epoch 1, step 3"
+    reporter.ended("failed: the disk is full")
+    assert Storage(place).read_json("status.json")["phase"] == "failed: the disk is full"
+    assert describe(Storage(place).read_json("status.json"), {}) == ("failed: the disk is full", 0, None, "")
