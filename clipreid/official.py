@@ -31,8 +31,6 @@ class OfficialShapes:
     identities: int
     sie_rows: int
     """Rows of its side information table; 0 without one."""
-    prompt_tokens: int | None
-    """M; None where it holds no prompts (a baseline's checkpoint)."""
 
 
 def official_shapes(path: str | Path) -> OfficialShapes:
@@ -40,12 +38,15 @@ def official_shapes(path: str | Path) -> OfficialShapes:
     state = read_state_dict(Path(path))
     if "classifier.weight" not in state:
         raise ModelError(f"{path}: has no classifier.weight: not a checkpoint of CLIP-ReID's authors")
-    tokens = state.get(_TOKENS[0])
     return OfficialShapes(
         identities=len(state["classifier.weight"]),
         sie_rows=len(state["cv_embed"]) if "cv_embed" in state else 0,
-        prompt_tokens=None if tokens is None else tokens.shape[1],
     )
+
+
+def holds_prompts(path: str | Path) -> bool:
+    """Whether the file has every identity's prompt tokens, under the authors' name or ours."""
+    return not read_state_dict(Path(path)).keys().isdisjoint(_TOKENS)
 
 
 def load_official(

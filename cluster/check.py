@@ -2,10 +2,11 @@
 
     Config ──▶ [check] ──▶ launcher
 
-Reads the dataset's index and the model's name; torch is loaded only where a tag or a file of weights is looked up.
+Reads the dataset's index and the model's name; torch is loaded only where a tag is looked up or a file of weights tried.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from clipreid.arch import check_pretrained
 from clipreid.errors import ModelError
@@ -60,20 +61,31 @@ def _evaluated(index: ShardIndex) -> list[str]:
 
 
 def _check_weights(config: Config, spec: ModelSpec) -> None:
-    """Raises ModelError where model.pretrained is neither a file nor a known tag, or lacks the prompts it needs."""
+    """Raises ModelError where model.pretrained is neither a file nor a known tag, or a file that does not fit or lacks
+    the prompts it needs."""
     pretrained = config.model.pretrained
     if pretrained is None:
         return
     check_pretrained(pretrained, config.model.arch, spec.arch_config)
-    if config.method == "two_stage" and config.stages == (2,) and not config.stage1.result:
-        from clipreid.official import (
-            official_shapes,
-        )  # Reads weights, hence torch: only where prompts come from a file.
+    if not Path(pretrained).is_file():
+        return
+    from clipreid.model import build_models  # Loads torch, which only weights in a file need here.
+    from clipreid.official import holds_prompts
 
-        if official_shapes(pretrained).prompt_tokens is None:
-            raise ModelError(
-                f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result"
-            )
+    _, text = build_models(spec, pretrained)
+    if config.method == "baseline":
+        return
+    if text is None:
+        raise ModelError(
+            f"model.pretrained: {pretrained} has no text side, which method {config.method} needs: give CLIP's weights "
+            "or a checkpoint with prompts, or set method=baseline stages=[2] stage2.text_loss=none"
+        )
+    needs_prompts = config.method == "two_stage" and config.stages == (2,) and not config.stage1.result
+    if needs_prompts and not holds_prompts(pretrained):
+        raise ModelError(
+            f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
+            "them with stages=[1,2]"
+        )
 
 
 def _open_index(config: Config) -> ShardIndex:

@@ -30,6 +30,7 @@ from cluster.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 RGB = tuple[float, float, float]
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 SIDES = {"none": (), "camera": ("cameras",), "view": ("views",), "camera+view": ("cameras", "views")}
 
 
@@ -257,7 +258,7 @@ class Config(Section):
     @property
     def starts_from_a_file(self) -> bool:
         """Whether model.pretrained is a file and not the tag of weights that open_clip fetches."""
-        return str(self.model.pretrained).endswith((".pt", ".pth", ".safetensors"))
+        return str(self.model.pretrained).endswith(WEIGHT_SUFFIXES)
 
     @property
     def batch_images(self) -> int:

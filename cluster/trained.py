@@ -14,13 +14,11 @@ from pathlib import Path, PurePosixPath
 from clipreid.card import MODEL_FILE, ModelCard, read_card, weights_file
 from clipreid.errors import ModelError
 from clipreid.spec import ModelSpec
-from cluster.config import Config
+from cluster.config import WEIGHT_SUFFIXES, Config
 from cluster.errors import ConfigError
 from cluster.model_spec import configured_spec
 from shards.index import ShardIndex
 from shards.storage import is_local, join, read_bytes
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @contextmanager
@@ -32,7 +30,7 @@ def local_weights(weights: str) -> Iterator[Path]:
     if is_local(weights):
         yield weights_file(Path(weights.removeprefix("file://")).expanduser())
         return
-    url = weights if PurePosixPath(weights).suffix in SUFFIXES else join(weights, MODEL_FILE)
+    url = weights if PurePosixPath(weights).suffix in WEIGHT_SUFFIXES else join(weights, MODEL_FILE)
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         path = Path(folder) / PurePosixPath(url).name
         try:

@@ -29,7 +29,7 @@ EXAMPLE = """examples:
 With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
 files, or folders NAME.parquet, written by extract.py, the query's first; or for vehicleid one extraction of split test.
 With --weights the rule, re-ranking and draws are those of the configuration (eval.rule, eval.rerank, eval.draws,
-run.seed). Under torchrun the workers share the work, and the metrics are the same; cluster.workers says nothing here."""
+run.seed). Under torchrun the processes share the work, and the metrics are the same; cluster.workers does not count."""
 
 FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
 
