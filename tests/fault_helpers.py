@@ -177,9 +177,14 @@ def small_disk(place, size_bytes):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def fill(ballast, leave):
-    """Write a file until so many bytes of its file system are free."""
-    ballast.write_bytes(bytes(max(0, shutil.disk_usage(ballast.parent).free - leave)))
+def keep_full(job, ballast, leave):
+    """Write a file so that no more than so many bytes of its file system are free, until the job ends: what it removes
+    leaves no room for what it writes."""
+    until = time.monotonic() + 240
+    while job.process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(OSError), ballast.open("ab") as file:
+            file.write(bytes(max(0, shutil.disk_usage(ballast.parent).free - leave)))
+        time.sleep(0.02)
 
 
 def flip_byte_of_an_image(shards):

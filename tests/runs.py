@@ -145,7 +145,8 @@ def _command_line(pid):
 def environment(**more):
     """What the tests' own environment sets for their process must not reach a user's command."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DS_ACCELERATOR", "RANK", "WORLD_SIZE")}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
+    # Workers that Ray starts ahead lack the run's environment and are never used.
+    return kept | {"OMP_NUM_THREADS": "1", "RAY_prestart_worker_first_driver": "0"} | more
 
 
 def overrides(shards, run_dir, **changes):

@@ -18,8 +18,8 @@ from fault_helpers import (
     Job,
     Torchrun,
     assert_same_result,
-    fill,
     flip_byte_of_an_image,
+    keep_full,
     kill_worker,
     kill_worker_while,
     seeded,
@@ -75,6 +75,11 @@ def test_sigterm_saves_exits_143_and_the_same_command_goes_on(job, tiny_shards, 
     job.wait_for_step(2, seeded("job in stage 2").randint(1, 8))
     job.process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in job.end(code=143)
+    stage, step = job.last_step()
+    assert job.status()["phase"] == "stopped"
+    assert job.status()["checkpoint"].startswith(f"stage {stage}") and job.status()["checkpoint"].endswith(
+        f"step {step}"
+    )
     assert Job(tmp_path, tiny_shards, ray_head.environment).end()
     assert_same_result(undisturbed, job.run_dir)
 
@@ -206,6 +211,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny_shards, tmp_path, inter
     assert not newest.exists()
 
 
+def test_another_run_goes_on_from_a_named_checkpoint_as_its_own_would(tiny_shards, tmp_path, interrupted, undisturbed):
+    newest = max((interrupted / "checkpoints").iterdir())
+    assert newest.name.startswith("stage2")
+    run = Torchrun(2, tmp_path, tiny_shards, run__resume=newest)
+    run.end()
+    for name in ("model.safetensors", "stage1.safetensors", "metrics.json"):
+        assert (undisturbed / name).read_bytes() == (run.run_dir / name).read_bytes(), name
+
+
 def test_a_run_that_began_with_other_weights_is_not_gone_on_with(tiny_shards, tmp_path, interrupted):
     shutil.copytree(interrupted, tmp_path / "run")
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
@@ -223,7 +237,7 @@ def test_a_full_disk_stops_the_run_with_a_clear_error_and_the_run_goes_on_when_t
         changes = {"run_dir": disk / "run"}
         job = Job(tmp_path, tiny_shards, ray_head.environment, **changes)
         job.wait_for_step(2, seeded("full disk in stage 2").randint(1, 20))
-        fill(disk / "ballast", leave=100_000)
+        keep_full(job, disk / "ballast", leave=100_000)
         text = job.end(code=1)
         assert "error: the checkpoint could not be written" in text
         assert "No space left" in text and "is intact" in text
@@ -271,6 +285,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms_and_repeats_exactly(tin
         assert f"error: stage {stage}, epoch 1, step {step + 1}: " in done.stderr
         assert "is not finite" in done.stderr and "identities of the batch: 00" in done.stderr
     assert len(set(steps(log))) == len(log)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["phase"].startswith(f"failed: stage {stage}, epoch 1, step {step + 1}: ")
     newest = read_manifests(Storage(tmp_path / "run"))[0][-1]
     assert (newest.position.stage, newest.position.total) == (stage, step)
     for name in newest.files:

@@ -90,7 +90,7 @@ def full_disk(*_, **__):
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_closing_does_not_hide_it(tmp_path, caplog):
     folder = folder_at(str(tmp_path))
-    folder._file = Path("/dev/full").open("a", buffering=1)
+    folder._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
     with pytest.raises(
         TrainingError, match=r"log.jsonl cannot be written .*No space left.*make room.*repeat the command"
     ):
