@@ -64,10 +64,13 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             file = open(self.folder / name, "rb")  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_SH)
-            if os.fstat(file.fileno()).st_nlink:  # else it was evicted between the two lines above
+            stat = os.fstat(file.fileno())
+            if stat.st_nlink and stat.st_size == self.files[name]["bytes"]:
                 os.utime(file.fileno())
                 return file
             file.close()
+            if stat.st_nlink:  # else it was evicted since it was opened
+                self.discard(name)
         return None
 
     def fetch(self, name: str, wait: bool = True, stop: threading.Event | None = None) -> BinaryIO | None:
@@ -205,17 +208,18 @@ class Prefetcher:
                 later = []  # another process is downloading them, or there is no room: looked at again
                 for name in left:
                     try:
-                        file = self._held.get(name) or self._cache.fetch(name, wait=False, stop=stop)
+                        file = self._cache.fetch(name, wait=False, stop=stop)
                     except Busy:
                         later.append(name)
                         continue
-                    except Full:
+                    except Full:  # what is needed later must not keep out what is needed now
                         rest = names[names.index(name) :]
                         later += rest
                         self._let_go(rest)
                         break
                     if file is None:  # it has to stop, or the disk is full
                         return
+                    self._let_go([name])  # it may have been discarded since
                     self._held[name] = file
                 left = later
                 if left and stop.wait(RETRY_S):
@@ -224,7 +228,7 @@ class Prefetcher:
             log.warning("fetching ahead has stopped: %s", error)  # whoever needs the shard meets the same error
 
     def _let_go(self, names: Sequence[str]) -> None:
-        """What is needed later must not keep out what is needed now; it stays in the cache while there is room."""
+        """They stay in the cache while there is room."""
         for name in names:
             if name in self._held:
                 self._held.pop(name).close()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 import uuid
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from shards.format import DATASET_FILE, INDEX_FILE, parse_index
 from shards.source import ShardSource
 
 KEPT_DAYS = 30
+CHECKSUM_BYTES = 4
 CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
 COLUMNS = {
     **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
@@ -42,7 +44,8 @@ def address(source: ShardSource, facts: dict) -> str:
 def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     """Map the node's decoded copy of the index; make it when this index was not seen before. Raises DataError.
 
-    Copies that nobody opened for KEPT_DAYS make room when a new one is made.
+    A copy whose checksum is wrong is made anew. Copies that nobody opened for KEPT_DAYS make room when a new one is
+    made.
     Columns are COLUMNS, in one chunk; those of CODED are dictionary arrays with sorted dictionaries.
     """
     with contextlib.suppress(OSError, pa.ArrowInvalid):
@@ -54,8 +57,7 @@ def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         working = path.with_suffix(f".{uuid.uuid4().hex}")
-        with pa.ipc.new_file(str(working), table.schema) as writer:
-            writer.write_table(table)
+        _write(working, table)
         working.replace(path)
         _remove_unused(path.parent)
     except OSError as error:
@@ -71,9 +73,24 @@ def _remove_unused(folder: Path) -> None:
                 path.unlink()
 
 
-def _map(path: Path) -> pa.Table:
+def _write(path: Path, table: pa.Table) -> None:
+    """An Arrow file with its CRC-32 behind it."""
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
     with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
+        checksum = zlib.crc32(file.read_buffer())
+    with path.open("ab") as file:
+        file.write(checksum.to_bytes(CHECKSUM_BYTES))
+
+
+def _map(path: Path) -> pa.Table:
+    """Raises OSError where there is no such file, ArrowInvalid where it is damaged."""
+    with pa.memory_map(str(path)) as file:
+        data = file.read_buffer()
+    content = data.slice(0, max(data.size - CHECKSUM_BYTES, 0))
+    if zlib.crc32(content) != int.from_bytes(data.slice(content.size)):
+        raise pa.ArrowInvalid(f"{path}: damaged")
+    return pa.ipc.open_file(pa.BufferReader(content)).read_all()
 
 
 def _decode(source: ShardSource, facts: dict) -> pa.Table:

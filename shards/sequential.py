@@ -103,7 +103,7 @@ class FillSequence:
         self.reader, self.split, self.image_size, self.interpolation = reader, reader.split, image_size, interpolation
 
     def __call__(self, job: tuple[int, int], slot: np.ndarray) -> tuple[int, int]:
-        """job: rows start ... stop-1. Returns it. A damaged cached shard is fetched again."""
+        """job: rows start ... stop-1. Returns it. Damaged bytes of a cached or remote shard are fetched anew."""
         start, stop = job
         shape = (stop - start, 3, *self.image_size)
         out = slot[: math.prod(shape)].reshape(shape)
@@ -112,7 +112,7 @@ class FillSequence:
         except DataError:
             shards = np.unique(self.split.shard[start:stop])
             discarded = [self.reader.discard(self.split.shard_names[shard]) for shard in shards]
-            if not any(discarded):
+            if not any(discarded) and self.reader.source.local_root is not None:
                 raise
             self._stream(start, stop, out)
         return job

@@ -152,6 +152,22 @@ def test_copies_of_the_index_that_nobody_opens_any_more_are_removed(tiny):
     assert used.exists() and not unused.exists()
 
 
+def test_a_damaged_copy_of_the_index_is_made_anew(tiny):
+    train = opened(tiny).split("train")
+    expected = [train.labels.tolist(), train.offsets.tolist(), train.keys.tolist()]
+    (path,) = (tiny.parent / "cache" / "index").iterdir()
+    good = path.read_bytes()
+    for damaged in (b"", good[:3], good[:-9], *(_flipped(good, place) for place in range(0, len(good), 97))):
+        path.write_bytes(damaged)
+        train = opened(tiny).split("train")
+        assert [train.labels.tolist(), train.offsets.tolist(), train.keys.tolist()] == expected
+        assert path.read_bytes() == good
+
+
+def _flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
 def test_opening_and_planning_need_no_heavy_library(tiny):
     code = (
         "import sys, shards.sampler; from shards.index import ShardIndex\n"

@@ -343,6 +343,19 @@ def test_a_damaged_cached_shard_is_fetched_again(folder, tmp_path, place, caplog
                 assert path.read_bytes() == (Path(folder) / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("resize", [lambda length: 0, lambda length: length // 2, lambda length: length + 512])
+def test_a_cached_shard_of_the_wrong_size_is_fetched_again(folder, tmp_path, resize):
+    with serving(folder) as server:
+        cache = cache_of(server.url, tmp_path)
+        for path in Path(folder).glob("*.tar"):
+            cache.fetch(path.name).close()
+            os.truncate(next(tmp_path.glob(f"shards/*/{path.name}")), resize(path.stat().st_size))
+        assert_same(pk_batches(server.url, tmp_path), pk_batches(folder, tmp_path))
+        assert_same(gallery(server.url, tmp_path), gallery(folder, tmp_path))
+    for path in tmp_path.glob("shards/*/*.tar"):
+        assert path.read_bytes() == (Path(folder) / path.name).read_bytes()
+
+
 def test_an_image_damaged_at_its_source_is_an_error_with_shard_and_key(tmp_path):
     splits = {"train": {f"{n:02d}": 4 for n in range(6)}, "gallery": {"a": 4}}
     copy = Path(write_shards(tmp_path / "data", splits, images_per_shard=8))
@@ -371,6 +384,7 @@ def test_bytes_damaged_on_the_way_are_fetched_again(folder, tmp_path):
 
     with serving(folder, content=content) as server:
         assert_same(pk_batches(server.url, tmp_path, cache_bytes=0), pk_batches(folder, tmp_path))
+        assert_same(gallery(server.url, tmp_path, cache_bytes=0), gallery(folder, tmp_path))
 
 
 def test_a_shard_whose_checksum_is_wrong_is_fetched_a_second_time(folder, tmp_path, caplog):
