@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from clipreid.gather import Gather, alone, gather_parts
 from clipreid.losses import image_to_text, text_to_image, widened
 
+ROWS = 8192  # of the bank, read at a time
+
 
 def batches(num_images: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Row numbers (int64) of an epoch's global batches: a fresh permutation, cut; the last may be partial.
@@ -98,13 +100,15 @@ def all_text_features(
     return torch.cat([encode_identities(text, chunk, rank, world_size, gather) for chunk in chunks])
 
 
-def identity_means(features: Tensor, labels: Tensor, num_identities: int) -> Tensor:
+def identity_means(features: np.ndarray, labels: np.ndarray, num_identities: int) -> np.ndarray:
     """The `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
 
-    features: float [n, D], labels: int64 [n] holding each of 0 … N-1 -> features' dtype [N, D].
+    features: float [n, D], read a few rows at a time, so that a memory-mapped bank is never copied; labels: int64 [n]
+    holding each of 0 … N-1 -> features' dtype [N, D].
     """
-    sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64, device=features.device)
-    for rows in torch.arange(len(labels), device=features.device).split(8192):  # a memory-mapped bank stays on disk
-        sums.index_add_(0, labels[rows], features[rows].double())
-    counts = labels.bincount(minlength=num_identities)
-    return (sums / counts[:, None]).to(features.dtype)
+    sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64)
+    for start in range(0, len(labels), ROWS):
+        rows = slice(start, start + ROWS)
+        sums.index_add_(0, torch.tensor(labels[rows]), torch.from_numpy(features[rows].astype(np.float64)))
+    counts = np.bincount(labels, minlength=num_identities)
+    return (sums.numpy() / counts[:, None]).astype(features.dtype)

@@ -2,7 +2,7 @@
 
     Config ──▶ [check] ──▶ launcher
 
-Reads the dataset's index and the model's name; torch is loaded only where a tag is looked up or a file of weights tried.
+Reads the dataset's index and the model's name; torch is loaded only to look up a tag or to try a file of weights.
 """
 
 from collections.abc import Callable

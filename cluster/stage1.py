@@ -41,9 +41,8 @@ class Stage1:
         self.text = text
         self.bank, self.labels = bank, train.labels
         if settings.features == "average":
-            features, labels = torch.tensor(bank), torch.tensor(train.labels)
-            means = method.identity_means(features, labels, train.num_identities)
-            self.bank, self.labels = means.numpy(), np.arange(train.num_identities)
+            self.bank = method.identity_means(bank, train.labels, train.num_identities)
+            self.labels = np.arange(train.num_identities)
         self.label_names = train.label_names
         self.epochs = settings.epochs
         self.global_images = min(settings.batch, len(self.labels))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -254,6 +255,26 @@ def one_image_and_a_broken_one(team, folder, shards):
         features.extract(encode, ShardIndex.open(shards), "train", team, image_size=(8, 8), batch=5)
     except DataError as error:
         return np.array(rows).tolist(), str(error)
+
+
+def mapping_of_the_bank(team, shards):
+    """(device, inode) of the file behind this rank's features."""
+    bank = features.extract(
+        lambda images, rows: images.float().mean((2, 3)), ShardIndex.open(shards), "train", team, image_size=(8, 8),
+        batch=5,
+    )  # fmt: skip
+    address = bank.__array_interface__["data"][0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        extent, _, _, device, inode, *_ = line.split()
+        first, last = (int(end, 16) for end in extent.split("-"))
+        if first <= address < last:
+            return device, int(inode)
+
+
+def test_workers_of_a_node_hold_features_once(tiny_shards):
+    """Both map the same file; memory of a process's own has inode 0."""
+    first, second = on_processes(2, mapping_of_the_bank, str(tiny_shards))
+    assert first == second and first[1] != 0
 
 
 def test_a_rank_may_have_no_image_and_an_image_that_cannot_be_read_ends_all_ranks(tiny_shards, tmp_path, monkeypatch):

@@ -143,8 +143,21 @@ def test_rank_slices_are_contiguous_and_differ_by_one_at_most():
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_identity_means_are_means_over_images():
-    features, labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
-    means = identity_means(features, labels, 4)
+class Mapped:
+    """Stands for a bank that is larger than memory: rows are given out in parts only."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype = rows, rows.shape, rows.dtype
+
+    def __getitem__(self, part):
+        assert isinstance(part, slice) and part.stop - part.start <= len(self.rows) / 2
+        return self.rows[part]
+
+
+def test_identity_means_are_means_over_images_of_a_bank_read_in_parts():
+    rng = np.random.default_rng(0)
+    features, labels = rng.standard_normal((20_000, 3), np.float32), rng.permutation(20_000) % 4
+    means = identity_means(Mapped(features), labels, 4)
+    assert means.dtype == np.float32
     for label in range(4):
-        torch.testing.assert_close(means[label], features[labels == label].mean(0))
+        np.testing.assert_allclose(means[label], features[labels == label].mean(0, dtype=np.float64), atol=1e-7)
