@@ -24,6 +24,8 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     """Raises ConfigError with every fault found, one line each."""
     index = _open_index(config)
     faults = [*_split_faults(index, config), *_batch_faults(index, config)]
+    if 2 in config.stages:
+        faults += _protocol_faults(index, config)
     spec = None
     try:
         spec = model_spec(config, index)
@@ -40,8 +42,12 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
 
 
 def check_evaluation(config: Config) -> ShardIndex:
-    """The dataset, which has images in the splits of evaluation. Raises ConfigError."""
-    return _with_splits(config, _evaluated)
+    """The dataset, which has images in the splits of evaluation. Raises ConfigError, also for settings of evaluation
+    that the dataset's protocol has no use for."""
+    index = _with_splits(config, _evaluated)
+    if faults := list(_protocol_faults(index, config)):
+        raise ConfigError("\n".join(faults))
+    return index
 
 
 def check_split(config: Config, split: str) -> ShardIndex:
@@ -108,6 +114,16 @@ def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]):
                 f"data.shards: {config.data.shards} has no images in split {split}, only in {filled}: "
                 "pack the dataset with it"
             )
+
+
+def _protocol_faults(index: ShardIndex, config: Config):
+    if "test" not in index.splits:
+        return
+    why = f"has no effect on {index.name}, which is judged by the VehicleID protocol"
+    if config.eval.rerank:
+        yield f"eval.rerank: {list(config.eval.rerank)} {why}, without re-ranking: set eval.rerank=null"
+    if config.eval.rule == "camera_time":
+        yield f"eval.rule: camera_time {why}, whose rule is none: set eval.rule=none"
 
 
 def _batch_faults(index: ShardIndex, config: Config):

@@ -21,6 +21,7 @@ from clipreid.model import build_models
 from clipreid.protocols import draw_gallery, vehicleid_draw
 from clipreid.retrieval import Labels, retrieve
 from clipreid.weights import read_card
+from cluster.check import check_run
 from cluster.config import load_config
 from cluster.errors import ConfigError
 from cluster.evaluate import evaluate as evaluate_in_team
@@ -140,6 +141,22 @@ def test_vehicleid_gives_the_same_from_weights_and_from_their_features(clip, tmp
     extracted(*arguments, "--split", "test", out=tmp_path / "test.npz")
     protocol = ["--protocol", "vehicleid", "--draws", 3, "--seed", 0]
     assert judged("--features", tmp_path / "test.npz", *protocol, out=tmp_path / "features.json") == metrics
+
+    for change, reason in (
+        (
+            "eval.rerank=[4,2,0.3]",
+            r"eval.rerank: \[4, 2, 0.3\] has no effect on .*VehicleID protocol, .* eval.rerank=null",
+        ),
+        (
+            "eval.rule=camera_time",
+            "eval.rule: camera_time has no effect on .*VehicleID protocol, .* set eval.rule=none",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=reason) as caught:
+            judged(*arguments, change, out=tmp_path / "refused.json")
+        assert "\n" not in str(caught.value) and not (tmp_path / "refused.json").exists()
+        with pytest.raises(ConfigError, match=reason):
+            check_run(load_config(arguments[1], [*map(str, arguments[4:]), change]))
 
 
 MISFITS = {
