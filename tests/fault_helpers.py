@@ -94,6 +94,9 @@ class Job:
         lost = f"{max(0, last_step[1] - step)} steps" if stage == last_step[0] else f"from {resumed} to {last_step}"
         print(f"  training again after {time.monotonic() - killed_s:.1f} s, repeated {lost}")
 
+    def evaluates(self):
+        return self.status().get("phase", "").startswith("evaluate")
+
     def unfinished_checkpoint(self):
         """The folder of a checkpoint that is being written, if there is one."""
         for folder in (self.run_dir / "checkpoints").glob("*"):

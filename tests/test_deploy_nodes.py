@@ -18,6 +18,7 @@ import runs
 import yaml
 from deploy_helpers import DEPLOY, ROOT, FakeSlurm, fake_ssh, start_script, wait_until
 from namespaces import network, why_unavailable
+from ray_nodes import Nodes
 
 pytestmark = pytest.mark.faults
 
@@ -95,29 +96,40 @@ def test_slurm_script_makes_a_two_node_cluster_runs_its_job_and_leaves_nothing(t
     wait_until_empty(two_nodes)
 
 
-@pytest.fixture
-def two_cores():
-    """What this test starts on one machine has two cores, as the two nodes have together."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(cores)[:2])
-    yield
-    os.sched_setaffinity(0, cores)
-
-
-def test_training_on_two_slurm_nodes_ends_with_the_weights_and_metrics_of_one_machine(
-    tmp_path, two_nodes, two_cores, tiny_shards
-):
+def test_training_on_two_slurm_nodes_ends_with_the_weights_and_metrics_of_one_machine(tmp_path, two_nodes, tiny_shards):
     config, one, two = runs.config_file(tmp_path), tmp_path / "one", tmp_path / "two"
     slurm = slurm_on(two_nodes, tmp_path, ROOT)
-    settings = [*runs.overrides(tiny_shards, two), "cluster.placement=STRICT_SPREAD"]
+    settings = runs.overrides(tiny_shards, two, cluster__placement="STRICT_SPREAD", cluster__cpus_per_worker=1)
     script = start_script(ROOT, slurm, "--config", str(config), *settings, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     assert script.wait(480) == 0, slurm.log()
     assert json.loads((two / "status.json").read_text())["nodes"] == {"node1": 1, "node2": 1}
     wait_until_empty(two_nodes)
 
-    runs.train(config, *runs.overrides(tiny_shards, one))
+    runs.train(config, *runs.overrides(tiny_shards, one, cluster__cpus_per_worker=1))
+    assert_same_files(one, two)
+
+
+def assert_same_files(one: Path, two: Path) -> None:
     for name in ("metrics.json", "stage1.safetensors", "model.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_the_demo_submitted_to_a_head_and_two_worker_nodes_ends_as_on_one_machine(tmp_path, tiny_shards):
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    shorter = ["stage1.epochs=2", "stage2.epochs=2", "stage2.identities=4", "cluster.cpus_per_worker=1"]
+    train = ["launch/train.py", "--config", "configs/demo.yaml", *shorter]
+    with network(3, tmp_path, [tiny_shards]) as machines:
+        nodes = Nodes(machines, tmp_path, dashboard=True)
+        workers = [nodes.join().name for _ in range(2)]
+        submit = ["ray", "job", "submit", "--address=http://127.0.0.1:8265", "--working-dir=.", "--", sys.executable]
+        nodes.run(sys.executable, "cluster/deploy/wait_for_nodes.py", f"{nodes.head.ip}:6379", "3")
+        places = [f"data.shards={tiny_shards}", f"run.dir={tmp_path / 'two'}", "cluster.placement=STRICT_SPREAD"]
+        done = nodes.head.run([*submit, *train, *places], env=nodes.environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "status.json").read_text())["nodes"] == dict.fromkeys(workers, 1)
+    runs.train("configs/demo.yaml", *shorter, f"data.shards={tiny_shards}", f"run.dir={tmp_path / 'one'}")
+    assert_same_files(tmp_path / "one", tmp_path / "two")
 
 
 def wait_until_empty(nodes) -> None:

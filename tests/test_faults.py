@@ -75,11 +75,9 @@ def test_sigterm_saves_exits_143_and_the_same_command_goes_on(job, tiny_shards, 
     job.wait_for_step(2, seeded("job in stage 2").randint(1, 8))
     job.process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in job.end(code=143)
-    stage, step = job.last_step()
-    assert job.status()["phase"] == "stopped"
-    assert job.status()["checkpoint"].startswith(f"stage {stage}") and job.status()["checkpoint"].endswith(
-        f"step {step}"
-    )
+    (stage, step), status = job.last_step(), job.status()
+    assert status["phase"] == "stopped"
+    assert status["checkpoint"].startswith(f"stage {stage},") and status["checkpoint"].endswith(f"step {step}")
     assert Job(tmp_path, tiny_shards, ray_head.environment).end()
     assert_same_result(undisturbed, job.run_dir)
 
@@ -126,12 +124,15 @@ def ten_moments(dice):
 
 
 def test_ten_workers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undisturbed):
+    """Two of them while a checkpoint is written, two in an evaluation."""
     dice = seeded("ten workers")
-    job = Job(tmp_path, tiny_shards, ray_head.environment, cluster__max_failures=-1)
+    job = Job(tmp_path, tiny_shards, ray_head.environment, cluster__max_failures=-1, eval__every_epochs=1)
+    moments = {3: job.unfinished_checkpoint, 7: job.evaluates, 9: job.unfinished_checkpoint, 10: job.evaluates}
     for count, (stage, step) in enumerate(ten_moments(dice), start=1):
         job.wait_for_step(stage, step)
+        moment = moments.get(count, lambda: True)
+        job.wait_until(lambda: moment() and kill_worker_while(moment, ray_head.process.pid, dice))  # noqa: B023
         last, killed_s = job.last_step(), time.monotonic()
-        kill_worker(ray_head.process.pid, dice)
         job.report_restart(killed_s, last, count)
     job.end()
     assert job.status()["restarts"] == 10
@@ -139,9 +140,13 @@ def test_ten_workers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undistur
 
 
 def test_ten_drivers_killed_in_one_run(tiny_shards, tmp_path, ray_head, undisturbed):
+    """The sixth between the stages."""
     job = Job(tmp_path, tiny_shards, ray_head.environment)
     for count, (stage, step) in enumerate(ten_moments(seeded("ten drivers")), start=1):
-        job.wait_for_step(stage, step)
+        if count == 6:
+            job.wait_until((job.run_dir / "stage1.safetensors").exists)
+        else:
+            job.wait_for_step(stage, step)
         last, killed_s = job.last_step(), time.monotonic()
         job.process.kill()
         job.process.wait()
