@@ -1,6 +1,7 @@
 """Benchmarks: each runs in a tiny form and gives the figures it promises."""
 
 import json
+from pathlib import Path
 
 import pytest
 from runs import launch
@@ -9,8 +10,9 @@ from clipreid.arch import check_arch
 from clipreid.model import build_models
 from clipreid.retrieval import retrieve
 from clipreid.spec import ModelSpec
+from cluster.errors import ConfigError
 from launch.bench import main, names
-from launch.benchmarks import evaluate, rerank, stage1, stage2
+from launch.benchmarks import evaluate, loader, pack, rerank, stage1, stage2
 
 TINY = "configs/models/tiny_vit.json"
 
@@ -78,14 +80,59 @@ def test_evaluate_gives_time_and_memory_and_finds_a_sample_that_is_wrong(monkeyp
     assert not evaluate.run([*sizes, "--device", "cpu"])["sample_equals_plain"]
 
 
+def test_pack_gives_time_and_memory_and_samples_the_dataset_it_packed():
+    result = pack.run(["--images", "16", "--processes", "1"])  # too few for VehicleID's share of training identities
+    for command in ("build", "build_again", "verify"):
+        assert result[command]["peak_rss_mb"] > 0
+    assert result["index_and_sampler"]["index_images"] == 16
+    assert result["index_and_sampler"]["plan_epoch_s"]["identity"] >= 0
+    assert result["plain_tarfile_loop"]["images_per_s"] > 0
+
+
+def test_loader_measures_all_ways_cold_while_nothing_keeps_the_shards_mapped(monkeypatch):
+    mapped = []
+    forget = loader.forget
+
+    def forget_and_look(files):
+        mapped.append(".tar" in Path("/proc/self/maps").read_text())
+        forget(files)
+
+    def in_this_process(*dataset_and_workers):
+        return loader.usual(*dataset_and_workers[:-1], 0)
+
+    monkeypatch.setattr(loader, "forget", forget_and_look)
+    monkeypatch.setitem(loader.WAYS, "a", in_this_process)  # its processes take seconds to start
+    result = loader.run(["--cases", "20x30:16x24", "--identities", "16", "--rounds", "1"])
+    (case,) = result["cases"]
+    for kind in ("one_core", "two_workers", "cold"):
+        assert min(case[kind].values()) > 0
+    assert mapped == [False] * 6  # three ways, a first round and a counted one
+
+
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["rerank", "--settings", "20"], ["stage1", "--batch", "5"], ["stage2", "--cases", "vit"]]
+    "arguments",
+    [
+        ["nosuch"],
+        ["rerank", "--settings", "20"],
+        ["stage1", "--batch", "5"],
+        ["pack", "--images", "3"],
+        ["stage2", "--cases", "vit"],
+        ["stage1", "--rounds", "0"],
+        ["stage2", "--steps", "0"],
+        ["checkpoint", "--rounds", "0"],
+    ],
 )
 def test_a_mistake_is_refused_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "rerank", "evaluate"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(ConfigError, match="--device cuda:99: there is no such device here; use cpu"):
+        main([name, "--device", "cuda:99"])
 
 
 def test_the_promised_benchmarks_are_there():

@@ -7,8 +7,8 @@ python launch/bench.py loader --cases 120x300:256x128 --identities 40 --rounds 3
 (b) ours, from shards to the uint8 batch: all that a CPU does when a GPU augments
 (c) ours, to the augmented float32 batch on the CPU
 All three go through the same images in the same order. "one_core": in this process, images per second of processor
-time, warm. "two_workers": two processes, by the clock. "cold": this process, after the system was told to drop the
-files from its memory, by the clock.
+time, warm. "two_workers": two processes, by the clock. "cold": this process, by the clock, each time with a new
+loader and after the system was told to drop the files from its memory.
 """
 
 import csv
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,31 +66,42 @@ def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], iden
     paths = [folder / "images" / f"{key}.jpg" for key in index.split("train").keys]
     files = [*paths, *(folder / "shards").iterdir()]
     size = (target[1], target[0])
-    alone = {name: make(index, paths, plan, size, 0) for name, make in WAYS.items()}
-    shared = {name: make(index, paths, plan, size, 2) for name, make in WAYS.items()}
+    alone = {name: partial(make, index, paths, plan, size, 0) for name, make in WAYS.items()}
+    shared = {name: partial(make, index, paths, plan, size, 2) for name, make in WAYS.items()}
     row = {
         "jpeg": "x".join(map(str, source)),
         "input": "x".join(map(str, target)),
         "mean_jpeg_bytes": mean_bytes,
         "images_per_epoch": plan.size,
-        "one_core": in_turn(alone, rounds, plan.size, time.process_time),
-        "two_workers": in_turn(shared, rounds, plan.size, time.perf_counter),
+        "one_core": warm(alone, rounds, plan.size, time.process_time),
+        "two_workers": warm(shared, rounds, plan.size, time.perf_counter),
     }
     if hasattr(os, "posix_fadvise"):
         row["cold"] = in_turn(alone, min(rounds, 3), plan.size, time.perf_counter, lambda: forget(files))
     return row
 
 
+def warm(ways: dict[str, Callable[[], Batches]], *settings: Any) -> dict[str, float]:
+    """`in_turn` with loaders that are made once. They are gone afterwards, so nothing keeps the shards mapped."""
+    return in_turn({name: cache(make) for name, make in ways.items()}, *settings)
+
+
 def in_turn(
-    ways: dict[str, Batches], rounds: int, images: int, clock: Callable[[], float], before: Callable = lambda: None
+    ways: dict[str, Callable[[], Batches]],
+    rounds: int,
+    images: int,
+    clock: Callable[[], float],
+    before: Callable = lambda: None,
 ) -> dict[str, float]:
     """Median images per second over rounds in which each way has its turn, and the ratios to (a).
 
-    A first round warms up and is not counted, unless there is something to do before each turn.
+    ways: functions that make the loaders; that is not counted, and neither is a first round, which warms up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    batches = None
     for number in range(rounds + 1):
-        for name, batches in ways.items():
+        for name, make in ways.items():
+            batches = make()  # and the one before lets go of the shards
             before()
             start = clock()
             seen = sum(len(batch) for batch in batches())

@@ -1,4 +1,4 @@
-"""Pack and verify a dataset of VehicleID's size, beside a plain loop over `tarfile`.
+"""Pack and verify a dataset of VehicleID's size, beside a plain loop over `tarfile`; then open and plan it.
 
 python launch/bench.py pack                   221,763 images of 26,267 identities, about 16 GB of temporary files
 python launch/bench.py pack --images 20000    the same on a smaller scale
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.benchmarks import sampler
 from launch.benchmarks._memory import PeakMemory
 from launch.cli import Parser, progress_bar
 from shards.records import ImageRecord
@@ -25,23 +26,32 @@ from shards.records import ImageRecord
 IMAGES, IDENTITIES, TRAIN_IMAGES, TRAIN_IDENTITIES = 221_763, 26_267, 113_346, 13_164
 """VehicleID's release and training list."""
 TEST_LISTS = (800, 1600, 2400, 3200, 6000, 13164)
+MIN_IMAGES = 4
+SAMPLER_ROUNDS = 5
 PATTERNS = 64
 PACK = Path(__file__).resolve().parents[1] / "pack.py"
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """Seconds, images/s and peak memory of `pack.py build`, of `verify`, and of the plain loop."""
+    """Seconds, images/s and peak memory of `pack.py build`, of `verify`, and of the plain loop.
+
+    "index_and_sampler" is what `bench.py sampler` measures, on the dataset that was packed.
+    """
     parser = Parser(prog="bench.py pack", description=__doc__)
     parser.add_argument("--images", type=int, default=IMAGES, help=f"default {IMAGES:,}")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, help="folder for the temporary files (default: the system's)")
     options = parser.parse_args(arguments)
+    if options.images < MIN_IMAGES:
+        parser.error(f"--images {options.images}: at least {MIN_IMAGES}, or there is nothing to train with")
     with tempfile.TemporaryDirectory(prefix="bench-pack-", dir=options.work) as folder:
         root, out = Path(folder) / "VehicleID_V1.0", Path(folder) / "shards"
         num_bytes = make_vehicleid(root, options.images)
         build = ("build", "--dataset", "vehicleid", "--root", root, "--out", out, "--processes", options.processes)
         built, again = timed(*build), timed(*build)
         verified = timed("verify", out, "--processes", options.processes)
+        train_identities, _ = identity_counts(options.images)
+        sampled = sampler.measure(str(out), Path(folder) / "cache", min(16, train_identities), 4, SAMPLER_ROUNDS)
         shutil.rmtree(out)
         out.mkdir()
         plain_s = plain_loop(root, out)
@@ -53,6 +63,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "build": built | {"images_per_s": round(options.images / built["seconds"])},
         "build_again": again,
         "verify": verified | {"images_per_s": round(options.images / verified["seconds"])},
+        "index_and_sampler": sampled,
         "plain_tarfile_loop": {"seconds": round(plain_s, 1), "images_per_s": round(options.images / plain_s)},
         "speed_over_plain_loop": round(plain_s / built["seconds"], 2),
     }
@@ -64,8 +75,7 @@ def make_vehicleid(root: Path, images: int) -> int:
     (root / "image").mkdir(parents=True)
     (root / "train_test_split").mkdir()
     train_images = images * TRAIN_IMAGES // IMAGES
-    train_identities, identities = images * TRAIN_IDENTITIES // IMAGES, images * IDENTITIES // IMAGES
-    tested_identities = identities - train_identities
+    train_identities, tested_identities = identity_counts(images)
     lines: dict[str, list[str]] = {"train_list": [], **{f"test_list_{size}": [] for size in TEST_LISTS}}
     num_bytes = 0
     with progress_bar("making images") as progress:
@@ -85,6 +95,12 @@ def make_vehicleid(root: Path, images: int) -> int:
     for name, content in lines.items():
         (root / "train_test_split" / f"{name}.txt").write_text("".join(content))
     return num_bytes
+
+
+def identity_counts(images: int) -> tuple[int, int]:
+    """Training and test identities of a dataset of so many images, in VehicleID's proportions."""
+    train, both = images * TRAIN_IDENTITIES // IMAGES, images * IDENTITIES // IMAGES
+    return max(train, 1), max(both - train, 1)
 
 
 def random_jpeg(seed: int) -> bytes:

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,30 @@ def run(arguments: list[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-sampler-") as folder:
         url, cache = options.shards or made_up_index(Path(folder) / "shards"), Path(folder) / "cache"
-        opened = {"first_on_the_node": median(lambda: open_anew(url, cache), options.rounds)}
-        opened["after_that"] = median(lambda: open_index(url, cache), options.rounds)
-        index = ShardIndex.open(url, str(cache))
-        train = index.split("train")
-        plans = {name: plan_seconds(train, options, name, 0) for name in STRATEGIES}
-        plans["identity, 4 virtual nodes"] = plan_seconds(train, options, "identity", VIRTUAL_NODES)
-        plain_s = median(lambda: plain_epoch(train.labels, options.identities, options.images_per_identity, 0), 1)
-        steps = len(epoch_plan(train, PKSettings(options.identities, options.images_per_identity), 1))
+        return measure(url, cache, options.identities, options.images_per_identity, options.rounds)
+
+
+def measure(url: str, cache: Path, identities: int, images_per_identity: int, rounds: int) -> dict[str, Any]:
+    """Open the index of a packed dataset and plan its epochs. cache: a folder that may be deleted.
+
+    Raises DataError where the dataset has too few training identities for a batch.
+    """
+    opened = {"first_on_the_node": median(lambda: open_anew(url, cache), rounds)}
+    opened["after_that"] = median(lambda: open_index(url, cache), rounds)
+    index = ShardIndex.open(url, str(cache))
+    train = index.split("train")
+    settings = PKSettings(identities, images_per_identity)
+    plans = {name: plan_seconds(train, replace(settings, strategy=name), rounds) for name in STRATEGIES}
+    plans[f"identity, {VIRTUAL_NODES} virtual nodes"] = plan_seconds(
+        train, replace(settings, virtual_nodes=VIRTUAL_NODES), rounds
+    )
+    plain_s = median(lambda: plain_epoch(train.labels, identities, images_per_identity, 0), 1)
     return {
         "index_images": index.table.num_rows,
         "train_images": len(train),
         "train_identities": train.num_identities,
-        "steps_per_epoch": steps,
+        "identities_per_batch": identities,
+        "steps_per_epoch": len(epoch_plan(train, settings, 1)),
         "load_average": round(os.getloadavg()[0], 1),
         "open_index_s": opened,
         "plan_epoch_s": plans,
@@ -80,14 +92,11 @@ def open_anew(url: str, cache: Path) -> None:
     open_index(url, cache)
 
 
-def plan_seconds(train: SplitIndex, options: Any, strategy: str, nodes: int) -> float | None:
+def plan_seconds(train: SplitIndex, settings: PKSettings, rounds: int) -> float | None:
     """None where the dataset has no cameras, or too few shards."""
-    settings = PKSettings(
-        options.identities, options.images_per_identity, strategy=strategy, virtual_nodes=nodes
-    )  # fmt: skip
-    epochs = iter(range(1, options.rounds + 1))
+    epochs = iter(range(1, rounds + 1))
     try:
-        return median(lambda: epoch_plan(train, settings, next(epochs)), options.rounds)
+        return median(lambda: epoch_plan(train, settings, next(epochs)), rounds)
     except DataError:
         return None
 
