@@ -53,11 +53,15 @@ class DataSection(Section):
     """Folder or fsspec URL that `launch/pack.py build` wrote."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a corrupt record of a PK batch does: stop, or give its place to the identity's next image."""
+    skip_limit: Annotated[int, Field(ge=0)] = 100
+    """Different images that `on_error: skip` passes over on a worker; one more stops the run."""
     locality: Literal["none", "node"] = "none"
     """node: each virtual node fills its part of every batch from its own shards of the epoch."""
     virtual_nodes: PositiveInt = 8
     """Number of virtual nodes for `locality: node`; divides stage2.identities."""
     sampler: Literal["identity", "camera_aware", "balanced"] = "identity"
+    """How images are drawn; see `PKSettings.strategy`. camera_aware: chances are even between the cameras of an
+    identity, and so not between its images."""
     balance_alpha: NonNegative = 0.5
     """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
     cache_dir: str | None = None
@@ -212,7 +216,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        faults = [*self._stage_faults(), *self._batch_faults(), *self._cluster_faults()]
+        faults = [
+            *self._stage_faults(), *self._evaluation_faults(), *self._batch_faults(), *self._cluster_faults()
+        ]  # fmt: skip
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -233,6 +239,11 @@ class Config(Section):
             yield f"stage1.result: {self.stage1.result} would be overwritten by stage 1: set stages=[2]"
         if self.stage1.warmup_epochs and self.stage1.min_lr > self.stage1.lr:
             yield f"stage1.min_lr: {self.stage1.min_lr} is above stage1.lr {self.stage1.lr}"
+
+    def _evaluation_faults(self):
+        chosen = self.eval.descriptor
+        if not chosen or len(set(chosen)) < len(chosen):
+            yield f"eval.descriptor: {list(chosen)} has to name at least one of pre, img, proj, and none of them twice"
 
     def _batch_faults(self):
         identities, per = self.stage2.identities, self.stage2.images_per_identity
@@ -277,8 +288,8 @@ STAGE1_EPOCHS = "stage1.epochs"
 """Bends stage 1's learning rate from its first epoch on, and changes nothing when stage 1 is done."""
 # Keys that may change between a run and its continuation: none of them changes what is computed.
 HARMLESS = (
-    "run.dir", "run.resume", "data.shards", "data.on_error", "data.cache_dir", "data.cache_gb", "data.loaders",
-    "model.pretrained", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
+    "run.dir", "run.resume", "data.shards", "data.on_error", "data.skip_limit", "data.cache_dir", "data.cache_gb",
+    "data.loaders", "model.pretrained", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
     "cluster",
 )  # fmt: skip
 

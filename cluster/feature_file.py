@@ -98,10 +98,12 @@ def _read(path: str, needed: tuple[str, ...], prefixes: tuple[str, ...], hint: s
 
         return _read_sets(path, read_parts(Path(path)), needed, prefixes, hint)
     try:
-        with open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
+        with open_read(path) as file:
+            arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{path}: holds one array without a name; write an .npz with numpy.savez")
-            return _read_sets(path, arrays, needed, prefixes, hint)
+            with arrays:
+                return _read_sets(path, arrays, needed, prefixes, hint)
     except FileNotFoundError:
         raise ConfigError(f"--features {path}: no such file") from None
     except (zipfile.BadZipFile, EOFError, ValueError) as error:

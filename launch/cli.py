@@ -62,6 +62,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
+def positive(text: str) -> int:
+    return _whole(text, 1, "above 0")
+
+
+def not_negative(text: str) -> int:
+    return _whole(text, 0, "from 0")
+
+
+def _whole(text: str, least: int, words: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {words}")
+    return int(text)
+
+
 def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
     """Refuse a place for the result where it could not be written, before the work is done for nothing."""
     if out.is_dir():

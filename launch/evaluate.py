@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, progress_bar, run
+from launch.cli import Parser, check_out, not_negative, positive, progress_bar, run
 
 USAGE = """
   evaluate.py --config FILE --weights FILE|RUN [key.path=value ...] [--out metrics.json]
@@ -76,7 +76,7 @@ def make_parser() -> Parser:
     parser.add_argument("--rerank", type=rerank_settings, metavar="K1,K2,LAMBDA", help="re-ranked figures as well")
     parser.add_argument("--protocol", choices=("vehicleid",), help="draw queries and gallery from the test lists")
     parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
-    parser.add_argument("--seed", type=int, metavar="N", help="fixes the draws (default 0)")
+    parser.add_argument("--seed", type=not_negative, metavar="N", help="fixes the draws (default 0)")
     parser.add_argument(
         "--per-query", type=Path, metavar="FILE.csv", help="also a table of each query's matches, first rank and AP"
     )
@@ -85,12 +85,6 @@ def make_parser() -> Parser:
         "--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def rerank_settings(text: str) -> tuple[int, int, float]:

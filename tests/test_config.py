@@ -50,6 +50,8 @@ def test_every_fault_is_reported_at_once():
         ({"method": "one_stage"}, "stages"),
         ({"data": {"shards": "x", "locality": "node", "virtual_nodes": 5}}, "data.virtual_nodes"),
         ({"train": {"zero_stage": 3}}, "train.zero_stage"),
+        ({"eval": {"descriptor": []}}, "eval.descriptor"),
+        ({"eval": {"descriptor": ["img", "proj", "img"]}}, "eval.descriptor"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_by_key(tree, key):

@@ -485,6 +485,9 @@ def test_files_that_are_no_pair_are_refused(tmp_path):
         judged("--features", tmp_path / "gallery.npz", tmp_path / "query.npz", out=tmp_path / "metrics.json")
     with pytest.raises(ConfigError, match="lacks lists; .*split test"):
         judged("--features", tmp_path / "query.npz", "--protocol", "vehicleid", out=tmp_path / "metrics.json")
+    np.save(tmp_path / "bare.npy", np.eye(2))
+    with pytest.raises(ConfigError, match="bare.npy: holds one array without a name; write an .npz"):
+        judged("--features", tmp_path / "bare.npy", out=tmp_path / "metrics.json")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "query.npz").read_bytes()[:200])
     with pytest.raises(ConfigError, match="cut.npz: is not a complete .npz file"):
         judged("--features", tmp_path / "cut.npz", out=tmp_path / "metrics.json")
@@ -509,6 +512,7 @@ def test_files_that_are_no_pair_are_refused(tmp_path):
         ("--features a.npz --per-query nowhere/queries.csv", "--per-query nowhere/queries.csv: no such folder"),
         ("--features a.npz --protocol vehicleid --per-query q.csv", "--per-query does not go with --protocol vehicl"),
         ("--features a.npz --draws 0", "'0' is not a whole number above 0"),
+        ("--features a.npz --protocol vehicleid --seed -1", "--seed: '-1' is not a whole number from 0"),
         ("--features a.npz --out nowhere/metrics.json", "--out nowhere/metrics.json: no such folder"),
     ],
 )

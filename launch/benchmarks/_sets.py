@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipreid.retrieval import Labels
-from launch.cli import Parser
-from launch.evaluate import positive
+from launch.cli import Parser, positive
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 
+from cluster.errors import ConfigError
+
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`, by default a GPU where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device called `name`, by default a GPU where there is one. Raises ConfigError where there is none such."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"--device {device}: there is no such device here; use cpu or leave it out") from None
+    return torch.device(device)
 
 
 def facts(device: torch.device) -> dict[str, Any]:

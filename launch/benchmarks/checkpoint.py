@@ -18,7 +18,7 @@ from clipreid.model import build_models
 from clipreid.optim import parameter_groups
 from clipreid.spec import ModelSpec
 from launch.benchmarks._timing import facts, seconds
-from launch.cli import Parser
+from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
   python launch/bench.py checkpoint
@@ -43,9 +43,9 @@ def _options(arguments: list[str]):
         "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
     )
     parser.add_argument("--image-size", default="256x128", metavar="HxW", help="pixels")
-    parser.add_argument("--batch", type=int, help="images in a step; default: 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch", type=positive, help="images in a step; default: 64 on a GPU, 8 on a CPU")
     parser.add_argument("--dir", metavar="FOLDER", help="where to write; default: the system's temporary folder")
-    parser.add_argument("--rounds", type=int, default=3, help="checkpoints that are timed")
+    parser.add_argument("--rounds", type=positive, default=3, help="checkpoints that are timed")
     options = parser.parse_args(arguments)
     try:
         height, width = map(int, options.image_size.split("x"))

@@ -19,8 +19,7 @@ from clipreid.retrieval import Labels, Retrieval, retrieve
 from launch.benchmarks._memory import PeakMemory, measured
 from launch.benchmarks._sets import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
 from launch.benchmarks._timing import choose_device, facts, seconds
-from launch.cli import Parser
-from launch.evaluate import positive
+from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
   python launch/bench.py evaluate --size msmt17

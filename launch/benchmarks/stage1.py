@@ -19,7 +19,7 @@ from clipreid.optim import adam, parameter_groups
 from clipreid.prompts import PromptedText
 from clipreid.spec import ModelSpec
 from launch.benchmarks._timing import choose_device, facts, median_seconds_in_turn
-from launch.cli import Parser
+from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
   python launch/bench.py stage1
@@ -47,10 +47,10 @@ def _options(arguments: list[str]):
     parser.add_argument(
         "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
     )
-    parser.add_argument("--batch", type=int, default=64, help="images in a batch, a multiple of 4")
-    parser.add_argument("--identities", type=int, default=751, help="identities whose tokens learn")
+    parser.add_argument("--batch", type=positive, default=64, help="images in a batch, a multiple of 4")
+    parser.add_argument("--identities", type=positive, default=751, help="identities whose tokens learn")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="of both steps' tower")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind that are timed, in turn")
+    parser.add_argument("--rounds", type=positive, default=5, help="steps of each kind that are timed, in turn")
     parser.add_argument("--device", help="default: cuda where there is one")
     options = parser.parse_args(arguments)
     if options.batch < 4 or options.batch % 4 or options.identities < options.batch:

@@ -25,7 +25,7 @@ from clipreid.model import ReIDModel, build_models
 from clipreid.optim import adam, parameter_groups
 from clipreid.spec import ModelSpec
 from launch.benchmarks._timing import choose_device, facts, peak_memory_bytes, seconds
-from launch.cli import Parser
+from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
   python launch/bench.py stage2                                        all cases on a GPU, a small one on a CPU
@@ -66,12 +66,14 @@ def _options(arguments: list[str]):
     parser.add_argument(
         "--cases", nargs="+", metavar="MODEL:HxW", help="models vit, rn50, tiny or a JSON file, and size"
     )
-    parser.add_argument("--batch", nargs="+", type=int, help=f"images, multiples of {IMAGES_PER_IDENTITY}, at least 8")
+    parser.add_argument(
+        "--batch", nargs="+", type=positive, help=f"images, multiples of {IMAGES_PER_IDENTITY}, at least 8"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument(
         "--precision", choices=["bf16", "float32"], default="bf16", help="float32: of the plain loop too"
     )
-    parser.add_argument("--steps", type=int, help="steps timed at a stretch; the median of 3 stretches counts")
+    parser.add_argument("--steps", type=positive, help="steps timed at a stretch; the median of 3 stretches counts")
     parser.add_argument("--device", help="default: cuda where there is one")
     options = parser.parse_args(arguments)
     for batch in options.batch or ():
