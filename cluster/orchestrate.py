@@ -31,7 +31,6 @@ from cluster.team import PATIENCE, Team, join_process_group
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -187,20 +186,26 @@ def _connect(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine alone."""
     import ray
 
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    low, high = config.cluster.worker_range
-    variables = {"PYTHONPATH": path} | {name: os.environ[name] for name in _QUIET}
-    if low != high:
-        # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
-        variables[START_TIMEOUT] = os.environ.get(START_TIMEOUT, "20")
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
+    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return
     # Workers started ahead lack our environment variables and would never be used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Nothing big goes through Ray's object store: images and features have their own ways.
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, low), object_store_memory=100_000_000, **options)
+    cpus = max(os.cpu_count() or 1, config.cluster.worker_range[0])
+    ray.init(address="local", num_cpus=cpus, object_store_memory=100_000_000, **options)
+
+
+def _variables(config: Config) -> dict[str, str]:
+    """The environment of controller and workers. What a user has set there already stays."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    ours = dict(_QUIET)
+    low, high = config.cluster.worker_range
+    if low != high:
+        # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
+        ours["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
+    return {"PYTHONPATH": path} | {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from cluster.config import parse_config
 from cluster.errors import Drained, RankLost, TrainingError
-from cluster.orchestrate import _root_cause, ray_storage
+from cluster.orchestrate import _root_cause, _variables, ray_storage
 from cluster.storage import Storage
 from cluster.trainer import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_cause
 
@@ -63,6 +64,17 @@ def test_a_run_given_up_says_after_how_many_restarts_and_what_to_do():
     said = _root_cause(failed(rank1=LOST), max_failures=3)
     assert "worker 1: rank 0 waited 3 s in 'average losses'" in said and "after 3 restarts" in said
     assert "repeat the command" in said and "cluster.max_failures" in said
+
+
+def test_what_a_user_has_set_in_the_environment_wins(monkeypatch):
+    config = parse_config({"data": {"shards": "x"}, "cluster": {"workers": {"min": 1, "max": 2}}})
+    names = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert [_variables(config)[name] for name in names] == ["20", "0.5"]
+    for name in names:
+        monkeypatch.setenv(name, "7")
+    assert [_variables(config)[name] for name in names] == ["7", "7"]
 
 
 def test_rays_records_go_to_the_run_folder_behind_any_url(tmp_path):
