@@ -107,8 +107,8 @@ class Stage2:
         data, config, team = self.config.data, self.config, self.team
         return PKLoader(
             index, settings=sampler_settings(config), image_size=config.model.image_size, rank=team.rank,
-            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, cache_dir=data.cache_dir,
-            cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
+            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, skip_limit=data.skip_limit,
+            cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
         )  # fmt: skip
 
     def lr(self, epoch: int) -> float:

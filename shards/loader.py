@@ -137,10 +137,12 @@ class PKLoader:
     def _count_skipped(self, skipped: list[tuple[int, str]]) -> None:
         for row, message in skipped:
             if row not in self._skipped:
-                log.warning("skipped: %s", message)
-            self._skipped.add(row)
+                self._skipped.add(row)
+                log.warning("skipped, %d of at most %d: %s", len(self._skipped), self._skip_limit, message)
             if len(self._skipped) > self._skip_limit:
-                raise DataError(f"more than {self._skip_limit} images can't be read, the last one: {message}")
+                raise DataError(
+                    f"more than {self._skip_limit} images (data.skip_limit) can't be read, the last one: {message}"
+                )
 
 
 class FillBatch:

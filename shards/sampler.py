@@ -36,9 +36,10 @@ class PKSettings:
     """One of STRATEGIES.
 
     identity: as published. camera_aware: as published, but the images of an identity are cut into groups that
-    hold as many of its cameras as they can. balanced: a batch draws identities with probability proportional to
-    (their images) ** balance_alpha, each goes through its images again and again, and an epoch has as many batches
-    as the dataset has full ones.
+    hold as many of its cameras as they can; what is left over comes from the cameras with the most images, so chances
+    are even between an identity's cameras, and not between its images. balanced: a batch draws identities with
+    probability proportional to (their images) ** balance_alpha, each goes through its images again and again, and an
+    epoch has as many batches as the dataset has full ones.
     """
     balance_alpha: float = 0.5
     virtual_nodes: int = 0

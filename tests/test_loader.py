@@ -1,5 +1,6 @@
 """PK batches as pixels: which images, how exact, on how many processes, and what a broken record does."""
 
+import contextlib
 import io
 import logging
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ import torch
 from PIL import Image
 from shards_helpers import picture, write_shards
 
+from cluster.config import parse_config
+from cluster.stage2 import Stage2
+from cluster.team import Team
 from shards.decode import decode, resize_into
 from shards.errors import DataError
 from shards.index import ShardIndex
@@ -194,9 +199,28 @@ def test_with_skip_the_next_readable_image_of_the_identity_takes_the_place(tmp_p
     loader.close()
 
 
+def test_stage_2_skips_as_many_as_the_configuration_says_and_counts_them_in_the_log(tmp_path, caplog):
+    copy = write_copy(tmp_path, lambda number, kind: b"broken" if 11 < number < 15 else picture(number))
+    for limit, stops in ((3, False), (2, True)):
+        config = parse_config(
+            {
+                "data": {"shards": str(copy), "on_error": "skip", "skip_limit": limit, "loaders": 0},
+                "model": {"image_size": SIZE},
+                "stage2": {"identities": 4, "images_per_identity": 3},
+            }
+        )
+        stage = SimpleNamespace(config=config, team=Team(0, 1, 0))
+        loader = Stage2._loader(stage, index_of(copy))
+        with caplog.at_level(logging.WARNING), pytest.raises(DataError) if stops else contextlib.nullcontext() as error:
+            list(loader.epoch(1))
+        assert not stops or "more than 2 images (data.skip_limit) can't be read" in str(error.value)
+    for count in (1, 2, 3):
+        assert f"skipped, {count} of at most 3: shard " in caplog.text
+
+
 def test_skipping_is_fatal_after_a_limit_and_for_an_identity_without_readable_images(tmp_path):
     copy = write_copy(tmp_path, lambda number, kind: b"broken" if 11 < number < 15 else picture(number))
-    with pytest.raises(DataError, match="more than 2 images can't be read, the last one: shard .*, key "):
+    with pytest.raises(DataError, match=r"more than 2 images .* can't be read, the last one: shard .*, key "):
         list(loader_of(copy, on_error="skip", skip_limit=2).epoch(1))
     copy = write_copy(tmp_path, lambda number, kind: b"broken" if 11 < number < 18 else picture(number))
     with pytest.raises(DataError, match="no image of identity 02 can be read"):
