@@ -111,7 +111,7 @@ class Products:
         squared = padded.square().sum(1)
         if not squared.isfinite().all():
             row = numbers[int(squared.isfinite().logical_not().nonzero()[0])]
-            raise ModelError(f"{name} feature of row {row} is not finite: extract the features again.")
+            raise ModelError(f"{name} feature of row {row} is not finite: extract it again, and look at the weights")
         return padded, squared
 
 

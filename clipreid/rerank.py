@@ -145,7 +145,7 @@ def _neighbours(
         largest[rows] = distances.amax(1)
     nearest, largest = reduce_sum(nearest), reduce_sum(largest)
     if not largest.isfinite().all():
-        raise ModelError("re-ranking: features that are not finite: extract them again.")
+        raise ModelError("re-ranking: features that are not finite: extract them again, and look at the weights")
     return nearest, largest.clamp_min_(torch.finfo(largest.dtype).tiny)  # 0 where all images are the same
 
 

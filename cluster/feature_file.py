@@ -31,6 +31,8 @@ NEEDED_BY_RULE = {"camera": ("cameras",), "none": (), "camera_time": ("cameras",
 class FeatureSet:
     """One set of a feature file: images with their features and what is known of them."""
 
+    source: str
+    """File and array, for messages."""
     features: np.ndarray
     """Numbers [n, D]; memory-mapped where the file allows it."""
     identities: np.ndarray
@@ -145,7 +147,7 @@ def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> Featu
                 f"one for each row of {prefix}features"
             )
         columns[name] = column.astype(np.int64 if column.dtype.kind in "iu" else str)
-    return FeatureSet(features, **columns)
+    return FeatureSet(f"{path}: {prefix}features", features, **columns)
 
 
 def _mapped(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:

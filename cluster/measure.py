@@ -7,12 +7,13 @@ The distances are counted by `clipreid.retrieval`; here the counts of the ranks 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clipreid.errors import ModelError
 from clipreid.protocols import vehicleid
 from clipreid.rerank import evaluate_reranked
 from clipreid.retrieval import Labels, retrieve
@@ -28,19 +29,32 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 class Rows:
-    """Features of a file, float32 [n, D], of length 1 with `normalize`: made from the file's a few rows at a time."""
+    """Features of a file, float32 [n, D], of length 1 with `normalize`: made from the file's a few rows at a time.
 
-    def __init__(self, features: np.ndarray, normalize: bool):
-        self.features, self.normalize = features, normalize
+    Raises ModelError with file, row and key for a value that is not finite.
+    """
+
+    def __init__(self, part: FeatureSet, normalize: bool):
+        self.part, self.normalize = part, normalize
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.part.features)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        block = np.array(self.features[rows], np.float32)
+        block = np.array(self.part.features[rows], np.float32)
+        finite = np.isfinite(block).all(1)
+        if not finite.all():
+            self._refuse(np.arange(len(self))[rows][np.argmin(finite)])
         if self.normalize:
             normalize_rows(block)
         return block
+
+    def _refuse(self, row: int) -> NoReturn:
+        key = "" if self.part.keys is None else f" (key {self.part.keys[row]})"
+        raise ModelError(
+            f"{self.part.source}: row {row}{key} holds values that are not finite: extract it again, and if they come "
+            "again look at the weights, which may not be finite either"
+        )
 
 
 @contextmanager
@@ -111,7 +125,7 @@ def measure_pair(
     Raises ModelError for features that are not finite, and where no query has a valid match.
     """
     return measure_retrieval(
-        Rows(query.features, normalize)[:], _labels(query), Rows(gallery.features, normalize), _labels(gallery),
+        Rows(query, normalize)[:], _labels(query), Rows(gallery, normalize), _labels(gallery),
         rule=rule, rerank=rerank, team=_this_process(), progress=progress, per_query=per_query,
         keys=(query.keys, gallery.keys),
     )  # fmt: skip
@@ -119,7 +133,7 @@ def measure_pair(
 
 def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int) -> dict[str, Any]:
     """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
-    features = Rows(test.features, normalize)[:]
+    features = Rows(test, normalize)[:]
     return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=_this_process())
 
 
