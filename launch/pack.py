@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, progress_bar, run
+from launch.cli import Parser, check_out, progress_bar, run
 
 EXAMPLE = """examples:
   python launch/pack.py render --out data/demo
@@ -18,6 +18,9 @@ EXAMPLE = """examples:
   python launch/pack.py build --dataset manifest --root images.csv --noun animal --out data/animals
   python launch/pack.py verify data/demo-shards --all
   python launch/pack.py inspect data/demo-shards --sheet sheet.png"""
+
+BUILD = """Pack a dataset into shards. Of an image only header and end are looked at, unless it is resized:
+`pack.py verify URL --all` decodes every one."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +32,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="pack.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="render | build | verify | inspect")
     _add_render(commands.add_parser("render", help="draw a demo dataset of vehicles", epilog=EXAMPLE))
-    _add_build(commands.add_parser("build", help="pack a dataset into shards", epilog=EXAMPLE))
+    _add_build(commands.add_parser("build", help="pack a dataset into shards", description=BUILD, epilog=EXAMPLE))
     _add_verify(commands.add_parser("verify", help="check shards against their index", epilog=EXAMPLE))
     _add_inspect(commands.add_parser("inspect", help="show what a packed dataset holds", epilog=EXAMPLE))
     return parser
@@ -78,7 +81,7 @@ def _add_verify(parser: Parser) -> None:
 def _add_inspect(parser: Parser) -> None:
     parser.add_argument("url", metavar="URL", help="folder of a packed dataset")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a sheet of images, one identity a row")
-    parser.set_defaults(command=inspect)
+    parser.set_defaults(command=inspect, parser=parser)
 
 
 def positive(text: str) -> int:
@@ -157,6 +160,8 @@ def inspect(options: argparse.Namespace) -> int:
     from shards.overview import Overview
     from shards.report import print_overview
 
+    if options.sheet:
+        check_out(options.parser, options.sheet, "--sheet")
     print_overview(Overview.read(options.url))
     if options.sheet:
         from shards.sheet import write_sheet

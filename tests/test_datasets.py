@@ -108,6 +108,7 @@ def test_records_do_not_depend_on_the_order_of_the_file_system(name, tmp_path, m
         ("market1501", "query", "0002_c7s1_000451_03.jpg", "0002_c1s1_000451_03.jpg"),
         ("market1501", "query", "x0002_c1s1_000451_03.jpg", "0002_c1s1_000451_03.jpg"),
         ("dukemtmc", "bounding_box_test", "0001_c2_f0046182 (1).jpg", "0001_c2_f0046182.jpg"),
+        ("occluded_duke", "query", "0001_c9_f0046182.jpg", "0001_c2_f0046182.jpg"),
         ("veri776", "image_train", "0002_c021_00030600_0.jpg", "0002_c002_00030600_0.jpg"),
     ],
 )
@@ -127,6 +128,7 @@ def test_odd_names_are_an_error_that_lists_five_and_the_form(name, folder, odd, 
     [
         ("market1501", "bounding_box_test"),
         ("dukemtmc", "query"),
+        ("occluded_duke", "bounding_box_train"),
         ("veri776", "image_query"),
         ("vehicleid", "train_test_split"),
         ("msmt17", "test"),
@@ -153,12 +155,16 @@ def test_a_missing_list_is_named(name, missing, tmp_path):
     fails(f"{re.escape(missing)}: no such file", name, tmp_path)
 
 
-def test_a_missing_root_and_an_empty_split_are_named(tmp_path):
+def test_a_missing_root_is_named_and_an_empty_split_warned_of(tmp_path):
     fails("no/such/place: no such folder", "market1501", "no/such/place")
     make_market(tmp_path)
-    for image in (tmp_path / "query").glob("0*.jpg"):
-        image.unlink()
-    fails("split 'query' is empty", "market1501", tmp_path)
+    for folder in ("query", "bounding_box_train", "bounding_box_test"):
+        assert read("market1501", tmp_path).records
+        for image in (tmp_path / folder).glob("*_*.jpg"):
+            image.unlink()
+        if folder == "query":
+            assert "split query is empty: the dataset can't be evaluated with" in read("market1501", tmp_path).warnings
+    fails("market1501 at .*: holds no images", "market1501", tmp_path)
 
 
 def test_unknown_dataset_lists_the_known_ones(tmp_path):
@@ -196,6 +202,15 @@ def test_msmt17_list_faults_name_the_line_or_the_image(tmp_path):
     fails("list_query.txt, line 2: expected `PATH LABEL`", "msmt17", tmp_path)
     write(tmp_path / "list_query.txt", listed + listed)
     fails("line 2: .* is listed twice", "msmt17", tmp_path)
+    write(tmp_path / "list_query.txt", listed)
+    write(tmp_path / "test" / "0000" / "0000_000_16_0303morning_0015_0.jpg", image_bytes())
+    write(tmp_path / "list_query.txt", listed + "0000/0000_000_16_0303morning_0015_0.jpg 0\n")
+    fails("not of the form 0000/0000_000_01_.*0000_000_16_", "msmt17", tmp_path)
+    write(tmp_path / "list_query.txt", listed)
+    trained, validated = (tmp_path / f"list_{name}.txt" for name in ("train", "val"))
+    write(validated, validated.read_text() + trained.read_text().splitlines()[1] + "\n")
+    fails("list_val.txt: train/0001/0001_000_15_.* is listed twice, before in list_train.txt", "msmt17", tmp_path)
+    assert len(rows(read("msmt17", tmp_path, msmt17_val="leave"), "train")) == 2
 
 
 def views_of(root):
@@ -237,6 +252,18 @@ def test_veri776_view_faults_name_the_line(tmp_path):
     fails("nothere.txt: no such file", "veri776", tmp_path, views=(f"{tmp_path}/nothere.txt",))
 
 
+def test_veri776_view_files_that_name_no_image_are_told(tmp_path):
+    make_veri(tmp_path)
+    other = tmp_path / "other.txt"
+    write(other, f"a/0009_c001_00000001_0.jpg {VIEWS_LINE} 1\n")
+    fails(f"--views {other}: no image of {tmp_path} is named there", "veri776", tmp_path, views=(str(other),))
+    kept = read("veri776", tmp_path, views=(*views_of(tmp_path), str(other)))
+    assert f"--views {other} names none of the images" in kept.warnings
+    assert not any(
+        "none of the images" in line for line in read("veri776", tmp_path, views=views_of(tmp_path)).warnings
+    )
+
+
 def test_veri776_name_files_tell_an_incomplete_copy(tmp_path):
     make_veri(tmp_path)
     (tmp_path / "image_test" / VERI_NAMES["test"][1]).unlink()
@@ -274,7 +301,7 @@ def test_vehicleid_lists_missing_odd_and_contradicting(tmp_path):
     fails("lists images that are not there: image/0000099.jpg", "vehicleid", tmp_path)
     for path in lists.glob("test_list_*.txt"):
         path.unlink()
-    fails("split 'test' is empty", "vehicleid", tmp_path)
+    assert any("split test is empty" in line for line in read("vehicleid", tmp_path).warnings)
 
 
 def test_counts_other_than_the_published_are_notes_not_warnings(tmp_path):

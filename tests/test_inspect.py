@@ -11,6 +11,7 @@ import pytest
 from layouts import make_manifest, make_vehicleid
 from PIL import Image
 
+from launch import pack as command
 from shards.format import read_index_table
 from shards.overview import Overview, SplitOverview, Spread
 from shards.pack import build
@@ -75,6 +76,14 @@ def test_the_command_prints_tables_and_writes_the_sheet(packed, tmp_path):
         assert text in done.stdout
     assert "images per view" not in done.stdout
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys):
+    for place, fault in ((tmp_path / "none" / "s.png", "no such folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as stop:
+            command.main(["inspect", "nowhere", "--sheet", str(place)])
+        assert stop.value.code == 2
+        assert f"error: --sheet {place}: {fault}" in capsys.readouterr().err
 
 
 def test_a_dataset_without_cameras_can_be_inspected(tmp_path):

@@ -25,7 +25,11 @@ from shards import storage
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import make_key, read_index_table
+from shards.index import ShardIndex
+from shards.overview import Overview
 from shards.pack import build
+from shards.sheet import write_sheet
+from shards.verify import verify
 from shards.workers import run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -499,13 +503,16 @@ def test_build_on_the_command_line_reports_and_never_loads_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *map(str, line)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout and "packed; fingerprint" in done.stdout
+    assert f"`pack.py verify {tmp_path / 'out'} --all` decodes every one" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["build", "--dataset", "manifest", "--root", "no-train.csv", "--out", "out"], "split 'train' is empty"),
-        (["build", "--dataset", "manifest", "--root", "no-query.csv", "--out", "out"], "split 'query' is empty"),
+        (
+            ["build", "--dataset", "manifest", "--root", "no-train.csv", "--out", "out", "--strict"],
+            "split train is empty",
+        ),
         (["build", "--dataset", "market1501", "--root", "nowhere", "--out", "out"], "nowhere: no such folder"),
         (["build", "--dataset", "marked", "--root", ".", "--out", "out"], "dataset 'marked' is not known; known: "),
         (["build", "--dataset", "market1501", "--root", ".", "--out", "out", "--resize", "12"], "not HEIGHTxWIDTH"),
@@ -515,9 +522,7 @@ def test_build_on_the_command_line_reports_and_never_loads_torch(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_within_five_seconds(arguments, fault, tmp_path):
-    for split, file in (("train", "no-train.csv"), ("query", "no-query.csv")):
-        (tmp_path / split).mkdir()
-        write_rows(tmp_path / split, [row for row in CLEAN if row[1] != split]).rename(tmp_path / file)
+    write_rows(tmp_path, [row for row in CLEAN if row[1] != "train"]).rename(tmp_path / "no-train.csv")
     started = time.monotonic()
     done = command(*arguments, cwd=tmp_path)
     assert time.monotonic() - started < 5
@@ -526,10 +531,30 @@ def test_a_mistake_is_one_line_and_exit_code_2_within_five_seconds(arguments, fa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kept", "warned"),
+    [(("train",), ["query", "gallery"]), (("query", "gallery"), ["train"]), (("train", "gallery"), ["query"])],
+)
+def test_a_dataset_for_training_or_for_evaluation_alone_is_packed_with_a_warning(kept, warned, tmp_path):
+    table = write_rows(tmp_path, [row for row in CLEAN if row[1] in kept])
+    report = pack(table, tmp_path / "out")
+    assert [line.split()[1] for line in report.warnings] == warned
+    assert all("is empty: the dataset can't be" in line for line in report.warnings)
+    fails(f"--strict, and there are {len(warned)} warnings", table, tmp_path / "strict", strict=True)
+    assert verify(str(tmp_path / "out"), decode_all=True).problems == []
+    assert [split.name for split in Overview.read(str(tmp_path / "out")).splits] == list(kept)
+    write_sheet(str(tmp_path / "out"), tmp_path / "sheet.png")
+    index = ShardIndex.open(str(tmp_path / "out"), str(tmp_path / "cache"))
+    assert len(index.split(kept[0]))
+    with pytest.raises(DataError, match=f"has no split '{warned[0]}'; it has: "):
+        index.split(warned[0])
+
+
 def test_help_shows_an_example():
     for arguments in (["--help"], ["build", "--help"]):
         done = command(*arguments)
         assert done.returncode == 0 and "python launch/pack.py build --dataset" in done.stdout
+    assert "`pack.py verify URL --all` decodes every one" in done.stdout
 
 
 def test_run_turns_mistakes_into_exit_code_2_and_keeps_faults_of_the_program(capsys):

@@ -31,7 +31,7 @@ class ReIDDataset(Protocol):
     num_views: int | None
     """The same for viewpoints."""
     splits: tuple[str, ...]
-    """Splits it has; each must hold images."""
+    """Splits it has; an empty one is warned of."""
     known_counts: dict[str, tuple[int, int]]
     """Published (images, identities) of its splits and of any "test list N", for a note when the files differ."""
 

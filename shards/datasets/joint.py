@@ -75,9 +75,13 @@ def _read_part(name: str, roots: Sequence[str], options: dict[str, Any]) -> Coll
     dataset, source = cls(**own), Source(root)
     collection = Collection(name, dataset.noun, 0, 0, [], {"": source})
     collection.records = list(dataset.records(source, collection.warnings.append))
+    if not collection.records:
+        raise DataError(f"{name} at {roots[0]}: holds no images of {', '.join(dataset.splits)}")
+    present = {record.split for record in collection.records}
     for split in dataset.splits:
-        if not any(record.split == split for record in collection.records):
-            raise DataError(f"{name} at {roots[0]}: split {split!r} is empty; it needs {', '.join(dataset.splits)}")
+        if split not in present:
+            use = "trained" if split == "train" else "evaluated"
+            collection.warnings.append(f"split {split} is empty: the dataset can't be {use} with")
     collection.cameras = _count(dataset.num_cameras, (record.camera for record in collection.records))
     collection.views = _count(dataset.num_views, (record.view for record in collection.records))
     if note := _compare_counts(name, dataset.known_counts, collection.records):

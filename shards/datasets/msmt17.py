@@ -23,6 +23,8 @@ EXPECTED = "0000/0000_000_01_0303morning_0015_0.jpg, camera 01 to 15"
 BASES = ("MSMT17", "MSMT17_V1", "MSMT17_V2", "")
 FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))
 """Versions 1 and 2 of the training and the test folder."""
+MAX_DIGITS = 9
+"""Of a label."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Msmt17:
         )
         present = {folder: image_files(source, base + folder) for folder in (train_folder, test_folder)}
         for split, folder, lists in parts:
-            labels = {}
+            labels: dict[str, int] = {}
             for list_name in lists:
-                labels |= read_list(source, base, folder, list_name, present[folder])
+                listed = read_list(source, base, folder, list_name, present[folder])
+                if twice := sorted(labels.keys() & listed):
+                    where = join(source.root, base + list_name)
+                    raise DataError(f"{where}: {twice[0]} is listed twice, before in {lists[0]}")
+                labels |= listed
             below = f"{base}{folder}/"
             for path, name in match_names(source, sorted(labels), NAME, EXPECTED, below=below):
                 identity = f"{'train' if split == 'train' else 'test'}/{labels[path]:04d}"
@@ -80,7 +86,7 @@ def read_list(source: Source, base: str, folder: str, list_name: str, present: l
             continue
         path, _, label = line.strip().rpartition(" ")
         where = f"{join(source.root, base + list_name)}, line {number}"
-        if not path or not label.isdecimal():
+        if not path or not label.isdecimal() or len(label) > MAX_DIGITS:
             raise DataError(f"{where}: expected `PATH LABEL`, got {line[:80]!r}")
         path = f"{base}{folder}/{path.strip()}"
         if path in labels:

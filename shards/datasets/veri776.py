@@ -52,16 +52,17 @@ class Veri776:
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         if self.drop_unlabelled and not self.views:
             raise DataError("--drop-unlabelled needs the view labels: give --views FILE")
-        views = read_views(self.views)
+        views, names_in = read_views(self.views)
         base = find_base(source, ["VeRi", ""], [f"image_{theirs}" for theirs in FOLDERS.values()])
         attributes = read_labels(source, base)
-        without_view = 0
+        names, without_view = set(), 0
         for split, theirs in FOLDERS.items():
             folder = f"{base}image_{theirs}"
             files = image_files(source, folder)
             check_list(source, files, folder, f"{base}name_{theirs}.txt", warn)
             for path, name in match_names(source, files, NAME, EXPECTED, below=f"{folder}/"):
                 view = views.get(name[0], -1)
+                names.add(name[0])
                 if view < 0:
                     without_view += 1
                     if self.drop_unlabelled:
@@ -70,13 +71,18 @@ class Veri776:
                 yield ImageRecord(
                     path, name["identity"], split, camera, view, name["time"], attributes=attributes.get(name[0], ())
                 )
+        check_views(source, names_in, names, warn)
         if views and without_view:
             warn(f"{without_view} images without a view label " + ("left out" if self.drop_unlabelled else "kept"))
 
 
-def read_views(files: tuple[str, ...]) -> dict[str, int]:
-    """File name -> view 0-7; raises DataError on a line of another form and on two views for one name."""
+def read_views(files: tuple[str, ...]) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """(file name -> view 0-7, view file -> the names in it).
+
+    Raises DataError on a line of another form and on two views for one name.
+    """
     views: dict[str, int] = {}
+    names_in: dict[str, set[str]] = {file: set() for file in files}
     for file in files:
         for number, line in enumerate(storage.read_text(file).splitlines(), 1):
             fields = line.rsplit(None, 41)
@@ -87,7 +93,19 @@ def read_views(files: tuple[str, ...]) -> dict[str, int]:
             name = PurePosixPath(fields[0].replace("\\", "/")).name
             if views.setdefault(name, int(fields[-1])) != int(fields[-1]):
                 raise DataError(f"{file}, line {number}: {name} has view {fields[-1]}, before it had {views[name]}")
-    return views
+            names_in[file].add(name)
+    return views, names_in
+
+
+def check_views(source: Source, names_in: dict[str, set[str]], names: set[str], warn: Callable[[str], None]) -> None:
+    """Warn of view files that name none of the dataset's images; raise DataError when all are such."""
+    unfit = [file for file, theirs in names_in.items() if not theirs & names]
+    if unfit and len(unfit) == len(names_in):
+        raise DataError(
+            f"--views {', '.join(unfit)}: no image of {source.root} is named there; give this dataset's key-point files"
+        )
+    for file in unfit:
+        warn(f"--views {file} names none of the images")
 
 
 def read_labels(source: Source, base: str) -> dict[str, tuple[tuple[str, str], ...]]:
