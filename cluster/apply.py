@@ -3,14 +3,12 @@
 RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] ──▶ metrics, or arrays of a feature file
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clipreid.card import ModelCard
@@ -22,31 +20,12 @@ from clipreid.weights import load_model
 from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
 from cluster.features import extract_batches
-from cluster.measure import Progress, silent
+from cluster.measure import Progress
 from cluster.model_spec import configured_spec, model_spec
-from cluster.orchestrate import quiet_libraries, threads_per_worker
 from cluster.per_query import PerQueryFile
-from cluster.team import Team, choose_device, join_process_group
+from cluster.team import Team, choose_device
 from shards.folder import FolderLoader
 from shards.index import ShardIndex
-
-
-@contextmanager
-def this_team(config: Config) -> Iterator[Team]:
-    """The processes that torchrun started, of which this is one; without torchrun this one alone.
-
-    Features and metrics are the same bit by bit for any number of them, and of threads on a CPU.
-    """
-    launched = "WORLD_SIZE" in os.environ
-    quiet_libraries()
-    team = join_process_group(config.cluster.timeout_s) if launched else Team(device=choose_device(0))
-    if team.device.type == "cpu" and (launched or config.cluster.cpus_per_worker):
-        torch.set_num_threads(threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    try:
-        yield team
-    finally:
-        if launched:
-            torch.distributed.destroy_process_group()
 
 
 class Applied:
@@ -64,9 +43,8 @@ class Applied:
 
     def evaluate(self, index: ShardIndex, progress: Progress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
         """Metrics as of a run, `cluster.evaluate.evaluate`. Raises as it does. per_query: as in `measure`."""
-        shown = progress if self.team.is_first else silent
         return measure(
-            lambda split: self._encode(index, split, progress), index, self.config, self.team, shown, per_query
+            lambda split: self._encode(index, split, progress), index, self.config, self.team, progress, per_query
         )
 
     def extract_split(self, index: ShardIndex, split: str, progress: Progress) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""From descriptors to metrics on many workers, and from feature files on one.
+"""From descriptors or feature files to metrics, on many workers.
 
     evaluate, feature files ── descriptors ──▶ [measure] ──▶ metrics
 
@@ -19,7 +19,7 @@ from clipreid.rerank import evaluate_reranked
 from clipreid.retrieval import Labels, retrieve
 from cluster.feature_file import FeatureSet
 from cluster.per_query import PerQueryFile
-from cluster.team import Team, choose_device
+from cluster.team import Team
 
 UNIT_TOLERANCE = 1e-6
 """How far the length of a row that was normalised in float32 may be from 1."""
@@ -81,6 +81,7 @@ def measure_retrieval(
     Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped. per_query: written by the
     first rank, with the keys of queries and gallery; of the plain distances.
     """
+    progress = progress if team.is_first else silent
     on_device = torch.from_numpy(query_features).to(team.device)
     with progress("compare with the gallery") as on_images:
         result = retrieve(
@@ -117,24 +118,25 @@ def measure_pair(
     normalize: bool,
     rule: str,
     rerank: tuple[int, int, float] | None,
+    team: Team,
     progress: Progress = silent,
     per_query: PerQueryFile | None = None,
 ) -> dict[str, Any]:
-    """Metrics of feature files, in this process. normalize: features are scaled to length 1.
+    """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
 
     Raises ModelError for features that are not finite, and where no query has a valid match.
     """
     return measure_retrieval(
         Rows(query, normalize)[:], _labels(query), Rows(gallery, normalize), _labels(gallery),
-        rule=rule, rerank=rerank, team=_this_process(), progress=progress, per_query=per_query,
+        rule=rule, rerank=rerank, team=team, progress=progress, per_query=per_query,
         keys=(query.keys, gallery.keys),
     )  # fmt: skip
 
 
-def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int) -> dict[str, Any]:
+def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int, team: Team) -> dict[str, Any]:
     """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
     features = Rows(test, normalize)[:]
-    return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=_this_process())
+    return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=team)
 
 
 def normalize_rows(features: np.ndarray) -> None:
@@ -150,10 +152,6 @@ def normalize_rows(features: np.ndarray) -> None:
 
 def _labels(part: FeatureSet) -> Labels:
     return Labels(part.identities, part.cameras, part.times)
-
-
-def _this_process() -> Team:
-    return Team(device=choose_device(0))
 
 
 def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, parse_config
+from cluster.config import ClusterSection, Config, parse_config
 from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.live import read_status
 from cluster.manifest import FOLDER, read_manifests
@@ -57,7 +57,7 @@ def run_in_this_process(config: Config) -> dict[str, Any]:
 
     from cluster.worker import train
 
-    cpus = threads_per_worker(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cpus = threads_per_worker(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     team = join_process_group(config.cluster.timeout_s, cpus)
     check_world_size(config, team.world_size)
     if team.device.type == "cpu":
@@ -79,10 +79,10 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ConfigError(f"{world_size} workers do not divide stage2.identities {identities}; possible: {fits}")
 
 
-def threads_per_worker(config: Config, workers_on_node: int) -> int:
+def threads_per_worker(settings: ClusterSection, workers_on_node: int) -> int:
     """Torch's threads on a CPU. Sums round differently with another number of threads, so where a run may move between
     machines of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
-    return config.cluster.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+    return settings.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
 
 
 def quiet_libraries() -> None:

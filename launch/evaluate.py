@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> None:
     check_out(parser, options.out)
     if options.per_query:
         check_out(parser, options.per_query, "--per-query")
+        if options.per_query.resolve() == options.out.resolve():
+            parser.error(f"--per-query {options.per_query}: is the file of --out too; name another")
     elif options.top_k:
         parser.error("--top-k: the lists are written into --per-query FILE.csv, which is not given")
     if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
@@ -118,32 +120,35 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
             parser.error(f"--per-query: {index.name} is judged over draws, each with queries of its own")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied, this_team
+        from cluster.apply import Applied
+        from cluster.this_team import this_team
 
-        with this_team(config) as team:
+        with this_team(config.cluster) as team:
             applied = Applied(config, path, card, index, team)
             metrics = applied.evaluate(index, progress_bar, _per_query_file(options))
             return metrics if team.is_first else None
 
 
-def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any]:
+def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any] | None:
+    """None in all processes of torchrun but the first."""
     _check_feature_options(parser, options)
     from cluster.feature_file import read_pair, read_test
 
-    normalize = options.normalize is not False
-    if options.protocol:
-        test = read_test(options.features[0])
-        from cluster.measure import measure_test
+    rule, normalize = options.rule or "camera", options.normalize is not False
+    sets = [read_test(options.features[0])] if options.protocol else read_pair(options.features, rule)
+    from cluster.measure import measure_pair, measure_test
+    from cluster.this_team import this_team
 
-        return measure_test(test, normalize=normalize, draws=options.draws or 10, seed=options.seed or 0)
-    rule = options.rule or "camera"
-    query, gallery = read_pair(options.features, rule)
-    from cluster.measure import measure_pair
-
-    return measure_pair(
-        query, gallery, normalize=normalize, rule=rule, rerank=options.rerank, progress=progress_bar,
-        per_query=_per_query_file(options),
-    )  # fmt: skip
+    with this_team() as team:
+        if options.protocol:
+            draws, seed = options.draws or 10, options.seed or 0
+            metrics = measure_test(*sets, normalize=normalize, draws=draws, seed=seed, team=team)
+        else:
+            metrics = measure_pair(
+                *sets, normalize=normalize, rule=rule, rerank=options.rerank, team=team, progress=progress_bar,
+                per_query=_per_query_file(options),
+            )  # fmt: skip
+        return metrics if team.is_first else None
 
 
 def _per_query_file(options: argparse.Namespace) -> Any:

@@ -50,9 +50,10 @@ def main(arguments: list[str]) -> None:
             names = list_images(options.images)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied, this_team
+        from cluster.apply import Applied
+        from cluster.this_team import this_team
 
-        with this_team(config) as team:
+        with this_team(config.cluster) as team:
             applied = Applied(config, path, card, index, team)
             if index is not None:
                 arrays = applied.extract_split(index, options.split, progress_bar)

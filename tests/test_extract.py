@@ -3,9 +3,11 @@
 import json
 import subprocess
 import threading
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -94,6 +96,37 @@ def test_two_workers_evaluate_and_rerank_as_one_does(arguments, tmp_path):
     on_workers(2, "evaluate.py", *arguments, "--out", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two and one["rerank"]["mAP"] != one["mAP"]
+
+
+def judged_features(team, arguments):
+    """What evaluate.py prints on each rank that torchrun started."""
+    with redirect_stdout(StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
+        evaluate.main(arguments)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "protocol", [["--rerank", "4,2,0.3", "--rule", "none", "--per-query", "Q"], ["--protocol", "vehicleid"]]
+)
+def test_workers_share_a_feature_file_and_tell_the_metrics_once(protocol, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "features": rng.standard_normal((1500, 6)),
+        "identities": rng.integers(0, 40, 1500),
+        "lists": np.full(1500, "800"),
+    }
+    np.savez(tmp_path / "one.npz", **arrays)
+    files = [str(tmp_path / "one.npz")] * (1 if "vehicleid" in protocol else 2)
+    protocol = [str(tmp_path / "queries.csv") if word == "Q" else word for word in protocol]
+    found = []
+    for ranks in (1, 2):
+        printed = on_processes(
+            ranks, judged_features, ["--features", *files, *protocol, "--out", str(tmp_path / "m.json")]
+        )
+        assert [text.count("metrics:") for text in printed] == [1] + [0] * (ranks - 1)
+        assert not any(printed[1:])
+        found.append({path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix != ".npz"})
+    assert found[0] == found[1] and len(found[0]) == len(files)
 
 
 def threaded_evaluation(team, threads, arguments):
