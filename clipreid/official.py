@@ -84,8 +84,11 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
     if _TOKENS[1] in state:
         state[_TOKENS[0]] = state.pop(_TOKENS[1])
     partial = Path(f"{path}.partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:

@@ -6,6 +6,8 @@ A file of our own says what it was trained with, so settings that contradict it 
 (CLIP's, the authors') are held against the settings when they are read.
 """
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,8 +53,8 @@ def card_of(path: Path) -> ModelCard | None:
 def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source: str) -> None:
     """Raise ConfigError, one line a fault with both values, unless weights and settings compute the same features.
 
-    What only training needs may differ: identities, prompts, the dataset itself. Without `index` no camera or
-    view is known, so the sizes of the side information table do not matter.
+    What only training needs may differ: identities, prompts, the dataset itself; and the descriptor, which is told.
+    Without `index` no camera or view is known, so the sizes of the side information table do not matter.
     """
     trained = card.spec
     dataset = index or trained
@@ -71,6 +73,14 @@ def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source
         )
     if faults:
         raise ConfigError("\n".join(faults))
+    _tell_descriptor(card, config, source)
+
+
+def _tell_descriptor(card: ModelCard, config: Config, source: str) -> None:
+    """Another descriptor than the run's is a choice that is free at any time, but not to be made unawares."""
+    theirs, ours = list(card.descriptor), list(config.eval.descriptor)
+    if theirs != ours and os.environ.get("RANK", "0") == "0":
+        print(f"note: eval.descriptor is {ours} here, {source} was judged by {theirs} in its run", file=sys.stderr)
 
 
 def _model_differences(trained: ModelSpec, here: ModelSpec) -> Iterator[tuple[str, object, object, str]]:

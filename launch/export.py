@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, run
+from launch.cli import Parser, check_out, run
 
 EXAMPLE = """example:
   python launch/export.py --weights runs/veri776_vit --format official --out ViT-B-16_60.pth
@@ -19,22 +19,28 @@ model (image encoder, necks, classifiers, side information, prompts and text enc
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="export.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--weights", required=True, metavar="RUN|FILE", help="run folder, or its model.safetensors")
+    parser.add_argument(
+        "--weights", required=True, metavar="RUN|FILE", help="run folder, or its model.safetensors; also a URL"
+    )
     parser.add_argument("--format", required=True, choices=["official"], help="format to write")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     options = parser.parse_args(arguments)
-    if not Path(options.weights).exists():
-        parser.error(f"--weights {options.weights}: no such run folder or file of weights")
-    if not options.out.absolute().parent.is_dir():
-        parser.error(f"--out {options.out}: no such folder {options.out.absolute().parent}")
+    check_out(parser, options.out)
+    if Path(options.weights).suffix in (".pth", ".pt", ".bin"):
+        parser.error(
+            f"--weights {options.weights}: give a run folder or its model.safetensors; such a file is no run's, but a "
+            "checkpoint of CLIP-ReID's authors, which needs no export, or CLIP weights"
+        )
 
-    from clipreid.official import save_official
-    from clipreid.weights import load_model, load_text, weights_file
+    from cluster.trained import local_weights
 
-    path = weights_file(options.weights)
-    model, spec = load_model(path)
-    text = load_text(path)
-    save_official(options.out, model, text, spec)
+    with local_weights(options.weights) as path:
+        from clipreid.official import save_official
+        from clipreid.weights import load_model, load_text
+
+        model, spec = load_model(path)
+        text = load_text(path)
+        save_official(options.out, model, text, spec)
     sides = "image and text side" if text is not None else "image side (the run has no text side)"
     print(f"{options.out}: {sides} of {spec.arch}, {spec.identities} identities, in the format {options.format}")
 

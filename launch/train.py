@@ -3,14 +3,13 @@
 python launch/train.py --config configs/demo.yaml stage2.epochs=10
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import run
+from launch.cli import Parser, run
 
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
@@ -21,13 +20,10 @@ Repeating a command goes on from the run's newest checkpoint."""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__.split("\n")[0], epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, for example configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from cluster.check import check_run
     from cluster.config import load_config

@@ -74,8 +74,11 @@ def own_metrics(run):
 def test_the_weights_of_a_run_give_its_own_metrics(run, own_metrics, tmp_path, capsys):
     assert "mAP" in own_metrics and "mAP" in own_metrics["rerank"]
     assert judged(*run.arguments, out=tmp_path / "metrics.json") == own_metrics
-    printed = capsys.readouterr().out
-    assert "re-ranked" in printed and str(tmp_path / "metrics.json") in printed
+    printed = capsys.readouterr()
+    assert "re-ranked" in printed.out and str(tmp_path / "metrics.json") in printed.out and not printed.err
+    judged(*run.arguments, "eval.descriptor=[pre]", out=tmp_path / "pre.json")
+    note = f"note: eval.descriptor is ['pre'] here, {run.folder} was judged by ['img', 'proj'] in its run\n"
+    assert capsys.readouterr().err == note
     other_rule = judged(*run.arguments, "eval.rule=none", out=tmp_path / "none.json")
     assert other_rule["mAP"] != own_metrics["mAP"]
 
@@ -523,6 +526,7 @@ def test_files_that_are_no_pair_are_refused(tmp_path):
         ("--features a.npz --rerank 20,6", "'20,6' is not K1,K2,LAMBDA such as 20,6,0.3"),
         ("--features a.npz --rerank 20,6,1.5", "'20,6,1.5' is not K1,K2,LAMBDA"),
         ("--features a.npz --top-k 5", "--top-k: the lists are written into --per-query FILE.csv, which is not given"),
+        ("--features a.npz --per-query ./m.json --out m.json", "--per-query m.json: is the file of --out too"),
         ("--features a.npz --per-query nowhere/queries.csv", "--per-query nowhere/queries.csv: no such folder"),
         ("--features a.npz --protocol vehicleid --per-query q.csv", "--per-query does not go with --protocol vehicl"),
         ("--features a.npz --draws 0", "'0' is not a whole number above 0"),

@@ -54,6 +54,21 @@ def test_an_empty_split_is_named(tiny_shards, tmp_path):
     assert any("query" in line for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--confi", "a.yaml"], "--config"),
+        ([], "--config"),
+        (["--config", "a.yaml", "--epochs", "3"], "unrecognized arguments: --epochs"),
+        (["stage2.epochs=0", "--config", "configs/demo.yaml", "stage1.epochs=0"], "stage1.epochs"),
+    ],
+)
+def test_a_command_that_is_not_understood_is_one_line_and_settings_go_before_or_after(arguments, words):
+    lines, _ = refused(*arguments)
+    assert any(words in line for line in lines), lines
+    assert len(lines) == (2 if "stage2.epochs=0" in arguments else 1)
+
+
 def test_a_missing_configuration_is_named(tmp_path):
     (line,), _ = refused("--config", tmp_path / "none.yaml")
     assert "none.yaml: no such file" in line

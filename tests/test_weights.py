@@ -1,7 +1,6 @@
 """Weights in and out: every file format, the authors' checkpoints, our own file, and what is refused."""
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from clipreid.official import holds_prompts, official_shapes, save_official
 from clipreid.prompts import template_ids
 from clipreid.spec import ModelSpec
 from clipreid.weights import ModelCard, load_model, load_text, read_card, save_model, weights_file
-from launch import export
+from launch import cli, export
+from shards import storage
 
-ROOT = Path(__file__).resolve().parent.parent
 VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.json")
 OPENAI_MARKS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
 
@@ -392,11 +391,48 @@ def test_export_writes_the_authors_names_and_shapes(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "official.pth"]
 
 
-def test_export_refuses_a_missing_run_at_once(tmp_path):
-    arguments = ["--weights", str(tmp_path / "none"), "--format", "official", "--out", str(tmp_path / "out.pth")]
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_export_reads_a_run_from_a_url(tmp_path):
+    models = build_models(tiny_spec(), seed=3)
+    save_model(tmp_path / "model.safetensors", models[0], card_of(tiny_spec()), models[1])
+    with storage.write_atomic("memory://export/run/model.safetensors") as file:
+        file.write((tmp_path / "model.safetensors").read_bytes())
+    export.main(["--weights", "memory://export/run", "--format", "official", "--out", str(tmp_path / "out.pth")])
+    assert equal(outputs(build_models(tiny_spec(), str(tmp_path / "out.pth"))), outputs(models))
+
+
+@pytest.mark.parametrize(
+    ("weights", "out", "reason"),
+    [
+        ("none", "out.pth", "none: no such run folder or file of weights"),
+        ("other.pth", "out.pth", "other.pth: give a run folder or its model.safetensors; such a file is no run's"),
+        ("none", ".", "is a folder; name a file in it"),
+        ("none", "nowhere/out.pth", "nowhere/out.pth: no such folder"),
+        ("memory://nowhere", "out.pth", "memory://nowhere/model.safetensors: no such file"),
+    ],
+)
+def test_export_refuses_what_it_cannot_do_in_one_line(weights, out, reason, tmp_path, capsys, monkeypatch):
+    (tmp_path / "other.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--weights", weights, "--format", "official", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+    try:
+        code = cli.run(export.main)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and reason in error and error.startswith("error: ") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_official(tmp_path / "out.pth", *build_models(tiny_spec()), tiny_spec())
+    assert not list(tmp_path.iterdir())
 
 
 MISFITS = [
