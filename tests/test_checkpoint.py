@@ -257,8 +257,9 @@ def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
     reporter = StopsAtTheEndOfAnEpoch()
 
     def start(position):
-        due = Due(every_steps=3, every_minutes=0)
-        run_stage(SoundStage(), Team(), store(tmp_path, keep=9), reporter, due, position, every_epochs=1)
+        checkpoints, due = store(tmp_path, keep=9), Due(every_steps=3, every_minutes=0)
+        checkpoints.newest()
+        run_stage(SoundStage(), Team(), checkpoints, reporter, due, position, every_epochs=1)
 
     with pytest.raises(Preempted):
         start(Position(2, 1, 0, 0, False))
