@@ -235,6 +235,15 @@ class Config(Section):
                 "stage1.result: not given, but stages [2] starts from it: name a stage1.safetensors, "
                 "or a checkpoint with prompts as model.pretrained"
             )
+        if self.method == "one_stage" and self.stage2.text_loss not in ("i2tce", "i2t+t2i"):
+            yield (
+                f"stage2.text_loss: {self.stage2.text_loss} is not for method one_stage, whose text loss is i2t+t2i: "
+                "set it to that"
+            )
+        if self.method != "two_stage" and self.stage1.features != "instance":
+            yield f"stage1.features: {self.stage1.features} has no use in method {self.method}: set it to instance"
+        if self.method != "two_stage" and self.stage1.result:
+            yield f"stage1.result: {self.stage1.result} has no use in method {self.method}: leave it out"
         if self.stage1.result and 1 in self.stages:
             yield f"stage1.result: {self.stage1.result} would be overwritten by stage 1: set stages=[2]"
         if self.stage1.warmup_epochs and self.stage1.min_lr > self.stage1.lr:
