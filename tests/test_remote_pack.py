@@ -2,11 +2,10 @@
 
 import logging
 import shutil
-from pathlib import Path
 
 import pytest
 from http_server import serving
-from layouts import make_manifest, tree_bytes
+from layouts import make_manifest, make_market, tree_bytes
 from object_store import s3_server
 
 from launch import pack as command
@@ -89,20 +88,32 @@ def test_verify_names_a_flipped_byte_in_a_bucket(packed, bucket, tmp_path):
     assert problem.file == row["shard"] and problem.what.startswith("missing")
 
 
+def test_a_zip_behind_a_failing_server_is_read_in_small_pieces(tmp_path):
+    make_market(tmp_path / "market")
+    shutil.make_archive(str(tmp_path / "market"), "zip", tmp_path / "market")
+    build("market1501", [str(tmp_path / "market")], str(tmp_path / "out"), processes=1)
+    with serving(tmp_path, fail=lambda number: number % 3 == 0) as server:
+        build("market1501", [f"{server.url}/market.zip"], str(tmp_path / "remote"), processes=1)
+    for path in (tmp_path / "out").glob("*.tar"):
+        assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_server_without_listings_is_verified_all_the_same(packed, caplog):
     with serving(packed, forbid=lambda path: path == "/") as server, caplog.at_level(logging.WARNING):
         assert verify(server.url).problems == []
     assert "not looked for shards" in caplog.text and "403" in caplog.text
 
 
-def commands(url):
-    """What a user may do with a dataset at that address."""
+def reading(url):
+    """What a user may do with what is at that address."""
     return {
         "verify": lambda: command.main(["verify", url]),
         "inspect": lambda: command.main(["inspect", url]),
         "build from it": lambda: build("manifest", [f"{url}/images.csv"], "memory://never", processes=1),
         "a folder": lambda: build("market1501", [url], "memory://never", processes=1),
-        "build into it": lambda: build("manifest", [str(Path(__file__).parent / "none.csv")], url, processes=1),
+        "a zip": lambda: build("market1501", [f"{url}/a.zip"], "memory://never", processes=1),
+        "look for a file": lambda: storage.exists(f"{url}/config.yaml"),
+        "read a part": lambda: storage.open_read(f"{url}/features.npz").read(10),
     }
 
 
@@ -115,10 +126,6 @@ def assert_told(calls, url, *words):
         assert all(word in message for word in words), (name, message)
 
 
-def reading(url):
-    return {name: call for name, call in commands(url).items() if name != "build into it"}
-
-
 def test_a_store_that_cannot_be_reached_is_told_with_its_address_and_a_remedy():
     assert_told(reading("http://127.0.0.1:9"), "http://127.0.0.1:9", "failed 7 times", "check the address")
     assert_told(reading("nosuch://a/b"), "nosuch://a/b", "not known", "check the address")
@@ -127,7 +134,7 @@ def test_a_store_that_cannot_be_reached_is_told_with_its_address_and_a_remedy():
 def test_a_refusal_is_told_at_once_with_its_address_and_a_remedy(source, monkeypatch):
     with serving(source.parent, forbid=lambda path: True) as server:
         assert_told(reading(server.url), server.url, "403", "check the credentials")
-        assert len(server.requests) <= 2 * len(reading(server.url))
+        assert len(server.requests) <= 2 * len(reading(server.url))  # HEAD and GET
 
 
 def test_a_store_that_always_fails_is_told_and_not_taken_for_an_empty_one(source):
