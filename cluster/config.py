@@ -187,7 +187,7 @@ class ClusterSection(Section):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
     """null: 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: PositiveInt | None = None
-    """null: one for the worker and one for each loader, as far as the cluster has them."""
+    """null: one for the worker and one for each loader, as far as the cluster has them; without GPUs an equal share."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts by Ray Train after a lost worker or node; -1: without limit."""

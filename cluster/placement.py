@@ -19,15 +19,17 @@ def room_for(nodes: list[Resources], need: Resources, placement: str) -> int:
 
 def worker_needs(config: Config, nodes: list[Resources], use_gpu: bool) -> Resources:
     """One GPU where there are any, with a CPU for the worker and one for each loader; without GPUs an equal share of
-    the CPUs. Never more CPUs than leave room for all workers."""
-    _, high = config.cluster.worker_range
+    the CPUs. No more CPUs than leave room for all workers, or for the fewest where the nodes have none for all."""
     gpu = {"GPU": 1.0} if use_gpu else {}
-    cpus = config.cluster.cpus_per_worker
-    if cpus is None:
-        most = 1 + config.data.loaders if use_gpu else int(max((node.get("CPU", 0) for node in nodes), default=1))
-        fitting = (n for n in range(most, 0, -1) if room_for(nodes, gpu | {"CPU": n}, config.cluster.placement) >= high)
-        cpus = next(fitting, 1)
-    return {"CPU": float(cpus)} | gpu
+    if config.cluster.cpus_per_worker:
+        return {"CPU": float(config.cluster.cpus_per_worker)} | gpu
+    sizes = config.allowed_workers()
+    wanted = 1 + config.data.loaders if use_gpu else int(max((node.get("CPU", 0) for node in nodes), default=1))
+    for workers in (sizes[-1], sizes[0]):
+        for cpus in range(wanted, 0, -1):
+            if room_for(nodes, gpu | {"CPU": cpus}, config.cluster.placement) >= workers:
+                return {"CPU": float(cpus)} | gpu
+    return {"CPU": 1.0 + config.data.loaders if use_gpu else 1.0} | gpu  # Nodes are still to come.
 
 
 def shortage(config: Config, nodes: list[Resources], need: Resources) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 
 import fsspec
 import pytest
@@ -307,6 +308,16 @@ def test_a_copy_is_a_safetensors_file_and_its_memory_is_used_again():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     copy.take(tensors)
     assert before == [part.obj.ctypes.data for part in copy.safetensors({})[1:] if len(part)]
+
+
+def test_a_write_that_hangs_is_given_up_with_the_rank(tmp_path, monkeypatch):
+    checkpoints = store(tmp_path)
+    checkpoints.timeout_s, released = 0.1, threading.Event()
+    monkeypatch.setattr(checkpoints.run, "write", lambda *_: released.wait())
+    checkpoints.save(at(3), PlainEngine(3.0))
+    with pytest.raises(TrainingError, match="rank 0 is not done after 0.1 s.*make room or mend the storage"):
+        checkpoints.finish()
+    released.set()
 
 
 class FirstOfTwo(Team):

@@ -29,7 +29,9 @@ def test_room_is_counted_by_whole_workers_and_by_placement(placement, cpus, gpus
         ({"workers": 2}, [{"CPU": 8.0}], False, 4),
         ({"workers": 2, "placement": "STRICT_SPREAD"}, [{"CPU": 8.0}, {"CPU": 3.0}], False, 3),
         ({"workers": {"min": 1, "max": 4}}, [{"CPU": 8.0}], False, 2),
+        ({"workers": {"min": 1, "max": 8}}, [{"CPU": 2.0, "GPU": 1.0}], True, 2),
         ({"workers": 4}, [{"CPU": 2.0}], False, 1),
+        ({"workers": 4}, [{"CPU": 2.0}], True, 3),
     ],
 )
 def test_a_worker_gets_cpus_for_its_loaders_or_without_gpus_its_share(settings, nodes, use_gpu, cpus):

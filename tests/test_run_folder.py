@@ -8,12 +8,13 @@ import fsspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster import orchestrate
 from cluster.config import parse_config
 from cluster.errors import TrainingError
 from cluster.events import Events, first_new_step
 from cluster.live import describe
 from cluster.manifest import Position
-from cluster.report import RunReporter
+from cluster.report import RunReporter, StopRequest, request_stop
 from cluster.run_folder import RunFolder
 from cluster.storage import Storage
 from cluster.team import Team
@@ -75,6 +76,14 @@ def test_the_status_is_written_seldom_where_a_write_takes_long(place, monkeypatc
         now[0] += 0.1
         folder.status(step=step)
     assert len(written) <= (2 if place.startswith("memory") else 20)
+
+
+def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp_path, monkeypatch):
+    cluster = {"launcher": "local", "cpus_per_worker": 1}
+    config = parse_config({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}, "cluster": cluster})
+    request_stop(config.run.dir)
+    monkeypatch.setattr("cluster.worker.train", lambda config, team: StopRequest(config, team).asked())
+    assert orchestrate.run(config) is False
 
 
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
