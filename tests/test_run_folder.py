@@ -2,6 +2,7 @@
 what the live view makes of it."""
 
 import json
+import signal
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,14 @@ from cluster.report import RunReporter, StopRequest, request_stop
 from cluster.run_folder import RunFolder
 from cluster.storage import Storage
 from cluster.team import Team
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A worker takes SIGTERM as a request to stop; this process goes on as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(params=["local", "remote"])
