@@ -1,67 +1,24 @@
 """Checkpoints: complete or not counted, damaged ones skipped by name, old ones kept or removed as asked."""
 
-import json
 import logging
-import shutil
 import threading
 
 import fsspec
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_helpers import PlainEngine, at, damage, loaded, names, save, store
 from object_store import s3_server
 from processes import on_processes
-from torch import nn
 
 from cluster.checkpoint import Checkpoints, Due
-from cluster.config import parse_config, results_settings
 from cluster.engine import MOMENTS, Fragment
-from cluster.errors import ConfigError, Preempted, TrainingError
+from cluster.errors import Preempted, TrainingError
 from cluster.host_copy import HostCopy
 from cluster.loop import run_stage
-from cluster.manifest import FOLDER, Position, check_may_continue, read_manifests
+from cluster.manifest import FOLDER, Position, read_manifests
 from cluster.storage import Storage
 from cluster.team import Team
-
-
-class PlainEngine:
-    """Stands where DeepSpeed's engine would: the checkpoint sees fragments and takes state back as a whole."""
-
-    zero_stage = 1
-
-    def __init__(self, value):
-        self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.loaded = None
-        with torch.no_grad():
-            for parameter in self.module.parameters():
-                parameter.fill_(value)
-            self.module[1].running_mean.fill_(value)
-
-    def fragments(self, rank):
-        for name, p in self.module.named_parameters():
-            yield Fragment(name, 0, p.detach().flatten(), p.detach().flatten() + 1, p.detach().flatten() + 2)
-
-    def load(self, full, steps, rank):
-        self.loaded = full, steps
-
-
-def store(folder, keep=2, fingerprint="f", settings=None):
-    settings = {} if settings is None else settings
-    return Checkpoints(Storage(str(folder)), Team(), settings=settings, fingerprint=fingerprint, keep=keep, timeout_s=5)
-
-
-def at(total, stage=2):
-    return Position(stage, 1, total, total, False)
-
-
-def save(checkpoints, *totals, mAP=None):
-    for total in totals:
-        checkpoints.save(at(total), PlainEngine(float(total)), mAP=mAP)
-    checkpoints.finish()
-
-
-def names(folder):
-    return [m.position.total for m in read_manifests(Storage(str(folder)))[0]]
 
 
 def test_the_newest_comes_back_with_values_moments_buffers_and_step_count(tmp_path):
@@ -115,22 +72,6 @@ def test_checkpoints_in_an_object_store_are_kept_skipped_and_gone_on_from_as_on_
     assert loaded(store("memory://elsewhere"), newest.url.replace("00000007", "00000005")) == (5, 5.0)
     save(again, 9)
     assert names(remote) == [5, 9]
-
-
-def damage(folder, kind):
-    newest = sorted((folder / FOLDER).iterdir())[-1]
-    weights = next(newest.glob("*.safetensors"))
-    if kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-7])
-    elif kind == "flipped":
-        content = bytearray(weights.read_bytes())
-        content[-5] ^= 1
-        weights.write_bytes(content)
-    elif kind == "unreadable manifest":
-        (newest / "manifest.json").write_text("{")
-    else:
-        (newest / "manifest.json").unlink()
-    return weights.name
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "unreadable manifest", "no manifest"])
@@ -336,92 +277,6 @@ def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
     assert names(tmp_path) == []
 
 
-def loaded(checkpoints, chosen="auto"):
-    """The step count and the first weight of the checkpoint that a run goes on from."""
-    engine = PlainEngine(0.0)
-    checkpoints.load(checkpoints.newest(chosen), engine)
-    full, steps = engine.loaded
-    return steps, full["0.weight"]["value"][0].item()
-
-
-def test_a_run_begins_from_the_named_checkpoint_and_then_goes_on_from_its_own(tmp_path):
-    save(store(tmp_path / "other"), 3, 7)
-    older = min((tmp_path / "other" / FOLDER).iterdir())
-    moved = tmp_path / "elsewhere" / "best"
-    shutil.copytree(older, moved)
-    for chosen in (older, moved):
-        assert loaded(store(tmp_path / "run"), str(chosen)) == (3, 3.0)
-    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
-    save(store(tmp_path / "run", settings=settings), 5)
-    shutil.rmtree(moved)
-    assert loaded(store(tmp_path / "run"), str(moved)) == (5, 5.0)
-    check_may_continue(settings_of(tmp_path / "run", run__resume=str(moved)), "f")
-
-
-def test_a_named_checkpoint_that_is_damaged_is_refused_in_one_line(tmp_path):
-    save(store(tmp_path / "other"), 3)
-    (folder,) = (tmp_path / "other" / FOLDER).iterdir()
-    name = damage(tmp_path / "other", "flipped")
-    with pytest.raises(ConfigError, match=rf"^run.resume: \S+{name} does not have the hash.*another checkpoint$"):
-        store(tmp_path / "run").newest(str(folder))
-    (folder / "manifest.json").write_text("{")
-    for refuse in (
-        lambda: store(tmp_path / "run").newest(str(folder)),
-        lambda: check_may_continue(settings_of(tmp_path / "run", run__resume=str(folder)), "f"),
-    ):
-        with pytest.raises(ConfigError, match=r"^run.resume: \S+manifest.json cannot be read.*another checkpoint$"):
-            refuse()
-
-
-def test_an_earlier_checkpoint_of_the_same_run_is_refused(tmp_path):
-    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
-    save(store(tmp_path, settings=settings), 3, 7)
-    older, newest = sorted((tmp_path / FOLDER).iterdir())
-    check_may_continue(settings_of(tmp_path, run__resume=str(newest)), "f")
-    with pytest.raises(ConfigError, match=rf"{older.name}/ is not the newest.*{newest.name}: choose another run.dir"):
-        check_may_continue(settings_of(tmp_path, run__resume=f"{older}/"), "f")
-
-
-@pytest.mark.parametrize("kind", ["flipped", "other format", "out of reach"])
-def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_over_them(tmp_path, kind, monkeypatch):
-    save(store(tmp_path), 3)
-    (folder,) = (tmp_path / FOLDER).iterdir()
-    manifest = folder / "manifest.json"
-    if kind == "flipped":
-        damage(tmp_path, kind)
-    elif kind == "other format":
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
-    else:
-        monkeypatch.setattr(Storage, "read", out_of_reach)
-    with pytest.raises(ConfigError, match=rf"none can be used \(.*{folder.name}.*choose another run.dir, or remove"):
-        store(tmp_path).newest()
-    if kind != "flipped":
-        with pytest.raises(ConfigError, match="none can be used"):
-            check_may_continue(settings_of(tmp_path), "f")
-
-
-def out_of_reach(self, name):
-    raise PermissionError(13, "Permission denied")
-
-
-@pytest.mark.parametrize("kind", ["other format", "out of reach"])
-def test_checkpoints_that_could_not_be_read_are_not_removed_with_the_next(tmp_path, kind, monkeypatch):
-    save(store(tmp_path, keep=1), 3)
-    save(store(tmp_path, keep=2), 7)
-    newest = max((tmp_path / FOLDER).iterdir())
-    checkpoints = store(tmp_path, keep=1)
-    with monkeypatch.context() as patch:
-        if kind == "other format":
-            manifest = newest / "manifest.json"
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
-        else:
-            read = Storage.read
-            patch.setattr(Storage, "read", lambda s, n: (out_of_reach if newest.name in s.url else read)(s, n))
-        assert checkpoints.newest().position == at(3)
-    save(checkpoints, 5)
-    assert sorted(f.name.split("-")[1] for f in (tmp_path / FOLDER).iterdir()) == ["00000005", "00000007"]
-
-
 def test_a_complete_checkpoint_is_not_written_again(tmp_path):
     done = at(3)._replace(epoch_done=True)
     checkpoints = store(tmp_path)
@@ -468,43 +323,6 @@ def test_a_checkpoint_is_read_by_fewer_and_by_more_ranks_than_wrote_it(tmp_path)
     assert load_on_two(Team(), tmp_path / "by two") == [0, 1, 2, 3, 4, 5]
     save(store(tmp_path / "by one"), 3)
     assert on_processes(2, load_on_two, str(tmp_path / "by one")) == [[3.0] * 6] * 2
-
-
-def settings_of(folder, **changes):
-    tree = {"data": {"shards": "x"}, "run": {"dir": str(folder)}}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        tree.setdefault(section, {})[name] = value
-    return parse_config(tree)
-
-
-def test_changes_that_would_change_results_are_refused_by_key_and_harmless_ones_pass(tmp_path):
-    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
-    save(store(tmp_path, settings=settings), 3)
-    check_may_continue(settings_of(tmp_path, stage2__epochs=99, cluster__workers=2, data__loaders=0), "f")
-    with pytest.raises(ConfigError, match=r"run.seed: 5.*with 0") as caught:
-        check_may_continue(settings_of(tmp_path, run__seed=5, stage2__lr=1e-3), "f")
-    assert "stage2.lr" in str(caught.value)
-    with pytest.raises(ConfigError, match="is dataset g, the checkpoints"):
-        check_may_continue(settings_of(tmp_path), "g")
-    with pytest.raises(ConfigError, match="run.resume: never, but"):
-        check_may_continue(settings_of(tmp_path, run__resume="never"), "f")
-    with pytest.raises(ConfigError, match="neither auto, never, nor a complete checkpoint"):
-        check_may_continue(settings_of(tmp_path / "new", run__resume=str(tmp_path / "no")), "f")
-
-
-def test_epochs_may_change_where_nothing_that_is_done_depends_on_them(tmp_path):
-    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
-    checkpoints = store(tmp_path, settings=settings)
-    checkpoints.save(Position(1, 2, 1, 9, False), PlainEngine(1.0))
-    checkpoints.finish()
-    with pytest.raises(ConfigError, match="stage1.epochs: 60, but the checkpoints of .* were made with 120"):
-        check_may_continue(settings_of(tmp_path, stage1__epochs=60), "f")
-    checkpoints.save(Position(2, 5, 1, 9, False), PlainEngine(1.0))
-    checkpoints.finish()
-    check_may_continue(settings_of(tmp_path, stage1__epochs=60, stage2__epochs=5), "f")
-    with pytest.raises(ConfigError, match="stage2.epochs: 4, but stage2-.* is in epoch 5 already"):
-        check_may_continue(settings_of(tmp_path, stage2__epochs=4), "f")
 
 
 def test_due_by_steps_and_by_the_clock():

@@ -1,0 +1,83 @@
+"""Checkpoints without DeepSpeed: an engine that stands in for it, and stores to save to, damage and go on from."""
+
+import torch
+from torch import nn
+
+from cluster.checkpoint import Checkpoints
+from cluster.config import parse_config
+from cluster.engine import Fragment
+from cluster.manifest import FOLDER, Position, read_manifests
+from cluster.storage import Storage
+from cluster.team import Team
+
+
+class PlainEngine:
+    """Stands where DeepSpeed's engine would: the checkpoint sees fragments and takes state back as a whole."""
+
+    zero_stage = 1
+
+    def __init__(self, value):
+        self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.loaded = None
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.fill_(value)
+            self.module[1].running_mean.fill_(value)
+
+    def fragments(self, rank):
+        for name, p in self.module.named_parameters():
+            yield Fragment(name, 0, p.detach().flatten(), p.detach().flatten() + 1, p.detach().flatten() + 2)
+
+    def load(self, full, steps, rank):
+        self.loaded = full, steps
+
+
+def store(folder, keep=2, fingerprint="f", settings=None):
+    settings = {} if settings is None else settings
+    return Checkpoints(Storage(str(folder)), Team(), settings=settings, fingerprint=fingerprint, keep=keep, timeout_s=5)
+
+
+def at(total, stage=2):
+    return Position(stage, 1, total, total, False)
+
+
+def save(checkpoints, *totals, mAP=None):
+    for total in totals:
+        checkpoints.save(at(total), PlainEngine(float(total)), mAP=mAP)
+    checkpoints.finish()
+
+
+def names(folder):
+    return [m.position.total for m in read_manifests(Storage(str(folder)))[0]]
+
+
+def damage(folder, kind):
+    newest = sorted((folder / FOLDER).iterdir())[-1]
+    weights = next(newest.glob("*.safetensors"))
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif kind == "flipped":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 1
+        weights.write_bytes(content)
+    elif kind == "unreadable manifest":
+        (newest / "manifest.json").write_text("{")
+    else:
+        (newest / "manifest.json").unlink()
+    return weights.name
+
+
+def loaded(checkpoints, chosen="auto"):
+    """The step count and the first weight of the checkpoint that a run goes on from."""
+    engine = PlainEngine(0.0)
+    checkpoints.load(checkpoints.newest(chosen), engine)
+    full, steps = engine.loaded
+    return steps, full["0.weight"]["value"][0].item()
+
+
+def settings_of(folder, **changes):
+    tree = {"data": {"shards": "x"}, "run": {"dir": str(folder)}}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree.setdefault(section, {})[name] = value
+    return parse_config(tree)
