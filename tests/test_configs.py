@@ -184,6 +184,20 @@ def test_the_model_has_the_shapes_of_the_setting(name):
     assert text.tokens.shape == (identities, 4, 512)
 
 
+@pytest.mark.parametrize(
+    ("name", "noun", "width", "projected"), [("demo", "vehicle", 160, 128), ("omniglot", "character", 512, 128)]
+)
+def test_the_small_examples_build_the_models_they_name(name, noun, width, projected):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    split = SimpleNamespace(num_identities=100)
+    index = SimpleNamespace(cameras=6, views=8, noun=noun, split=lambda _: split)
+    model, text = built(json.dumps(model_spec(config, index).to_dict(), sort_keys=True))
+    features = model.features(torch.empty(2, 3, *config.model.image_size, device="meta"))
+    assert (tuple(features.img.shape), tuple(features.proj.shape)) == ((2, width), (2, projected))
+    assert model.classifier.weight.shape == (100, width) and text.tokens.shape == (100, 4, 128)
+    assert model.cv_embed is None
+
+
 def commands(path: Path) -> list[str]:
     """Command lines of a document, with continued lines joined."""
     text = path.read_text().replace("\\\n#", "").replace("\\\n", "")

@@ -15,6 +15,7 @@ from PIL import Image
 from runs import ROOT, config_file, environment, launch, overrides, train
 from torch.nn import functional as F
 
+from clipreid import protocols
 from clipreid.arch import check_arch
 from clipreid.errors import ModelError
 from clipreid.model import build_models
@@ -299,6 +300,18 @@ def test_vehicleid_trials_match_the_reference_figures(tmp_path):
         files = tmp_path / "q.npz", tmp_path / "g.npz"
         metrics = judged("--features", *files, "--rule", "none", out=tmp_path / "metrics.json")
         assert_golden(metrics, golden["mAP"][trial], golden["cmc_1_5_10"][trial])
+
+
+def test_vehicleid_means_match_the_reference_figures(tmp_path, monkeypatch):
+    """The whole protocol, with the reference's draws in place of the seeded ones."""
+    golden, _ = read_case("vehicleid")
+    monkeypatch.setattr(protocols, "draw_gallery", lambda identities, seed, draw: golden["gallery_picks"][draw])
+    arrays = columns(golden["features"], golden["pid"]) | {"lists": np.full(len(golden["pid"]), "800")}
+    test = features_file(tmp_path / "test.npz", arrays)
+    metrics = judged("--features", test, "--protocol", "vehicleid", out=tmp_path / "metrics.json")["small"]
+    assert abs(metrics["mAP"]["mean"] - golden["mean_mAP"]) < 1e-6
+    means = [metrics["R1"]["mean"], metrics["R5"]["mean"]]
+    np.testing.assert_allclose(means, golden["mean_cmc_1_5_10"][:2], atol=1e-6)
 
 
 def test_vehicleid_is_judged_from_one_extraction_over_seeded_draws(tmp_path, capsys):

@@ -21,12 +21,28 @@ def test_triplet_matches_the_reference_figures(tag, dtype, tolerance):
     loss = batch_hard_triplet(features, labels, features, labels, CASE["margin"])
     loss.backward()
     reference = float(GOLDEN[f"triplet_{tag}__loss"])
-    assert abs(loss.item() - reference) <= tolerance * max(reference, 1)
+    assert abs(loss.item() - reference) <= tolerance * reference
     gradient = GOLDEN[f"triplet_{tag}__grad"]
     if GOLDEN[f"triplet_{tag}__active"] == 0:
         assert not features.grad.any() and not gradient.any()
     else:
         assert scaled_error(features.grad, gradient) < tolerance
+
+
+@pytest.mark.parametrize("tag", [triplet[0] for triplet in CASE["triplets"]])
+def test_the_hardest_positive_and_negative_are_those_of_the_reference(tag):
+    """Their distances one by one: the anchor itself, 1e-6 away after the clamp, takes the place of the other side."""
+    features = torch.from_numpy(GOLDEN[f"triplet_{tag}__features"]).double()
+    labels = torch.from_numpy(GOLDEN[f"triplet_{tag}__labels"])
+    margin = 100.0
+    for i, label in enumerate(labels):
+        anchor, itself, same = features[i : i + 1], 1e-6, labels == label
+        positives, negatives = torch.cat([features[same], anchor]), torch.cat([features[~same], anchor])
+        as_negative, as_positive = torch.cat([labels[same], label[None] + 1]), torch.cat([labels[~same], label[None]])
+        farthest = batch_hard_triplet(anchor, label[None], positives, as_negative, 0.0) + itself
+        nearest = margin + itself - batch_hard_triplet(anchor, label[None], negatives, as_positive, margin)
+        assert farthest.item() == pytest.approx(GOLDEN[f"triplet_{tag}__d_pos"][i], rel=1e-7)
+        assert nearest.item() == pytest.approx(GOLDEN[f"triplet_{tag}__d_neg"][i], rel=1e-7)
 
 
 @pytest.mark.parametrize("tag", [smoothed[0] for smoothed in CASE["smoothed"]])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from golden_models import read_case
 from rank_threads import run_ranks
 
-from clipreid import products
+from clipreid import products, retrieval
 from clipreid.errors import ModelError
 from clipreid.products import gallery_rows
 from clipreid.protocols import draw_gallery, vehicleid, vehicleid_draw
@@ -75,6 +75,29 @@ def exact_distances(query, gallery):
     return torch.cdist(query.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
+@pytest.fixture
+def ranks_seen(monkeypatch):
+    """{query: [ranks of its positives, for each call or rank of a team]}, filled by `retrieve`."""
+    seen, measure = {}, retrieval._measure
+
+    def watched(block):
+        row, rank = block.ranks()
+        for place, query in enumerate(block.rows):
+            seen.setdefault(int(query), []).append(rank[row == place].tolist())
+        return measure(block)
+
+    monkeypatch.setattr(retrieval, "_measure", watched)
+    return seen
+
+
+def check_ranks(seen, query, query_labels, gallery, gallery_labels, rule, world_size=1):
+    """Every positive's rank, as a whole number, of every query, on every rank of the team."""
+    slow = slow_ranks(exact_distances(query, gallery), query_labels, gallery_labels, rule)
+    expected = {q: [ranks.tolist()] * world_size for q, (_, ranks) in enumerate(slow)}
+    assert seen == expected
+    seen.clear()
+
+
 def check_against_slow(result, query, query_labels, gallery, gallery_labels, rule):
     slow = [ranks for _, ranks in slow_ranks(exact_distances(query, gallery), query_labels, gallery_labels, rule)]
     per_query = result.per_query
@@ -98,7 +121,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("queries", "gallery", "identities"), [(1, 1, 1), (5, 7, 2), (40, 300, 12), (70, 90, 60)])
-def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, rule, queries, gallery, identities):
+def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, ranks_seen, rule, queries, gallery, identities):
     """Galleries smaller and larger than a block, queries without a positive."""
     for seed in range(5):
         case = random_case(queries, gallery, identities, seed)
@@ -109,13 +132,15 @@ def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, rule, qu
             assert not any(len(ranks) for _, ranks in slow)
         else:
             check_against_slow(result, *case, rule)
+            check_ranks(ranks_seen, *case, rule)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ties_go_to_the_image_that_comes_first_in_the_gallery(small_blocks, seed):
+def test_ties_go_to_the_image_that_comes_first_in_the_gallery(small_blocks, ranks_seen, seed):
     """Whole-number features in three dimensions: most distances are tied, some are zero, some negative zero."""
     case = random_case(50, 200, 9, seed, ties=True)
     check_against_slow(retrieve(*case, rule="camera"), *case, "camera")
+    check_ranks(ranks_seen, *case, "camera")
 
 
 def test_equal_rows_are_equally_far_wherever_they_lie():
@@ -179,13 +204,14 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("ties", [False, True])
-def test_ranks_share_small_galleries_as_well(small_blocks, world_size, ties):
+def test_ranks_share_small_galleries_as_well(small_blocks, ranks_seen, world_size, ties):
     """More ranks than blocks, tied images on different ranks."""
     for seed in range(3):
         for gallery in (3, 40, 150):
             case = random_case(40, gallery, 5, seed, ties)
             for result in on_ranks(world_size, case[0], case[1], case[2].numpy(), case[3]):
                 check_against_slow(result, *case, "camera")
+            check_ranks(ranks_seen, *case, "camera", world_size)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
