@@ -33,6 +33,7 @@ READ = Patience(10, 60)
 """For images: 26 s of pauses, so that a run survives a short failure of the store."""
 FIRST_PAUSE_S = 0.05
 """Doubles after every attempt."""
+REMEDY = "check the address and the network"
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -61,10 +62,7 @@ def retried(where: str, request: Callable[[], Result], patience: Patience = OPEN
         if attempt == patience.attempts or time.monotonic() > give_up:
             break
         time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-    raise StoreError(f"{where}: failed {attempt} times, at last with {_told(failure)}; {_REMEDY}") from failure
-
-
-_REMEDY = "check the address and the network"
+    raise StoreError(f"{where}: failed {attempt} times, at last with {_told(failure)}; {REMEDY}") from failure
 
 
 @contextmanager
@@ -76,7 +74,7 @@ def told(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         _raise_refusal(where, error)
-        raise StoreError(f"{where}: failed with {_told(error)}; {_REMEDY}") from error
+        raise StoreError(f"{where}: failed with {_told(error)}; {REMEDY}") from error
 
 
 def _failure(error: Exception) -> Exception:

@@ -52,6 +52,9 @@ def join(url: str, *names: str) -> str:
 
 
 def exists(url: str) -> bool:
+    if is_local(url):
+        fs, path = url_to_fs(url)
+        return fs.exists(path)
     try:
         return bool(_ask(url, lambda fs, path: fs.info(path)))
     except (FileNotFoundError, NotADirectoryError):
