@@ -1,4 +1,4 @@
-"""Stage 2 as a real run takes it, on a tiny dataset, in a process that lets tests see inside."""
+"""The stages as a real run takes them, on a tiny dataset, in a process that lets tests see inside."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +13,7 @@ from cluster.errors import TrainingError
 from cluster.loop import run_stage
 from cluster.manifest import Position
 from cluster.model_spec import model_spec
+from cluster.stage1 import Stage1
 from cluster.stage2 import Stage2
 from cluster.storage import Storage
 from shards.index import ShardIndex
@@ -26,8 +27,8 @@ BASE = {
 }  # fmt: skip
 
 
-def make_stage(team, folder, **changes):
-    """Stage 2 on the shards in `folder`, with random text features."""
+def make_parts(folder, **changes):
+    """Configuration, index and specification for the shards in `folder`, and the models."""
     tree = {}
     for key, value in (BASE | {"data.shards": f"{folder}/shards"} | changes).items():
         section, _, leaf = key.rpartition(".")
@@ -35,7 +36,12 @@ def make_stage(team, folder, **changes):
     config = parse_config(tree)
     index = ShardIndex.open(config.data.shards)
     spec = model_spec(config, index)
-    model, text = build_models(spec, None, seed=0)
+    return config, index, spec, *build_models(spec, None, seed=0)
+
+
+def make_stage(team, folder, **changes):
+    """Stage 2 on the shards in `folder`, with random text features."""
+    config, index, spec, model, text = make_parts(folder, **changes)
     texts = torch.randn(
         spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1)
     )  # fmt: skip
@@ -69,7 +75,7 @@ def train(team, stage, folder):
     checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=30)
     log, message = Log(), ""
     try:
-        run_stage(stage, team, checkpoints, log, Due(0, 0), Position(2, 1, 0, 0, False), 0)
+        run_stage(stage, team, checkpoints, log, Due(0, 0), Position(stage.number, 1, 0, 0, False), 0)
     except TrainingError as error:
         message = str(error)
     return list(log), checkpoints, message
@@ -136,6 +142,49 @@ def failing_run(team, folder, kind):
         fresh.close()
     stage.close()
     return {"message": message, "identities": batches[-1], "steps": len(log), "before": before, "saved": saved}
+
+
+def failing_stage1(team, folder):
+    """Stage 1 over 64 images, 16 in a batch, whose third batch holds an image with a feature that is NaN."""
+    config, index, spec, _, text = make_parts(folder, **{"stage1.batch": 16, "stage1.epochs": 1})
+    rows = index.split("train")
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(len(rows.labels), spec.arch_config["embed_dim"], generator=generator).numpy()
+    stage = Stage1(config, team, text.eval(), bank, rows)
+    batches = list(stage.batches(1, 1))
+    bank[batches[2][0], 3] = float("nan")
+    before, inner = [], stage.losses
+
+    def watched(batch):
+        before.append(pieces_of(stage.engine))
+        return inner(batch)
+
+    stage.losses = watched
+    log, checkpoints, message = train(team, stage, f"{folder}/stage1-{team.world_size}")
+    newest = checkpoints.newest()
+    saved = {"pieces": checkpoints.read(newest, stage.engine.module), "position": newest.position}
+    identities = sorted(stage.identities(batches[2]))
+    stage.close()
+    return {"message": message, "identities": identities, "steps": len(log), "before": before[2], "saved": saved}
+
+
+def one_rank_fails(team, folder):
+    """What each rank of a team is told of a loss that is infinite on the last one alone, in the second step."""
+    stage = make_stage(team, folder)
+    inner, batches = stage.losses, []
+
+    def poisoned(batch):
+        batches.append(stage.identities(batch))
+        parts = inner(batch)
+        if len(batches) == 2 and team.rank == team.world_size - 1:
+            return parts | {"tri_img": parts["tri_img"] + torch.inf}
+        return parts
+
+    stage.losses = poisoned
+    log, checkpoints, message = train(team, stage, f"{folder}/one-of-{team.world_size}")
+    position = checkpoints.newest().position
+    stage.close()
+    return {"message": message, "identities": batches[-1], "steps": len(log), "position": position}
 
 
 class Halts(TorchDispatchMode):

@@ -10,7 +10,15 @@ import shutil
 
 import pytest
 import torch
-from precision_helpers import RESNET, compiled_losses, failing_run, halts_of_a_step, precision_run
+from precision_helpers import (
+    RESNET,
+    compiled_losses,
+    failing_run,
+    failing_stage1,
+    halts_of_a_step,
+    one_rank_fails,
+    precision_run,
+)
 from processes import on_processes
 from shards_helpers import write_shards
 
@@ -39,6 +47,7 @@ def folder(tmp_path_factory):
 def run_all(team, folder):
     runs = {precision: precision_run(team, folder, precision) for precision in ("float32", "bf16")}
     runs |= {kind: failing_run(team, folder, kind) for kind in ("text", "loss", "parameter")}
+    runs["stage 1"] = failing_stage1(team, folder)
     runs["halts"] = {name: halts_of_a_step(team, folder, changes) for name, changes in VARIANTS.items()}
     return runs
 
@@ -95,6 +104,32 @@ def test_the_state_before_the_bad_step_is_saved_bit_for_bit(runs, kind):
 def test_spoilt_parameters_are_not_saved(runs):
     assert "the step before left parameters that are not finite" in runs["parameter"]["message"].lower()
     assert runs["parameter"]["saved"] == {}
+
+
+def test_stage_1_stops_as_well_with_the_state_before(runs):
+    run = runs["stage 1"]
+    assert run["steps"] == 2 and len(run["identities"]) > 4
+    assert "stage 1, epoch 1, step 3: i2t, t2i, loss is not finite" in run["message"]
+    assert f"identities of the batch: {', '.join(run['identities'])};" in run["message"]
+    assert run["saved"]["position"] == Position(1, 1, 2, 2, False)
+    assert run["before"].keys() == run["saved"]["pieces"].keys() and len(run["before"]) == 1
+    for name, pieces in run["before"].items():
+        assert all(torch.equal(run["saved"]["pieces"][name][key], value) for key, value in pieces.items()), name
+
+
+def fail_on_two(team, folder):
+    return one_rank_fails(team, folder), failing_stage1(team, folder)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them_in_the_same_step(folder):
+    (first, stage1), (second, stage1_too) = on_processes(2, fail_on_two, str(folder))
+    assert first["message"] == second["message"] and first["steps"] == second["steps"] == 1
+    assert "stage 2, epoch 1, step 2: tri_img" in first["message"]
+    identities = sorted(first["identities"] + second["identities"])
+    assert len(identities) == 4 and f"identities of the batch: {', '.join(identities)};" in first["message"]
+    assert first["position"] == second["position"] == Position(2, 1, 1, 1, False)
+    assert stage1["message"] == stage1_too["message"] and "step 3: i2t, t2i, loss" in stage1["message"]
+    assert stage1["steps"] == stage1_too["steps"] == 2
 
 
 @pytest.mark.parametrize("name", VARIANTS)
