@@ -35,6 +35,7 @@ from launch import evaluate, export, extract
 from shards import storage
 from shards.errors import DataError
 from shards.index import ShardIndex
+from shards.pack import build
 
 
 def judged(*arguments, out):
@@ -161,6 +162,45 @@ def test_vehicleid_gives_the_same_from_weights_and_from_their_features(clip, tmp
         assert "\n" not in str(caught.value) and not (tmp_path / "refused.json").exists()
         with pytest.raises(ConfigError, match=reason):
             check_run(load_config(arguments[1], [*map(str, arguments[4:]), change]))
+
+
+def pack_with_times(folder):
+    """Four identities seen by two cameras at two times, some of them unknown, from a manifest; the packed dataset."""
+    rng = np.random.default_rng(0)
+    rows = ["path,identity,split,camera,time"]
+    for number in range(64):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        split = ("train", "query", "gallery", "gallery")[number % 4]
+        time = ("noon", "night", "")[rng.integers(3)]
+        rows.append(f"{number}.png,id{number // 4 % 4},{split},{rng.integers(2)},{time}")
+    (folder / "images.csv").write_text("\n".join(rows))
+    build("manifest", [str(folder / "images.csv")], str(folder / "shards"), processes=1)
+    return folder / "shards"
+
+
+def mAP_by_sorting(query, gallery):
+    """Leaving out what has the query's identity, camera and time, where the time is known."""
+    precisions = []
+    for q in range(len(query["features"])):
+        order = np.argsort(-gallery["features"] @ query["features"][q], kind="stable")
+        same = {name: gallery[name][order] == query[name][q] for name in ("identities", "cameras", "times")}
+        left = ~(np.logical_and.reduce(list(same.values())) & (query["times"][q] != ""))
+        ranks = np.flatnonzero(same["identities"][left]) + 1
+        precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+    return np.mean(precisions)
+
+
+def test_times_of_a_manifest_reach_the_rule_camera_time(clip, tmp_path):
+    """From its column through shards and weights, and through extractions and the command line."""
+    arguments = [*clip, f"data.shards={pack_with_times(tmp_path)}"]
+    files = [tmp_path / "query.npz", tmp_path / "gallery.npz"]
+    query, gallery = (extracted(*arguments, "--split", file.stem, out=file) for file in files)
+    assert set(query["times"]) == set(gallery["times"]) == {"noon", "night", ""}
+    out = tmp_path / "metrics.json"
+    found = {rule: judged(*arguments, f"eval.rule={rule}", out=out)["mAP"] for rule in ("camera_time", "camera")}
+    assert judged("--features", *files, "--rule", "camera_time", out=out)["mAP"] == found["camera_time"]
+    assert found["camera_time"] == pytest.approx(mAP_by_sorting(query, gallery), abs=1e-9) != found["camera"]
 
 
 MISFITS = {

@@ -34,21 +34,24 @@ def meaningful(name, gradient):
     return gradient
 
 
-TOLERANCES = {
-    # dtype, loss parts of step 0 and 1, gradient norm, gradient head, full gradient, share within 0.1 lr, moved by
-    "stage2_vit_s16": (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.99, 1e-2),
-    "stage2_vit_s12_cam": (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.99, 1e-2),
+VIT = (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.99, 0.1, 1e-2)
+TOLERANCES = [
+    # dtype, loss parts of step 0 and 1, gradient norm, gradient head, full gradient, share of the weights within so
+    # many learning rates, how far all moved
+    ("stage2_vit_s16", *VIT),
+    ("stage2_vit_s12_cam", *VIT),
     # float32 is limited by ReLU units that flip near zero
-    "stage2_rn50": (torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 1e-7, 0.9999, 1e-5),
-}
+    ("stage2_rn50", torch.float32, (1e-5, 2e-4), 5e-3, 1e-2, 2e-2, 0.97, 0.1, 3e-2),
+    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 1e-7, 1.0, 1e-5, 1e-5),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOLERANCES)
-def test_training_steps_match_the_reference_figures(name):
+@pytest.mark.parametrize("tolerances", TOLERANCES, ids=lambda row: f"{row[0]}-{row[1]}".replace("torch.", ""))
+def test_training_steps_match_the_reference_figures(tolerances):
     """Loss parts, gradients of all parameters, weights and running statistics after an Adam step per batch."""
+    name, dtype, part_tolerance, *others = tolerances
     golden, case = read_case(name)
-    dtype, part_tolerance, *_ = TOLERANCES[name]
     model, _ = case_models(case_spec(case, case["net"]), case["net"])
     model = model.to(dtype).train()
     names = [our_name(n) for n in golden["names"]]
@@ -71,9 +74,9 @@ def test_training_steps_match_the_reference_figures(name):
         optimizer.zero_grad()
         parts["loss"].backward()
         if k == 0:
-            check_gradients(golden, names, trained, *TOLERANCES[name][2:5])
+            check_gradients(golden, names, trained, *others[:3])
         optimizer.step()
-    check_weights(golden, names, trained, before, lr, *TOLERANCES[name][5:])
+    check_weights(golden, names, trained, before, lr, *others[3:])
     check_statistics(golden, model)
 
 
@@ -89,7 +92,8 @@ def check_gradients(golden, names, trained, norm_tolerance, head_tolerance, full
         assert scaled_error(trained[our_name(key.removeprefix("grad__"))].grad, golden[key]) < full_tolerance, key
 
 
-def check_weights(golden, names, trained, before, lr, share, delta_tolerance):
+def check_weights(golden, names, trained, before, lr, share, within, delta_tolerance):
+    """`within`: learning rates. A tensor's sum may be off by what the way it moved may be off."""
     off = []
     for i, name in enumerate(names):
         value = trained[name].detach().double()
@@ -97,7 +101,9 @@ def check_weights(golden, names, trained, before, lr, share, delta_tolerance):
         off.append(np.abs(value.flatten()[: len(reference)].numpy() - reference) / lr)
         moved = (value - before[name].double()).norm().item()
         assert moved == pytest.approx(golden["after_delta_norm"][i], rel=delta_tolerance), name
-    assert (np.concatenate(off) < 0.1).mean() >= share
+        slack = delta_tolerance * golden["after_delta_norm"][i] * value.numel() ** 0.5
+        assert abs(value.sum().item() - golden["after_sum"][i]) <= slack, name
+    assert (np.concatenate(off) < within).mean() >= share
 
 
 def check_statistics(golden, model):
