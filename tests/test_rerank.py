@@ -11,19 +11,28 @@ from clipreid.errors import ModelError
 from clipreid.rerank import evaluate_reranked, rerank, reranked
 from clipreid.retrieval import Labels, retrieve, retrieve_by_distance
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
 
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_distances_match_the_reference_figures(dtype, tolerance):
+def test_distances_match_the_reference_figures(dtype, tolerance, device):
     golden, case = read_case("rerank_k20_6")
-    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(dtype) for side in "qg")
-    distances = rerank(query, gallery, case["k1"], case["k2"], case["lam"])
+    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(device, dtype) for side in "qg")
+    distances = rerank(query, gallery, case["k1"], case["k2"], case["lam"]).cpu()
     assert distances.dtype == dtype
     assert np.abs(distances.numpy() - golden["distance"]).max() < tolerance
 
 
-def test_measures_match_the_reference_figures():
+@pytest.mark.parametrize("device", DEVICES)
+def test_measures_match_the_reference_figures(device):
     golden, case = read_case("rerank_k20_6")
-    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]) for side in "qg")
+    query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(device) for side in "qg")
     metrics = evaluate_reranked(
         query, Labels(golden["q_pid"]), gallery, Labels(golden["g_pid"]), rule="none", k1=case["k1"], k2=case["k2"],
         lam=case["lam"],

@@ -14,21 +14,29 @@ from clipreid.protocols import draw_gallery, vehicleid, vehicleid_draw
 from clipreid.ranking import RULES, Labels
 from clipreid.retrieval import retrieve, retrieve_by_distance
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
 
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "normalised", "junk"),
     [("normalised", True, False), ("raw", False, False), ("raw_junk_kept", False, True)],
 )
-def test_measures_match_the_reference_figures(name, normalised, junk):
+def test_measures_match_the_reference_figures(name, normalised, junk, device):
     golden, _ = read_case("retrieval")
     query, gallery = (torch.from_numpy(golden[f"{side}_feat"]) for side in "qg")
     if normalised:
         query, gallery = F.normalize(query), F.normalize(gallery)
     kept = np.full(len(gallery), True) if junk else golden["g_pid"] != -1
     result = retrieve(
-        query,
+        query.to(device),
         Labels(golden["q_pid"], golden["q_cam"]),
-        gallery[kept],
+        gallery[kept].to(device),
         Labels(golden["g_pid"][kept], golden["g_cam"][kept]),
     )
     assert abs(result.mAP - golden[f"{name}__mAP"]) < 1e-6
@@ -119,14 +127,23 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(products, "GALLERY_BLOCK", 32)
 
 
+def moved(case, device):
+    """The case with its features on a device."""
+    query, query_labels, gallery, gallery_labels = case
+    return query.to(device), query_labels, gallery.to(device), gallery_labels
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("queries", "gallery", "identities"), [(1, 1, 1), (5, 7, 2), (40, 300, 12), (70, 90, 60)])
-def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, ranks_seen, rule, queries, gallery, identities):
+def test_counts_over_blocks_equal_sorting_the_full_matrix(
+    small_blocks, ranks_seen, rule, queries, gallery, identities, device
+):
     """Galleries smaller and larger than a block, queries without a positive."""
     for seed in range(5):
         case = random_case(queries, gallery, identities, seed)
         try:
-            result = retrieve(*case, rule=rule)
+            result = retrieve(*moved(case, device), rule=rule)
         except ModelError:
             slow = slow_ranks(exact_distances(case[0], case[2]), case[1], case[3], rule)
             assert not any(len(ranks) for _, ranks in slow)
@@ -135,11 +152,12 @@ def test_counts_over_blocks_equal_sorting_the_full_matrix(small_blocks, ranks_se
             check_ranks(ranks_seen, *case, rule)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(4))
-def test_ties_go_to_the_image_that_comes_first_in_the_gallery(small_blocks, ranks_seen, seed):
+def test_ties_go_to_the_image_that_comes_first_in_the_gallery(small_blocks, ranks_seen, seed, device):
     """Whole-number features in three dimensions: most distances are tied, some are zero, some negative zero."""
     case = random_case(50, 200, 9, seed, ties=True)
-    check_against_slow(retrieve(*case, rule="camera"), *case, "camera")
+    check_against_slow(retrieve(*moved(case, device), rule="camera"), *case, "camera")
     check_ranks(ranks_seen, *case, "camera")
 
 
