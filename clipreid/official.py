@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipreid.arch import check_activation
+from clipreid.card import ModelCard, read_card
 from clipreid.errors import ModelError
 from clipreid.pretrained import read_state_dict, with_batch_counters
 from clipreid.prompts import PREFIX_POSITIONS, PromptedText
@@ -57,7 +58,11 @@ def load_official(
     Returns `text`, or None where the checkpoint holds no text side, as a baseline's does. Raises ModelError,
     one line with both shapes, where position rows, side information, identities or widths do not fit `spec`.
     """
-    _check_activation(spec, source)
+    card = _card(source)
+    if card is None:
+        _check_activation(spec, source)
+    else:
+        check_activation(source, bool(card.spec.arch_config.get("quick_gelu")), spec.arch, spec.arch_config)
     state = dict(state)
     if spec.is_resnet:
         state.pop("cv_embed", None)  # made by the authors' code when asked for, but never used by its ResNet
@@ -127,6 +132,14 @@ def _remedy(name: str, spec: ModelSpec) -> str:
             f"{spec.prompt_tokens}) configured here"
         )
     return f"it is of another architecture than model.arch {spec.arch}"
+
+
+def _card(source: str) -> ModelCard | None:
+    """What a file of our own, which has nearly the same names, says about itself."""
+    try:
+        return read_card(source)
+    except ModelError:
+        return None
 
 
 def _check_activation(spec: ModelSpec, source: str) -> None:

@@ -479,6 +479,19 @@ def test_a_baselines_checkpoint_has_no_text_side(tmp_path):
     assert equal(model.eval().features(tiny_images()), models[0].eval().features(tiny_images()))
 
 
+def test_a_file_of_ours_says_itself_what_it_computes(tmp_path):
+    """A run's weights of a model with GELU start one with GELU, and none with QuickGELU."""
+    arch = "ViT-B-32"
+    config = check_arch(VIT)
+    spec = dataclasses.replace(tiny_spec(), arch=arch)
+    models = build_models(spec, seed=3)
+    save_model(tmp_path / "model.safetensors", models[0], card_of(spec), models[1])
+    assert equal(outputs(build_models(spec, str(tmp_path / "model.safetensors"))), outputs(models))
+    quick = dataclasses.replace(spec, arch=f"{arch}-quickgelu", arch_config=config | {"quick_gelu": True})
+    with pytest.raises(ModelError, match="trained with GELU, but .* computes QuickGELU: set model.arch=ViT-B-32"):
+        build_models(quick, str(tmp_path / "model.safetensors"))
+
+
 def test_official_weights_need_quickgelu(tmp_path):
     """ViT-B-16 computes GELU, the authors' model QuickGELU: neither way is passed in silence."""
     arch = "ViT-B-16"
