@@ -8,9 +8,9 @@ from runs import config_file, launch, overrides
 LIMIT_S = 5
 
 
-def refused(*arguments, script="train.py"):
+def refused(*arguments):
     start = time.monotonic()
-    done = launch(script, *arguments, check=False)
+    done = launch("train.py", *arguments, check=False)
     seconds = time.monotonic() - start
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
@@ -50,8 +50,10 @@ def test_an_empty_split_is_named(tiny_shards, tmp_path):
     rows = [f"{image.name},{image.name[:4]},train,{n % 3}" for n, image in enumerate(sorted(images.glob("*.jpg")))]
     csv = images / "list.csv"
     csv.write_text("\n".join(["path,identity,split,camera", *rows]))
-    lines, _ = refused("build", "--dataset", "manifest", "--root", csv, "--out", tmp_path / "s", script="pack.py")
-    assert any("query" in line for line in lines), lines
+    launch("pack.py", "build", "--dataset", "manifest", "--root", csv, "--out", tmp_path / "s")
+    lines, _ = refused("--config", config_file(tmp_path), *overrides(tmp_path / "s", tmp_path / "run"))
+    for split, line in zip(("query", "gallery"), lines, strict=True):
+        assert f"has no images in split {split}, only in train: pack the dataset with it" in line
 
 
 @pytest.mark.parametrize(
