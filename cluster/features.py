@@ -25,7 +25,7 @@ from shards.index import ShardIndex
 from shards.sequential import ImageBatch, SequentialLoader
 
 ROUND_IMAGES = 4096
-"""Images of each worker that are encoded between two exchanges, in whole batches."""
+"""Images of each worker that are encoded between two exchanges."""
 THREAD_IMAGES = 16
 """Images that one thread of a CPU encodes at a time: few, so that few images keep all threads busy."""
 Encode = Callable[[Tensor, Tensor], Tensor]
