@@ -82,6 +82,15 @@ def test_sigterm_saves_exits_143_and_the_same_command_goes_on(job, tiny_shards, 
     assert_same_result(undisturbed, job.run_dir)
 
 
+def test_a_run_that_cannot_be_placed_says_so_and_can_be_stopped(tiny_shards, tmp_path, ray_head):
+    job = Job(tmp_path, tiny_shards, ray_head.environment, cluster__placement="STRICT_SPREAD")
+    job.wait_until(lambda: "room for 1); waiting for more" in job.text())
+    time.sleep(5)  # Into the wait itself.
+    job.process.send_signal(signal.SIGTERM)
+    assert "stopped while no worker was running" in job.end(timeout_s=60, code=143)
+    assert not (job.run_dir / "stop-request").exists()
+
+
 @pytest.mark.parametrize("moment", ["stage 1", pytest.param("stage 2", marks=core), "between stages"])
 def test_after_a_killed_driver_the_same_command_goes_on(job, tiny_shards, tmp_path, ray_head, undisturbed, moment):
     dice = seeded(f"driver in {moment}")
