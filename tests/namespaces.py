@@ -99,13 +99,12 @@ class Node:
     def crash(self) -> None:
         """SIGKILL everything on the node at once. Its connections are reset, as by a machine that comes up again."""
         deadline = time.monotonic() + 20
-        while pids := self.pids():
+        # One that was only just started may be on its way into the namespace.
+        while (pids := self.pids()) or any(process.poll() is None for process in self.processes):
             assert time.monotonic() < deadline, f"{self.name}: processes {pids} survive SIGKILL"
             for pid in pids:
                 _kill(pid)
             time.sleep(0.05)
-        for process in self.processes:
-            process.wait()
 
     def cut_link(self) -> None:
         """Take the cable's far end down: packets vanish both ways, and nobody is told."""
