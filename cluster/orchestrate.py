@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterSection, Config, parse_config
+from cluster.config import ClusterSection, Config
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.live import read_status
 from cluster.manifest import FOLDER, read_manifests

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import Config, dump_config
+from cluster.config import Config
+from cluster.config_file import dump_config
 from cluster.errors import TrainingError
 from cluster.storage import Storage
 from cluster.team import Team

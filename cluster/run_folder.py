@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.config import Config, dump_config
+from cluster.config import Config
+from cluster.config_file import dump_config
 from cluster.errors import TrainingError
 from cluster.events import Events
 from cluster.manifest import Position

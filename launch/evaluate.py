@@ -109,7 +109,7 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
             parser.error(f"--{name} belongs to --features; with --weights set eval.* or run.seed as key.path=value")
 
     from cluster.check import check_evaluation
-    from cluster.config import load_config
+    from cluster.config_file import load_config
     from cluster.places import at_project_root
     from cluster.trained import card_of, check_fits, local_weights
 

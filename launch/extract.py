@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     _check_out(parser, options.out)
 
     from cluster.check import check_split
-    from cluster.config import load_config
+    from cluster.config_file import load_config
     from cluster.feature_file import write_features
     from cluster.places import at_project_root
     from cluster.trained import card_of, check_fits, local_weights

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--out {options.out}: is a file; name a folder")
 
     from cluster.check import check_evaluation
-    from cluster.config import load_config
+    from cluster.config_file import load_config
     from cluster.places import at_project_root
     from cluster.trained import card_of, check_fits, local_weights
 

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     from cluster.check import check_run
-    from cluster.config import load_config
+    from cluster.config_file import load_config
     from cluster.places import at_project_root
 
     config = at_project_root(load_config(options.config, options.overrides))

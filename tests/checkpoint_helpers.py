@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cluster.checkpoint import Checkpoints
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.engine import Fragment
 from cluster.manifest import FOLDER, Position, read_manifests
 from cluster.storage import Storage

@@ -7,7 +7,7 @@ import cluster.engine
 from clipreid.model import build_models
 from clipreid.optim import adam
 from cluster.checkpoint import Checkpoints, Due
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.engine import MOMENTS
 from cluster.errors import TrainingError
 from cluster.loop import run_stage

@@ -10,7 +10,7 @@ from processes import on_processes
 
 from clipreid import stage1 as method
 from clipreid.model import build_models
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.loop import run_stage
 from cluster.manifest import Position
 from cluster.model_spec import model_spec

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.config import dump_config, load_config, parse_config, results_settings, settings_hash
+from cluster.config import results_settings, settings_hash
+from cluster.config_file import dump_config, load_config, parse_config
 from cluster.errors import ConfigError
 
 LEAST = {"data": {"shards": "somewhere"}}

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from clipreid.model import empty_models
 from clipreid.spec import ModelSpec
-from cluster.config import Config, flatten, load_config
+from cluster.config import Config, flatten
+from cluster.config_file import load_config
 from cluster.model_spec import model_spec
 
 ROOT = Path(__file__).resolve().parent.parent

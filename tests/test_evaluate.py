@@ -23,7 +23,7 @@ from clipreid.protocols import draw_gallery, vehicleid_draw
 from clipreid.retrieval import Labels, retrieve
 from clipreid.weights import read_card
 from cluster.check import check_run
-from cluster.config import load_config
+from cluster.config_file import load_config
 from cluster.errors import ConfigError
 from cluster.evaluate import evaluate as evaluate_in_team
 from cluster.feature_file import read_pair

@@ -23,7 +23,7 @@ from clipreid.arch import check_arch
 from clipreid.augment import normalise
 from clipreid.model import build_models
 from cluster import feature_parts, features
-from cluster.config import load_config
+from cluster.config_file import load_config
 from cluster.errors import ConfigError
 from cluster.evaluate import encode_split
 from cluster.evaluate import evaluate as evaluate_in_team

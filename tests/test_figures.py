@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from runs import config_file, overrides, train
 
-from cluster.config import load_config
+from cluster.config_file import load_config
 from cluster.figures import RIGHT, WRONG, Subject, ranked, tsne
 from cluster.trained import card_of
 from launch import figures

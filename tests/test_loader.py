@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from shards_helpers import picture, write_shards
 
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.stage2 import Stage2
 from cluster.team import Team
 from shards.decode import decode, resize_into

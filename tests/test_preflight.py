@@ -8,7 +8,7 @@ import pytest
 from processes import on_processes
 from runs import config_file, launch, overrides
 
-from cluster.config import load_config, parse_config
+from cluster.config_file import load_config, parse_config
 from cluster.errors import TrainingError
 from cluster.preflight import _scattered_virtual_nodes, preflight
 

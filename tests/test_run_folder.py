@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import orchestrate
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.errors import TrainingError
 from cluster.events import Events, first_new_step
 from cluster.live import describe

@@ -12,7 +12,7 @@ from clipreid.model import build_models
 from clipreid.official import save_official
 from clipreid.weights import ModelCard, load_model, load_text, save_model
 from cluster.check import check_run
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError
 from cluster.worker import train
 

@@ -14,7 +14,7 @@ from processes import on_processes
 from torch.multiprocessing import ProcessExitedException
 
 from cluster import watchdog
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.errors import RankLost
 from cluster.features import extract
 from cluster.places import at_project_root

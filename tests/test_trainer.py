@@ -10,7 +10,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.errors import Drained, RankLost, TrainingError
 from cluster.orchestrate import _root_cause, _variables, ray_storage
 from cluster.storage import Storage

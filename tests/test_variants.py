@@ -15,7 +15,7 @@ from shards_helpers import write_shards
 
 from clipreid.model import build_models
 from clipreid.weights import load_model, load_text, read_card
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.worker import train
 
 TRAIN = {f"t{number}": 4 for number in range(8)}
