@@ -27,7 +27,7 @@ from cluster.placement import shortage, worker_needs
 from cluster.report import STOP, request_stop, withdraw_stop
 from cluster.run_folder import METRICS
 from cluster.storage import Storage
-from cluster.team import PATIENCE, Team, join_process_group
+from cluster.team import PATIENCE, Team, join_process_group, leave_process_group
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def run_in_this_process(config: Config) -> dict[str, Any]:
     except Preempted as stop:
         raise Stopped(str(stop)) from None
     finally:
-        torch.distributed.destroy_process_group()
+        leave_process_group(team)
 
 
 def check_world_size(config: Config, world_size: int) -> None:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -82,14 +83,13 @@ def preflight(config: Config, team: Team) -> str:
 def _facts(config: Config, team: Team) -> WorkerFacts:
     disk_gb, faults = _free_in_cache(config)
     gpu = team.device.type == "cuda"
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return WorkerFacts(
         rank=team.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(team.device) if gpu else "cpu",
         versions=f"python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{package} {version(package)}" for package in ("deepspeed", "ray")),
-        memory_gb=round(pages / 1e9, 1),
+        memory_gb=round(psutil.virtual_memory().available / 1e9, 1),
         disk_gb=disk_gb,
         threads=torch.get_num_threads(),
         config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],

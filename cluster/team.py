@@ -135,6 +135,13 @@ def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:
     return Team(rank, world_size, local_rank, device, cpus, watchdog, patient)
 
 
+def leave_process_group(team: Team) -> None:
+    """At the end of the process. A thread of the watchdog that is in the store while Python ends would abort it."""
+    if team.watchdog is not None:
+        team.watchdog.close()
+    dist.destroy_process_group()
+
+
 def choose_device(local_rank: int) -> torch.device:
     """This worker's GPU where there is one, else the CPU. Ray hides the other workers' GPUs, torchrun does not."""
     if not torch.cuda.is_available():

@@ -8,7 +8,7 @@ import torch
 
 from cluster.config import ClusterSection
 from cluster.orchestrate import quiet_libraries, threads_per_worker
-from cluster.team import Team, choose_device, join_process_group
+from cluster.team import Team, choose_device, join_process_group, leave_process_group
 
 
 @contextmanager
@@ -27,4 +27,4 @@ def this_team(settings: ClusterSection | None = None) -> Iterator[Team]:
         yield team
     finally:
         if launched:
-            torch.distributed.destroy_process_group()
+            leave_process_group(team)

@@ -46,9 +46,9 @@ class Watchdog:
         self._now = ("start", 0, time.monotonic(), float("inf"))
         self._stop = threading.Event()
         self._store = _own_store() if world_size > 1 else None
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._publish, self._watch)]
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._publish, self._watch)]
         if self._store is not None:
-            for thread in self._threads:
+            for thread in self.threads:
                 thread.start()
 
     @contextmanager
@@ -64,7 +64,7 @@ class Watchdog:
 
     def close(self) -> None:
         self._stop.set()
-        for thread in self._threads:
+        for thread in self.threads:
             if thread.is_alive():
                 thread.join(timeout=2 * BEAT_S)
 

@@ -18,7 +18,7 @@ from cluster.config_file import parse_config
 from cluster.errors import RankLost
 from cluster.features import extract
 from cluster.places import at_project_root
-from cluster.team import Team, join_process_group
+from cluster.team import Team, join_process_group, leave_process_group
 from cluster.watchdog import Watchdog
 from shards.index import ShardIndex
 
@@ -43,6 +43,20 @@ def test_gather_is_in_rank_order_and_its_gradient_sums_over_ranks(tiny_shards):
     assert first[3] == second[3] == [0, 10]
     for rank in (first, second):
         assert (rank[2][:, 0] == np.arange(len(rank[2]))).all()
+
+
+def leave(team):
+    """Threads of the watchdog that are left when the process group is."""
+    team.watchdog = Watchdog(team.rank, team.world_size, TIMEOUT_S)
+    began = [thread.is_alive() for thread in team.watchdog.threads]
+    team.wait("arrive together")
+    leave_process_group(team)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # For the helper to end.
+    return began, [thread.is_alive() for thread in team.watchdog.threads]
+
+
+def test_no_thread_is_in_the_store_when_a_worker_has_left():
+    assert on_processes(2, leave) == [([True, True], [False, False])] * 2
 
 
 def arrive_late(team):
