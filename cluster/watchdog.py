@@ -107,12 +107,14 @@ class Watchdog:
 
     def _publish(self) -> None:
         """In a thread of its own: behind a silent link the store never answers."""
-        while not self._stop.wait(BEAT_S):
+        while True:
             operation, count, *_ = self._now
             beat = {"operation": operation, "count": count, "at_s": time.time()}
             try:
                 self._store.set(f"beat/{self.rank}", json.dumps(beat))
             except RuntimeError:  # The store lives on rank 0's node. Its loss shows in the collective, which names it.
+                return
+            if self._stop.wait(BEAT_S):
                 return
 
     def _absent(self, count: int) -> dict[int, str]:

@@ -84,7 +84,7 @@ def stay_away(team, folder):
     """Rank 1 does not come, under a timeout of gloo that would not end the test."""
     logging.basicConfig(filename=f"{folder}/{team.rank}.log")
     watchdog.GRACE_S = 0.5
-    team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=1)
+    team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=3)  # By then rank 1 has said where it is.
     team.collect(None, "arrive together")
     if team.rank == 1:
         time.sleep(60)
