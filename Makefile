@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-# Without compiled files each process would compile its libraries anew: twice the time that a worker takes to start.
+# Without compiled files each process would compile its libraries anew: more than twice the time of a start.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo-data train test test-faults lint lock clean
 

@@ -1,6 +1,7 @@
 """Benchmarks: each runs in a tiny form and gives the figures it promises."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,7 @@ def test_evaluate_gives_time_and_memory_and_finds_a_sample_that_is_wrong(monkeyp
     assert result["sample_equals_plain"] and result["sample"] == 60 and 0 < result["metrics"]["mAP"] < 1
     assert min(result[key] for key in ("seconds", "product_s", "times_product", "peak_memory_mb")) > 0
     assert result["memory_above_features_mb"] >= 0
-    without_cameras = lambda *sides: retrieve(*sides, rule="none")  # noqa: E731
-    monkeypatch.setattr(evaluate, "retrieve", without_cameras)
+    monkeypatch.setattr(evaluate, "retrieve", partial(retrieve, rule="none"))
     assert not evaluate.run([*sizes, "--device", "cpu"])["sample_equals_plain"]
 
 
