@@ -21,7 +21,7 @@ from clipreid.gather import Gather, alone
 from clipreid.losses import batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image, widened
 
 if TYPE_CHECKING:
-    from clipreid.model import ReIDOutput
+    from clipreid.model.reid import ReIDOutput
 
 TEXT_LOSSES = ("none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i")
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clipreid.card import ModelCard
-from clipreid.model import ReIDModel, build_models
-from clipreid.official import official_shapes
-from clipreid.pretrained import is_official, read_state_dict
-from clipreid.spec import ModelSpec
-from clipreid.weights import load_model
+from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.spec import ModelSpec
+from clipreid.weights.card import ModelCard
+from clipreid.weights.file import load_model
+from clipreid.weights.official import official_shapes
+from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.config import Config
 from cluster.evaluate import describe, encode_split, measure
 from cluster.features import extract_batches

@@ -8,9 +8,9 @@ Reads the dataset's index and the model's name; torch is loaded only to look up 
 from collections.abc import Callable
 from pathlib import Path
 
-from clipreid.arch import check_pretrained
 from clipreid.errors import ModelError
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_pretrained
+from clipreid.model.spec import ModelSpec
 from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.manifest import check_may_continue
@@ -75,8 +75,8 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     check_pretrained(pretrained, config.model.arch, spec.arch_config)
     if not Path(pretrained).is_file():
         return
-    from clipreid.model import build_models  # Loads torch, which only weights in a file need here.
-    from clipreid.official import holds_prompts
+    from clipreid.model.reid import build_models  # Loads torch, which only weights in a file need here.
+    from clipreid.weights.official import holds_prompts
 
     _, text = build_models(spec, pretrained)
     if config.method == "baseline":

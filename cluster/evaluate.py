@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clipreid.augment import normalise
-from clipreid.model import Features, ReIDModel, descriptor
-from clipreid.retrieval import Labels
+from clipreid.model.reid import Features, ReIDModel, descriptor
+from clipreid.retrieval.metrics import Labels
 from cluster.config import Config
 from cluster.features import extract
 from cluster.measure import Progress, measure_retrieval, measure_vehicleid, silent

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipreid.augment import normalise
-from clipreid.card import ModelCard
-from clipreid.model import build_models
-from clipreid.pretrained import is_official, read_state_dict
-from clipreid.prompts import PromptedText
-from clipreid.protocols import LISTS, draw_gallery
-from clipreid.relevance import relevance_maps
-from clipreid.retrieval import Labels, retrieve
-from clipreid.weights import load_text
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import build_models
+from clipreid.model.relevance import relevance_maps
+from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.vehicleid import LISTS, draw_gallery
+from clipreid.weights.card import ModelCard
+from clipreid.weights.file import load_text
+from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.apply import Applied, Progress
 from cluster.config import Config
 from cluster.errors import ConfigError

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.protocols import vehicleid
-from clipreid.rerank import evaluate_reranked
-from clipreid.retrieval import Labels, retrieve
+from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.rerank import evaluate_reranked
+from clipreid.retrieval.vehicleid import vehicleid
 from cluster.feature_file import FeatureSet
 from cluster.per_query import PerQueryFile
 from cluster.team import Team

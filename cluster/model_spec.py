@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from clipreid.arch import check_arch
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.spec import ModelSpec
 from cluster.config import Config
 from shards.index import ShardIndex
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipreid.retrieval import Retrieval
+from clipreid.retrieval.metrics import Retrieval
 from shards.storage import write_atomic
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from clipreid import stage1 as method
-from clipreid.model import ReIDModel
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel
 from clipreid.optim import parameter_groups
-from clipreid.prompts import PromptedText
 from clipreid.schedules import stage1_lr
 from cluster.config import Config
 from cluster.engine import Engine

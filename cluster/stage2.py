@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from clipreid import stage2 as method
 from clipreid.augment import AugmentSettings, augment
-from clipreid.batchnorm import globalize_batchnorm
-from clipreid.encoders import ResNetEncoder
-from clipreid.model import ReIDModel
+from clipreid.model.batchnorm import globalize_batchnorm
+from clipreid.model.encoders import ResNetEncoder
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel
 from clipreid.optim import parameter_groups
-from clipreid.prompts import PromptedText
 from clipreid.schedules import stage2_lr
 from cluster.config import Config
 from cluster.engine import Engine

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from clipreid.card import MODEL_FILE, ModelCard, read_card, weights_file
 from clipreid.errors import ModelError
-from clipreid.spec import ModelSpec
+from clipreid.model.spec import ModelSpec
+from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
 from cluster.config import WEIGHT_SUFFIXES, Config
 from cluster.errors import ConfigError
 from cluster.model_spec import configured_spec

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from clipreid import stage1 as method
 from clipreid.augment import normalise
-from clipreid.model import ReIDModel, build_models
-from clipreid.prompts import PromptedText
-from clipreid.weights import ModelCard, save_model
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel, build_models
+from clipreid.weights.file import ModelCard, save_model
 from cluster.checkpoint import Checkpoints, Due
 from cluster.config import Config, results_settings
 from cluster.errors import ConfigError, Preempted

@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
     from cluster.trained import local_weights
 
     with local_weights(options.weights) as path:
-        from clipreid.official import save_official
-        from clipreid.weights import load_model, load_text
+        from clipreid.weights.file import load_model, load_text
+        from clipreid.weights.official import save_official
 
         model, spec = load_model(path)
         text = load_text(path)

@@ -13,10 +13,10 @@ import open_clip
 import torch
 from golden.seeded import seeded_images, seeded_tensor
 
-from clipreid.arch import check_arch
-from clipreid.model import ReIDModel, build_models
-from clipreid.prompts import PromptedText
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT_CONFIGS = Path(__file__).parent.parent / "configs" / "models"

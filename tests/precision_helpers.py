@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cluster.engine
-from clipreid.model import build_models
+from clipreid.model.reid import build_models
 from clipreid.optim import adam
 from cluster.checkpoint import Checkpoints, Due
 from cluster.config_file import parse_config

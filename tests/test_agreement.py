@@ -9,7 +9,7 @@ import torch
 from processes import on_processes
 
 from clipreid import stage1 as method
-from clipreid.model import build_models
+from clipreid.model.reid import build_models
 from cluster.config_file import parse_config
 from cluster.loop import run_stage
 from cluster.manifest import Position

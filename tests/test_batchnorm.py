@@ -5,8 +5,8 @@ import torch
 from rank_threads import run_ranks
 from torch import nn
 
-from clipreid.batchnorm import GlobalBatchNorm, globalize_batchnorm
 from clipreid.gather import alone
+from clipreid.model.batchnorm import GlobalBatchNorm, globalize_batchnorm
 
 
 def plain_layer(channels, two_dimensional):

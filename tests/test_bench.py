@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from runs import launch
 
-from clipreid.arch import check_arch
-from clipreid.model import build_models
-from clipreid.retrieval import retrieve
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.reid import build_models
+from clipreid.model.spec import ModelSpec
+from clipreid.retrieval.metrics import retrieve
 from cluster.errors import ConfigError
 from launch.bench import main, names
 from launch.benchmarks import evaluate, loader, pack, rerank, stage1, stage2

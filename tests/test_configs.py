@@ -14,8 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from clipreid.model import empty_models
-from clipreid.spec import ModelSpec
+from clipreid.model.reid import empty_models
+from clipreid.model.spec import ModelSpec
 from cluster.config import Config, flatten
 from cluster.config_file import load_config
 from cluster.model_spec import model_spec

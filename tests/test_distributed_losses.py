@@ -10,10 +10,10 @@ from golden_models import ROOT_CONFIGS
 from processes import on_processes
 
 from clipreid import stage1, stage2
-from clipreid.arch import check_arch
-from clipreid.batchnorm import globalize_batchnorm
-from clipreid.model import build_models
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.batchnorm import globalize_batchnorm
+from clipreid.model.reid import build_models
+from clipreid.model.spec import ModelSpec
 from cluster.team import Team
 
 IDENTITIES, IMAGES_PER_IDENTITY = 8, 2

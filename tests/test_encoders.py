@@ -11,11 +11,11 @@ import pytest
 import torch
 from golden_models import ROOT_CONFIGS, case_images, case_models, case_spec, read_case, scaled_error
 
-from clipreid.arch import check_arch
-from clipreid.encoders import resize_positions
 from clipreid.errors import ModelError
-from clipreid.model import build_models, descriptor, empty_models
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.encoders import resize_positions
+from clipreid.model.reid import build_models, descriptor, empty_models
+from clipreid.model.spec import ModelSpec
 
 VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.json")
 
@@ -375,7 +375,7 @@ def test_specification_survives_json():
 
 def test_checking_a_model_name_imports_neither_torch_nor_open_clip():
     code = (
-        "import sys; from clipreid.arch import check_arch; from clipreid.spec import ModelSpec;"
+        "import sys; from clipreid.model.arch import check_arch; from clipreid.model.spec import ModelSpec;"
         "ModelSpec(arch='RN50', arch_config=check_arch('RN50'), image_size=(256, 128));"
         "sys.exit(bool({'torch', 'open_clip'} & set(sys.modules)))"
     )

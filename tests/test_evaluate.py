@@ -15,13 +15,13 @@ from PIL import Image
 from runs import ROOT, config_file, environment, launch, overrides, train
 from torch.nn import functional as F
 
-from clipreid import protocols
-from clipreid.arch import check_arch
 from clipreid.errors import ModelError
-from clipreid.model import build_models
-from clipreid.protocols import draw_gallery, vehicleid_draw
-from clipreid.retrieval import Labels, retrieve
-from clipreid.weights import read_card
+from clipreid.model.arch import check_arch
+from clipreid.model.reid import build_models
+from clipreid.retrieval import vehicleid as protocols
+from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
+from clipreid.weights.file import read_card
 from cluster.check import check_run
 from cluster.config_file import load_config
 from cluster.errors import ConfigError

@@ -19,9 +19,9 @@ from processes import on_processes
 from runs import BIN, ROOT, config_file, environment, overrides
 from torch.nn import functional as F
 
-from clipreid.arch import check_arch
 from clipreid.augment import normalise
-from clipreid.model import build_models
+from clipreid.model.arch import check_arch
+from clipreid.model.reid import build_models
 from cluster import feature_parts, features
 from cluster.config_file import load_config
 from cluster.errors import ConfigError

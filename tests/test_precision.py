@@ -22,7 +22,8 @@ from precision_helpers import (
 from processes import on_processes
 from shards_helpers import write_shards
 
-from clipreid import augment, batchnorm, encoders, losses, stage2
+from clipreid import augment, losses, stage2
+from clipreid.model import batchnorm, encoders
 from cluster import stage2 as cluster_stage2
 from cluster.engine import Engine
 from cluster.manifest import Position

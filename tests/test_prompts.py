@@ -7,11 +7,11 @@ import pytest
 import torch
 from golden_models import ROOT_CONFIGS, case_models, case_spec, clip_state, read_case, scaled_error
 
-from clipreid.arch import check_arch
 from clipreid.errors import ModelError
-from clipreid.model import build_models
-from clipreid.prompts import template_ids
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.prompts import template_ids
+from clipreid.model.reid import build_models
+from clipreid.model.spec import ModelSpec
 
 TINY = str(ROOT_CONFIGS / "tiny_vit.json")
 TEXT_CASES = {"text_person_512": "vit", "text_vehicle_512": "vit", "text_person_1024": "rn50"}

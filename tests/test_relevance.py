@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from clipreid.arch import check_arch
-from clipreid.model import build_models
-from clipreid.relevance import _attended, relevance_maps
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_arch
+from clipreid.model.reid import build_models
+from clipreid.model.relevance import _attended, relevance_maps
+from clipreid.model.spec import ModelSpec
 
 ARCHS = {"vit": "configs/models/small_vit.json", "rn": "configs/models/small_rn.json"}
 

@@ -6,10 +6,10 @@ import torch
 from golden_models import read_case
 from rank_threads import run_ranks
 
-from clipreid import rerank as module
 from clipreid.errors import ModelError
-from clipreid.rerank import evaluate_reranked, rerank, reranked
-from clipreid.retrieval import Labels, retrieve, retrieve_by_distance
+from clipreid.retrieval import rerank as module
+from clipreid.retrieval.metrics import Labels, retrieve, retrieve_by_distance
+from clipreid.retrieval.rerank import evaluate_reranked, rerank, reranked
 
 DEVICES = [
     "cpu",

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from golden_models import read_case
 from rank_threads import run_ranks
 
-from clipreid import products, retrieval
 from clipreid.errors import ModelError
-from clipreid.products import gallery_rows
-from clipreid.protocols import draw_gallery, vehicleid, vehicleid_draw
-from clipreid.ranking import RULES, Labels
-from clipreid.retrieval import retrieve, retrieve_by_distance
+from clipreid.retrieval import distance_blocks as products
+from clipreid.retrieval import metrics as retrieval
+from clipreid.retrieval.distance_blocks import gallery_rows
+from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
+from clipreid.retrieval.positives import RULES, Labels
+from clipreid.retrieval.vehicleid import draw_gallery, vehicleid, vehicleid_draw
 
 DEVICES = [
     "cpu",

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from golden_models import case_images, case_models, case_spec, read_case, scaled_error
 from torch import nn
 
-from clipreid.encoders import Features
 from clipreid.errors import ModelError
-from clipreid.model import ReIDOutput
+from clipreid.model.encoders import Features
+from clipreid.model.reid import ReIDOutput
 from clipreid.optim import adam, parameter_groups
 from clipreid.stage2 import TEXT_LOSSES, LossSettings, batch_texts, losses
 

@@ -8,9 +8,9 @@ from processes import on_processes
 from safetensors.torch import load_file
 from shards_helpers import write_shards
 
-from clipreid.model import build_models
-from clipreid.official import save_official
-from clipreid.weights import ModelCard, load_model, load_text, save_model
+from clipreid.model.reid import build_models
+from clipreid.weights.file import ModelCard, load_model, load_text, save_model
+from clipreid.weights.official import save_official
 from cluster.check import check_run
 from cluster.config_file import parse_config
 from cluster.errors import ConfigError

@@ -13,8 +13,8 @@ import torch
 from processes import on_processes
 from shards_helpers import write_shards
 
-from clipreid.model import build_models
-from clipreid.weights import load_model, load_text, read_card
+from clipreid.model.reid import build_models
+from clipreid.weights.file import load_model, load_text, read_card
 from cluster.config_file import parse_config
 from cluster.worker import train
 

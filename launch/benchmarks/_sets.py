@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipreid.retrieval import Labels
+from clipreid.retrieval.metrics import Labels
 from launch.cli import Parser, positive
 
 

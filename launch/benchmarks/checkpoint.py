@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from clipreid import stage2
-from clipreid.arch import check_arch
-from clipreid.model import build_models
+from clipreid.model.arch import check_arch
+from clipreid.model.reid import build_models
+from clipreid.model.spec import ModelSpec
 from clipreid.optim import parameter_groups
-from clipreid.spec import ModelSpec
 from launch.benchmarks._timing import facts, seconds
 from launch.cli import Parser, positive
 

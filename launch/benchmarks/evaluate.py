@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.retrieval import Labels, Retrieval, retrieve
+from clipreid.retrieval.metrics import Labels, Retrieval, retrieve
 from launch.benchmarks._memory import PeakMemory, measured
 from launch.benchmarks._sets import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
 from launch.benchmarks._timing import choose_device, facts, seconds

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipreid import stage2
-from clipreid.arch import check_arch
 from clipreid.augment import AugmentSettings, augment, normalise
-from clipreid.encoders import ResNetEncoder
-from clipreid.model import ReIDModel, build_models
+from clipreid.model.arch import check_arch
+from clipreid.model.encoders import ResNetEncoder
+from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.spec import ModelSpec
 from clipreid.optim import adam, parameter_groups
-from clipreid.spec import ModelSpec
 from launch.benchmarks._timing import choose_device, facts, peak_memory_bytes, seconds
 from launch.cli import Parser, positive
 

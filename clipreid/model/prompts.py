@@ -14,8 +14,8 @@ the tokens learn; for the tower's weights no gradient is computed (contract C6).
 import torch
 from torch import Tensor, nn
 
-from clipreid.blocks import attend
 from clipreid.errors import ModelError
+from clipreid.model.blocks import attend
 
 # n = prompts, N = identities, M = learnable tokens, P = prefix positions, S = the positions behind it,
 # W = width of the text tower, D = embed_dim

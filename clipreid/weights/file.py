@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipreid.card import MODEL_FILE, ModelCard, read_card, weights_file
-from clipreid.model import ReIDModel, empty_models
-from clipreid.pretrained import check_fit
-from clipreid.prompts import PromptedText
-from clipreid.spec import ModelSpec
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel, empty_models
+from clipreid.model.spec import ModelSpec
+from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
+from clipreid.weights.pretrained import check_fit
 
 __all__ = ["MODEL_FILE", "ModelCard", "load_model", "load_text", "read_card", "save_model", "weights_file"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.products import GALLERY_BLOCK, QUERY_BLOCK, Products
-from clipreid.ranked import Nearest, RankedLists
-from clipreid.ranking import Labels, QueryBlock, ReduceSum, count_up, find_near, query_blocks
-from clipreid.verification import SAFE_RATE, Verification
+from clipreid.retrieval.distance_blocks import GALLERY_BLOCK, QUERY_BLOCK, Products
+from clipreid.retrieval.positives import Labels, QueryBlock, ReduceSum, count_up, find_near, query_blocks
+from clipreid.retrieval.top_k import Nearest, RankedLists
+from clipreid.retrieval.tpr_at_fpr import SAFE_RATE, Verification
 
 CMC_RANKS = 50
 

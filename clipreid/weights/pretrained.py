@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clipreid.arch import check_activation, check_pretrained
 from clipreid.errors import ModelError
+from clipreid.model.arch import check_activation, check_pretrained
 
 OFFICIAL_PREFIX = "image_encoder."
 """Begins names in the checkpoints of CLIP-ReID's authors, and in ours; CLIP's own say `visual.`."""

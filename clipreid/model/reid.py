@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipreid.encoders import Features, ImageEncoder, ResNetEncoder, ViTEncoder
-from clipreid.official import load_official
-from clipreid.pretrained import is_official, load_clip, read_pretrained
-from clipreid.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
-from clipreid.spec import ModelSpec
+from clipreid.model.encoders import Features, ImageEncoder, ResNetEncoder, ViTEncoder
+from clipreid.model.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
+from clipreid.model.spec import ModelSpec
+from clipreid.weights.official import load_official
+from clipreid.weights.pretrained import is_official, load_clip, read_pretrained
 
 __all__ = ["Features", "ModelSpec", "ReIDModel", "ReIDOutput", "build_models", "descriptor", "empty_models"]
 

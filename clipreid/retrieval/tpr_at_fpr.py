@@ -15,7 +15,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from clipreid.ranking import Near, ascending
+from clipreid.retrieval.positives import Near, ascending
 
 ONE_IN = {"1e-4": 10_000, "1e-3": 1000, "1e-2": 100}
 """Name of a false positive rate, and of how many negatives it lets one pass."""

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipreid.arch import check_activation
-from clipreid.card import ModelCard, read_card
 from clipreid.errors import ModelError
-from clipreid.pretrained import read_state_dict, with_batch_counters
-from clipreid.prompts import PREFIX_POSITIONS, PromptedText
-from clipreid.spec import ModelSpec
+from clipreid.model.arch import check_activation
+from clipreid.model.prompts import PREFIX_POSITIONS, PromptedText
+from clipreid.model.spec import ModelSpec
+from clipreid.weights.card import ModelCard, read_card
+from clipreid.weights.pretrained import read_state_dict, with_batch_counters
 
 _TOKENS = ("prompt_learner.cls_ctx", "prompt_learner.tokens")
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")

@@ -9,8 +9,8 @@ written beside the final weights so that a file of weights stands alone.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clipreid.arch import check_arch_config, is_resnet
 from clipreid.errors import ModelError
+from clipreid.model.arch import check_arch_config, is_resnet
 
 SIE_CHOICES = ("none", "camera", "view", "camera+view")
 SIE_TOKEN_CHOICES = ("cls", "all")
@@ -25,7 +25,7 @@ class ModelSpec:
     arch: str
     """open_clip model name, or the path of the JSON configuration it came from (for messages; not read again)."""
     arch_config: dict[str, Any]
-    """open_clip-style model configuration, as `clipreid.arch.check_arch` returns it."""
+    """open_clip-style model configuration, as `clipreid.model.arch.check_arch` returns it."""
     image_size: tuple[int, int]
     """Height, width in pixels."""
     stride: int | None = None

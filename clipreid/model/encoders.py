@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipreid.blocks import attend
+from clipreid.model.blocks import attend
 
 # B = images, L = tokens (1 + rows * columns), W = width of the tower, C = channels
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.ranking import Labels, ReduceSum, ascending, query_blocks
+from clipreid.retrieval.positives import Labels, ReduceSum, ascending, query_blocks
 from clipreid.threads import in_threads
 
 QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product

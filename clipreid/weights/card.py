@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from clipreid.errors import ModelError
-from clipreid.spec import ModelSpec
+from clipreid.model.spec import ModelSpec
 
 MODEL_FILE = "model.safetensors"
 """Name of the final weights in a run folder."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipreid.errors import ModelError
 from clipreid.losses import widened
-from clipreid.retrieval import Labels, ReduceSum, retrieve_by_blocks
+from clipreid.retrieval.metrics import Labels, ReduceSum, retrieve_by_blocks
 
 BLOCK = 512  # rows at a time: b x n distances are held
 JACCARD_BLOCK = 32  # queries whose common neighbours are listed at a time

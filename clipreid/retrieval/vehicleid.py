@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval import Labels, ReduceSum, Retrieval, retrieve
+from clipreid.retrieval.metrics import Labels, ReduceSum, Retrieval, retrieve
 
 LISTS = {"small": "800", "medium": "1600", "large": "2400"}
 """Name in metrics.json -> name of the test list."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipreid.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
+from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
 
 
 def relevance_maps(encoder: ImageEncoder, images: Tensor, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.ranking import NEVER, QueryBlock, ReduceSum, monotone
+from clipreid.retrieval.positives import NEVER, QueryBlock, ReduceSum, monotone
 
 NONE = -1  # in place of a gallery row
 

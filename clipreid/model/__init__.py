@@ -1,0 +1,1 @@
+"""The networks: image encoders, prompts with the text tower, necks and classifiers."""
