@@ -24,8 +24,8 @@ from cluster.measure import Progress
 from cluster.model_spec import configured_spec, model_spec
 from cluster.per_query import PerQueryFile
 from cluster.team import Team, choose_device
-from shards.folder import FolderLoader
-from shards.index import ShardIndex
+from shards.loading.folder import FolderLoader
+from shards.loading.index import ShardIndex
 
 
 class Applied:

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.manifest import check_may_continue
 from cluster.model_spec import model_spec
 from shards.errors import DataError
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 from shards.storage import exists
 
 

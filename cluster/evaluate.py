@@ -18,7 +18,7 @@ from cluster.features import extract
 from cluster.measure import Progress, measure_retrieval, measure_vehicleid, silent
 from cluster.per_query import PerQueryFile
 from cluster.team import Team
-from shards.index import ShardIndex, SplitIndex
+from shards.loading.index import ShardIndex, SplitIndex
 
 
 def evaluate(

@@ -21,8 +21,8 @@ from torch import Tensor
 from clipreid.threads import in_threads
 from cluster.team import PATIENCE, Team
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.sequential import ImageBatch, SequentialLoader
+from shards.loading.index import ShardIndex
+from shards.loading.sequential import ImageBatch, SequentialLoader
 
 ROUND_IMAGES = 4096
 """Images of each worker that are encoded between two exchanges."""

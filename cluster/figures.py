@@ -30,8 +30,8 @@ from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.evaluate import labels_of
 from cluster.model_spec import model_spec
-from shards.index import ShardIndex, SplitIndex
-from shards.pick import pick_images
+from shards.loading.index import ShardIndex, SplitIndex
+from shards.loading.pick import pick_images
 from shards.storage import write_atomic
 
 TSNE_IDENTITIES, TSNE_IMAGES = 10, 40

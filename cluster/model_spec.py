@@ -5,7 +5,7 @@ from pathlib import Path
 from clipreid.model.arch import check_arch
 from clipreid.model.spec import ModelSpec
 from cluster.config import Config
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 ROOT = Path(__file__).resolve().parent.parent
 

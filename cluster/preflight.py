@@ -27,8 +27,8 @@ from cluster.errors import TrainingError
 from cluster.storage import Storage
 from cluster.team import Team
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.reader import RowReader, shard_cache
+from shards.loading.index import ShardIndex
+from shards.loading.reader import RowReader, shard_cache
 
 PROBE_BYTES = 8_000_000
 MARKERS = "preflight"

@@ -24,7 +24,7 @@ from cluster.engine import Engine
 from cluster.errors import ConfigError
 from cluster.storage import Storage
 from cluster.team import Team
-from shards.index import SplitIndex
+from shards.loading.index import SplitIndex
 
 RESULT = "stage1.safetensors"
 

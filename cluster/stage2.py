@@ -20,9 +20,9 @@ from clipreid.schedules import stage2_lr
 from cluster.config import Config
 from cluster.engine import Engine
 from cluster.team import Team
-from shards.index import ShardIndex
-from shards.loader import PKBatch, PKLoader
-from shards.sampler import PKSettings
+from shards.loading.index import ShardIndex
+from shards.loading.pk_loader import PKBatch, PKLoader
+from shards.loading.pk_sampler import PKSettings
 
 
 class Stage2Module(nn.Module):

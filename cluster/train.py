@@ -15,7 +15,7 @@ from cluster.orchestrate import STOPPED_EXIT_CODE, Stopped, run
 from cluster.report import headline, run_identity
 from cluster.run_folder import METRICS
 from cluster.storage import Storage
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 
 def train_and_show(config: Config, index: ShardIndex, started: float) -> int:

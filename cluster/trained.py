@@ -19,7 +19,7 @@ from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
 from cluster.config import WEIGHT_SUFFIXES, Config
 from cluster.errors import ConfigError
 from cluster.model_spec import configured_spec
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 from shards.storage import is_local, join, read_bytes
 
 

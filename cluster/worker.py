@@ -34,7 +34,7 @@ from cluster.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_fea
 from cluster.stage2 import Stage2
 from cluster.storage import Storage
 from cluster.team import PATIENCE, Team
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 MODEL = "model.safetensors"
 

@@ -104,7 +104,7 @@ def height_by_width(text: str) -> tuple[int, int]:
 
 
 def render(options: argparse.Namespace) -> int:
-    from shards.render import render_dataset
+    from shards.demo.dataset import render_dataset
 
     render_dataset(
         options.out,
@@ -118,8 +118,8 @@ def render(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace) -> int:
-    from shards.pack import build
-    from shards.report import print_build
+    from shards.packing.build import build
+    from shards.packing.tables import print_build
 
     parser_options = {}
     if options.views:
@@ -147,8 +147,8 @@ def build(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from shards.report import print_verify
-    from shards.verify import verify
+    from shards.packing.tables import print_verify
+    from shards.packing.verify import verify
 
     with progress_bar("verifying") as progress:
         report = verify(options.url, decode_all=options.all, processes=options.processes, progress=progress)
@@ -157,14 +157,14 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from shards.overview import Overview
-    from shards.report import print_overview
+    from shards.packing.overview import Overview
+    from shards.packing.tables import print_overview
 
     if options.sheet:
         check_out(options.parser, options.sheet, "--sheet")
     print_overview(Overview.read(options.url))
     if options.sheet:
-        from shards.sheet import write_sheet
+        from shards.packing.contact_sheet import write_sheet
 
         write_sheet(options.url, options.sheet)
         print(f"contact sheet: {options.sheet}")

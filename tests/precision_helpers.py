@@ -16,7 +16,7 @@ from cluster.model_spec import model_spec
 from cluster.stage1 import Stage1
 from cluster.stage2 import Stage2
 from cluster.storage import Storage
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}

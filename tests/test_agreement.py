@@ -16,7 +16,7 @@ from cluster.manifest import Position
 from cluster.model_spec import model_spec
 from cluster.stage1 import Stage1
 from cluster.stage2 import Stage2
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 CASES = {
     # (architecture, type of all numbers): epochs of both stages, steps compared in each, relative difference allowed

@@ -34,8 +34,8 @@ from cluster.trained import check_fits, local_weights
 from launch import evaluate, export, extract
 from shards import storage
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.pack import build
+from shards.loading.index import ShardIndex
+from shards.packing.build import build
 
 
 def judged(*arguments, out):

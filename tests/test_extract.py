@@ -33,9 +33,9 @@ from cluster.team import Team
 from cluster.worker import Run
 from launch import evaluate, extract
 from shards.errors import DataError
-from shards.folder import FolderLoader
-from shards.index import ShardIndex
-from shards.sequential import SequentialLoader
+from shards.loading.folder import FolderLoader
+from shards.loading.index import ShardIndex
+from shards.loading.sequential import SequentialLoader
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from cluster.figures import RIGHT, WRONG, Subject, ranked, tsne
 from cluster.trained import card_of
 from launch import figures
 from launch.cli import progress_bar
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 
 @pytest.fixture(scope="module")

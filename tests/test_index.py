@@ -17,7 +17,7 @@ from shards_helpers import write_index, write_shards
 
 from shards.errors import DataError
 from shards.format import index_schema
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 SPLITS = {
     "train": {"b": 4, "a": [0, -1, 2], "c": 3},
@@ -170,7 +170,7 @@ def _flipped(data, place):
 
 def test_opening_and_planning_need_no_heavy_library(tiny):
     code = (
-        "import sys, shards.sampler; from shards.index import ShardIndex\n"
+        "import sys, shards.loading.pk_sampler; from shards.loading.index import ShardIndex\n"
         f"ShardIndex.open({str(tiny)!r}, {str(tiny.parent / 'cache')!r}).split('train')\n"
         "print([name for name in ('torch', 'pandas', 'webdataset', 'PIL') if name in sys.modules])"
     )

@@ -13,9 +13,9 @@ from PIL import Image
 
 from launch import pack as command
 from shards.format import read_index_table
-from shards.overview import Overview, SplitOverview, Spread
-from shards.pack import build
-from shards.sheet import CELL, GAP, TEXT, write_sheet
+from shards.packing.build import build
+from shards.packing.contact_sheet import CELL, GAP, TEXT, write_sheet
+from shards.packing.overview import Overview, SplitOverview, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 

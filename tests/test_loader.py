@@ -21,11 +21,11 @@ from shards_helpers import picture, write_shards
 from cluster.config_file import parse_config
 from cluster.stage2 import Stage2
 from cluster.team import Team
-from shards.decode import decode, resize_into
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.loader import PKLoader
-from shards.sampler import PKSettings, epoch_plan
+from shards.loading.decode import decode, resize_into
+from shards.loading.index import ShardIndex
+from shards.loading.pk_loader import PKLoader
+from shards.loading.pk_sampler import PKSettings, epoch_plan
 
 SETTINGS = PKSettings(identities=4, images_per_identity=3, seed=5)
 SIZE = (40, 20)
@@ -332,7 +332,7 @@ def test_a_killed_decoding_process_is_an_error_and_not_a_hang(folder, capfd):
 
 def test_no_process_outlives_its_killed_caller():
     code = (
-        "import os, signal, sys; from functools import partial; from shards.pool import Pool\n"
+        "import os, signal, sys; from functools import partial; from shards.loading.decode_pool import Pool\n"
         "pool = Pool(partial(dict.get, {'job': 'done'}), workers=2, slots=2, slot_bytes=64)\n"
         "print(*(result for result, _ in pool.run(['job'] * 3)), flush=True)\n"
         "sys.stdin.read()"

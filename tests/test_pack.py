@@ -25,12 +25,12 @@ from shards import storage
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import make_key, read_index_table
-from shards.index import ShardIndex
-from shards.overview import Overview
-from shards.pack import build
-from shards.sheet import write_sheet
-from shards.verify import verify
-from shards.workers import run_tasks
+from shards.loading.index import ShardIndex
+from shards.packing.build import build
+from shards.packing.contact_sheet import write_sheet
+from shards.packing.overview import Overview
+from shards.packing.processes import run_tasks
+from shards.packing.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = {"width": 200, "height": 200}  # about 40 kB each, so that a few make a 1 MB shard
@@ -48,7 +48,7 @@ def command(*arguments, **settings):
 
 def start(*arguments):
     """launch/pack.py in a process of its own, as soon as it begins its work."""
-    script = "import sys, shards.pack, launch.pack; print('go', flush=True); launch.pack.main(sys.argv[1:])"
+    script = "import sys, shards.packing.build, launch.pack; print('go', flush=True); launch.pack.main(sys.argv[1:])"
     line = [sys.executable, "-c", script, *map(str, arguments)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"go\n"
@@ -226,9 +226,9 @@ def note_and_sleep(folder, advance):
 
 def test_workers_die_with_the_process_that_started_them(tmp_path):
     script = f"""
-import test_pack, shards.workers
+import test_pack, shards.packing.processes
 if __name__ == "__main__":
-    list(shards.workers.run_tasks(test_pack.note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
+    list(shards.packing.processes.run_tasks(test_pack.note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
 """
     write(tmp_path / "script" / "main.py", script)
     process = subprocess.Popen([sys.executable, str(tmp_path / "script" / "main.py")], stdout=subprocess.DEVNULL)

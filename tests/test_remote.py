@@ -20,13 +20,13 @@ from object_store import s3_server
 from shards_helpers import write_shards
 
 from shards import remote
-from shards.cache import Busy, Prefetcher, ShardCache, node_cache_dir
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.loader import PKLoader
-from shards.reader import RowReader, shard_cache
-from shards.sampler import PKSettings, epoch_plan, rank_part, shards_needed
-from shards.sequential import SequentialLoader
+from shards.loading.cache import Busy, Prefetcher, ShardCache, node_cache_dir
+from shards.loading.index import ShardIndex
+from shards.loading.pk_loader import PKLoader
+from shards.loading.pk_sampler import PKSettings, epoch_plan, rank_part, shards_needed
+from shards.loading.reader import RowReader, shard_cache
+from shards.loading.sequential import SequentialLoader
 from shards.source import ShardSource
 
 SETTINGS = PKSettings(identities=4, images_per_identity=3, seed=2)
@@ -260,8 +260,8 @@ def test_a_cache_smaller_than_a_shard_or_of_no_size_is_passed_by(folder, tmp_pat
 
 FETCH = """
 import sys
-from shards.index import ShardIndex
-from shards.reader import shard_cache
+from shards.loading.index import ShardIndex
+from shards.loading.reader import shard_cache
 index = ShardIndex.open(sys.argv[1], sys.argv[2])
 for name in index.shard_names:
     data = shard_cache(index, None, 10**9).fetch(name).read()

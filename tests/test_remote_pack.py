@@ -13,10 +13,10 @@ from launch.cli import user_mistake
 from shards import remote, storage
 from shards.errors import DataError, StoreError
 from shards.format import read_index_table
-from shards.overview import Overview
-from shards.pack import build
-from shards.sheet import write_sheet
-from shards.verify import verify
+from shards.packing.build import build
+from shards.packing.contact_sheet import write_sheet
+from shards.packing.overview import Overview
+from shards.packing.verify import verify
 
 
 @pytest.fixture(scope="module")

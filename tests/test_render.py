@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import render
 from shards.datasets.veri776 import Veri776
+from shards.demo import dataset as render
+from shards.demo.dataset import render_dataset
+from shards.demo.looks import draw_looks
+from shards.demo.scene import VIEWS, get_camera, take_photo
+from shards.demo.vehicle import build_vehicle
 from shards.errors import DataError
-from shards.render import render_dataset
-from shards.render_looks import draw_looks
-from shards.render_scene import VIEWS, get_camera, take_photo
-from shards.render_vehicle import build_vehicle
 from shards.storage import Source
 
 SMALL = {"identities": 8, "cameras": 3, "images": 7, "seed": 5}

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shards.draws import draw_until_used, draw_weighted
 from shards.errors import DataError
-from shards.sampler import PKSettings, check_settings, epoch_plan, rank_part, shards_needed
+from shards.loading.pk_draws import draw_until_used, draw_weighted
+from shards.loading.pk_sampler import PKSettings, check_settings, epoch_plan, rank_part, shards_needed
 
 
 class Split(SimpleNamespace):

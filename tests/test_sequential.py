@@ -13,8 +13,8 @@ from PIL import Image
 from shards_helpers import picture, write_shards
 
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.sequential import SequentialLoader
+from shards.loading.index import ShardIndex
+from shards.loading.sequential import SequentialLoader
 
 SPLITS = {"query": {f"{n}": 1 + n % 3 for n in range(9)}, "gallery": {f"{n:02d}": 1 + n % 7 for n in range(15)}}
 SIZE = (30, 20)

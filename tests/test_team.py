@@ -20,7 +20,7 @@ from cluster.features import extract
 from cluster.places import at_project_root
 from cluster.team import Team, join_process_group, leave_process_group
 from cluster.watchdog import Watchdog
-from shards.index import ShardIndex
+from shards.loading.index import ShardIndex
 
 TIMEOUT_S = 4.0
 

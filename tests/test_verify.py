@@ -15,9 +15,9 @@ from layouts import image_bytes, make_manifest, make_vehicleid, write
 
 from shards.errors import DataError
 from shards.format import read_index_table
-from shards.index import ShardIndex
-from shards.pack import build
-from shards.verify import verify
+from shards.loading.index import ShardIndex
+from shards.packing.build import build
+from shards.packing.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,10 +30,10 @@ from torchvision import transforms
 
 from clipreid.augment import AugmentSettings, augment
 from launch.cli import Parser
-from shards.index import ShardIndex
-from shards.loader import PKLoader
-from shards.pack import build
-from shards.sampler import PKSettings, epoch_plan
+from shards.loading.index import ShardIndex
+from shards.loading.pk_loader import PKLoader
+from shards.loading.pk_sampler import PKSettings, epoch_plan
+from shards.packing.build import build
 
 CASES = ("64x128:128x256", "120x300:128x256", "400x400:256x256")
 """Width x height of the JPEGs and of the network's input."""

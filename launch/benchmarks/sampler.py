@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from launch.cli import Parser
 from shards.errors import DataError
 from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, index_schema
-from shards.index import ShardIndex, SplitIndex
-from shards.sampler import STRATEGIES, PKSettings, epoch_plan
+from shards.loading.index import ShardIndex, SplitIndex
+from shards.loading.pk_sampler import STRATEGIES, PKSettings, epoch_plan
 
 IMAGES, TRAIN_IMAGES, TRAIN_IDENTITIES, IDENTITIES = 221_763, 113_346, 13_164, 26_267
 SHARD_IMAGES = 8000

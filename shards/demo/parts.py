@@ -7,8 +7,8 @@ Frame gives all of them the identity's measures in metres.
 
 import numpy as np
 
-from shards.render_looks import RGB, SHAPES, Looks
-from shards.render_solids import FaceBuilder, UpperBody
+from shards.demo.looks import RGB, SHAPES, Looks
+from shards.demo.solids import FaceBuilder, UpperBody
 
 RUBBER, TAIL_LAMP = (26, 26, 28), (190, 22, 26)
 # Ranks of groups: what carries is painted before what it carries.

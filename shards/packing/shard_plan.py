@@ -17,8 +17,8 @@ from typing import Any
 from shards.datasets.joint import Collection, locate
 from shards.errors import DataError
 from shards.format import FORMAT_VERSION, TAR_BLOCK, shard_name
+from shards.packing.validate import examples
 from shards.records import SPLITS, ImageRecord
-from shards.validate import examples
 
 _values = attrgetter(*(f.name for f in fields(ImageRecord)))  # dataclasses.astuple copies, ten times slower
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.cache import Prefetcher
-from shards.decode import decode, resize_into
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.pool import Pool
-from shards.reader import RowReader, shard_cache
-from shards.sampler import PKSettings, epoch_plan, rank_part, shards_needed
+from shards.loading.cache import Prefetcher
+from shards.loading.decode import decode, resize_into
+from shards.loading.decode_pool import Pool
+from shards.loading.index import ShardIndex
+from shards.loading.pk_sampler import PKSettings, epoch_plan, rank_part, shards_needed
+from shards.loading.reader import RowReader, shard_cache
 
 log = logging.getLogger(__name__)
 

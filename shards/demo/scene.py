@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from shards.render_vehicle import VehicleModel
+from shards.demo.vehicle import VehicleModel
 
 # VeRi-776's number of each direction, by eighths of a turn from the front over the vehicle's left.
 VIEWS = (0, 3, 2, 4, 1, 7, 5, 6)

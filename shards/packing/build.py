@@ -26,12 +26,12 @@ from shards.format import (
     index_schema,
     make_key,
 )
-from shards.plan import PlannedShard, plan_shards
+from shards.packing.processes import choose_processes, run_tasks
+from shards.packing.shard_plan import PlannedShard, plan_shards
+from shards.packing.validate import check_collection, examples
+from shards.packing.writer import ShardRows, WriteJob, rows_url, write_shard
 from shards.records import SPLITS
 from shards.storage import join
-from shards.validate import check_collection, examples
-from shards.workers import choose_processes, run_tasks
-from shards.writer import ShardRows, WriteJob, rows_url, write_shard
 
 WORK_FOLDER = ".partial"
 DEFAULT_QUALITY = 95

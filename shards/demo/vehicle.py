@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.render_looks import RGB, Looks
-from shards.render_parts import (
+from shards.demo.looks import RGB, Looks
+from shards.demo.parts import (
     BODY,
     CABIN,
     RUBBER,
@@ -27,7 +27,7 @@ from shards.render_parts import (
     tread,
     wheel,
 )
-from shards.render_solids import FaceBuilder, LowerBody, UpperBody
+from shards.demo.solids import FaceBuilder, LowerBody, UpperBody
 
 _PLATE, _LAMP, _SHEEN = (226, 226, 214), (248, 244, 220), (150, 170, 186)
 

@@ -16,9 +16,9 @@ from functools import partial
 
 import numpy as np
 
-from shards.draws import Cut, camera_groups, draw_until_used, draw_weighted, identity_groups, occurrence
 from shards.errors import DataError
-from shards.index import SplitIndex
+from shards.loading.index import SplitIndex
+from shards.loading.pk_draws import Cut, camera_groups, draw_until_used, draw_weighted, identity_groups, occurrence
 
 STRATEGIES = ("identity", "camera_aware", "balanced")
 

@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from shards.cache import node_cache_dir
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
-from shards.index_file import address, numpy, open_table, single
+from shards.loading.cache import node_cache_dir
+from shards.loading.index_file import address, numpy, open_table, single
 from shards.source import ShardSource
 
 

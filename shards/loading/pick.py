@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shards.decode import decode, resize_into
 from shards.errors import DataError
-from shards.index import ShardIndex
-from shards.reader import RowReader
+from shards.loading.decode import decode, resize_into
+from shards.loading.index import ShardIndex
+from shards.loading.reader import RowReader
 
 
 def pick_images(index: ShardIndex, split: str, rows: Sequence[int], image_size: tuple[int, int]) -> Tensor:

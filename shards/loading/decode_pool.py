@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from shards import pool_host
 from shards.errors import DataError
+from shards.loading import forkserver as pool_host
 
 Fill = Callable[[Any, np.ndarray], Any]
 """fill(job, slot) writes pixels to the slot, uint8 [slot_bytes], and returns a small picklable result."""

@@ -9,7 +9,7 @@ something convex and is seen from above).
 
 import numpy as np
 
-from shards.render_looks import RGB
+from shards.demo.looks import RGB
 
 
 class FaceBuilder:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from shards.decode import decode, resize_into
 from shards.errors import DataError, StoreError
-from shards.pool import Pool
-from shards.sequential import ImageBatch
+from shards.loading.decode import decode, resize_into
+from shards.loading.decode_pool import Pool
+from shards.loading.sequential import ImageBatch
 from shards.storage import Source
 
 

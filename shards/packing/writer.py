@@ -17,9 +17,9 @@ from shards import storage
 from shards.datasets.joint import locate
 from shards.errors import StoreError
 from shards.format import TAR_END, make_key, metadata, tar_header, tar_padding
-from shards.plan import PlannedShard
+from shards.packing.processes import Advance
+from shards.packing.shard_plan import PlannedShard
 from shards.storage import Source
-from shards.workers import Advance
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """PIL's format -> EXT. MPO is a JPEG with further pictures behind the first."""

@@ -31,9 +31,9 @@ from shards.format import (
     tar_header,
     tar_padding,
 )
+from shards.packing.processes import Advance, choose_processes, run_tasks
+from shards.packing.writer import EXTENSIONS, READ_FORMATS, REPORT_EVERY
 from shards.storage import join
-from shards.workers import Advance, choose_processes, run_tasks
-from shards.writer import EXTENSIONS, READ_FORMATS, REPORT_EVERY
 
 log = logging.getLogger(__name__)
 DECODE_EVERY = 50

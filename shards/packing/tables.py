@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from shards.overview import Overview, SplitOverview
-    from shards.pack import BuildReport
-    from shards.verify import VerifyReport
+    from shards.packing.build import BuildReport
+    from shards.packing.overview import Overview, SplitOverview
+    from shards.packing.verify import VerifyReport
 
 BAR_WIDTH = 30
 """Characters of the longest bar of a histogram."""

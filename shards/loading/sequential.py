@@ -22,13 +22,13 @@ import webdataset
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from shards.cache import Prefetcher
-from shards.decode import decode, resize_into
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
-from shards.index import ShardIndex
-from shards.pool import Pool
-from shards.reader import RowReader, shard_cache
+from shards.loading.cache import Prefetcher
+from shards.loading.decode import decode, resize_into
+from shards.loading.decode_pool import Pool
+from shards.loading.index import ShardIndex
+from shards.loading.reader import RowReader, shard_cache
 
 
 @dataclass

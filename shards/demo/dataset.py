@@ -21,10 +21,10 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from shards.demo.looks import COLOURS, SHAPES, draw_looks
+from shards.demo.scene import get_camera, take_photo
+from shards.demo.vehicle import build_vehicle
 from shards.errors import DataError
-from shards.render_looks import COLOURS, SHAPES, draw_looks
-from shards.render_scene import get_camera, take_photo
-from shards.render_vehicle import build_vehicle
 
 LAYOUTS = ("veri776", "vehicleid")
 SETTINGS_FILE = "render.json"

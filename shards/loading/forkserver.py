@@ -2,8 +2,8 @@
 
     pool ── sockets ──▶ [host] ──fork──▶ decoding process: receives jobs, fills slots, answers
 
-Started as `python -m shards.pool_host`, once per process that loads data. It imports torch and the decoders before
-the first fork, so decoding processes start in milliseconds and share that memory; they have one thread each.
+Started as `python -m shards.loading.forkserver`, once per process that loads data. It imports torch and the decoders
+before the first fork, so decoding processes start in milliseconds and share that memory; they have one thread each.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def start() -> socket.socket:
     if host is None or host.poll() is not None:
         control, theirs = socket.socketpair()
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "shards.pool_host", str(theirs.fileno())]
+        command = [sys.executable, "-m", "shards.loading.forkserver", str(theirs.fileno())]
         host = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         _hosts[os.getpid()] = control, host
@@ -39,8 +39,8 @@ def fork(memory: int, sockets: list[int]) -> None:
 
 
 def _main(control: socket.socket) -> None:
-    import shards.loader
-    import shards.sequential  # noqa: F401
+    import shards.loading.pk_loader
+    import shards.loading.sequential  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides when to stop
     signal.signal(signal.SIGCHLD, _reap)
@@ -69,7 +69,7 @@ def _reap(*_) -> None:
 
 
 def _serve(connection: Connection, descriptor: int) -> None:
-    from shards.pool import shared_memory
+    from shards.loading.decode_pool import shared_memory
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     memory = shared_memory(descriptor)

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shards.cache import ShardCache, node_cache_dir
 from shards.errors import DataError
-from shards.index import ShardIndex, SplitIndex
+from shards.loading.cache import ShardCache, node_cache_dir
+from shards.loading.index import ShardIndex, SplitIndex
 from shards.source import ShardSource
 
 GAP_BYTES = 1 << 20

@@ -1,0 +1,1 @@
+"""The demo dataset: vehicles drawn in software, seen by several cameras."""
