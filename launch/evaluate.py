@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     if metrics is None:
         return
 
-    from cluster.storage import Storage
+    from cluster.run.storage import Storage
 
     Storage(str(options.out.absolute().parent)).write_json(options.out.name, metrics)
     show(metrics)
@@ -108,10 +108,10 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
         if getattr(options, name) is not None:
             parser.error(f"--{name} belongs to --features; with --weights set eval.* or run.seed as key.path=value")
 
-    from cluster.check import check_evaluation
-    from cluster.config_file import load_config
-    from cluster.places import at_project_root
-    from cluster.trained import card_of, check_fits, local_weights
+    from cluster.checks.before_run import check_evaluation
+    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.settings.paths import at_project_root
+    from cluster.settings.yaml_file import load_config
 
     config = at_project_root(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
@@ -120,8 +120,8 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
             parser.error(f"--per-query: {index.name} is judged over draws, each with queries of its own")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied
-        from cluster.this_team import this_team
+        from cluster.evaluation.inference import Applied
+        from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
             applied = Applied(config, path, card, index, team)
@@ -132,12 +132,12 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
 def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any] | None:
     """None in all processes of torchrun but the first."""
     _check_feature_options(parser, options)
-    from cluster.feature_file import read_pair, read_test
+    from cluster.evaluation.feature_file import read_pair, read_test
 
     rule, normalize = options.rule or "camera", options.normalize is not False
     sets = [read_test(options.features[0])] if options.protocol else read_pair(options.features, rule)
-    from cluster.measure import measure_pair, measure_test
-    from cluster.this_team import this_team
+    from cluster.evaluation.metrics import measure_pair, measure_test
+    from cluster.ranks.process import this_team
 
     with this_team() as team:
         if options.protocol:
@@ -154,7 +154,7 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
 def _per_query_file(options: argparse.Namespace) -> Any:
     if not options.per_query:
         return None
-    from cluster.per_query import PerQueryFile
+    from cluster.evaluation.per_query import PerQueryFile
 
     return PerQueryFile(str(options.per_query), options.top_k or 0)
 

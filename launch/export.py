@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
             "checkpoint of CLIP-ReID's authors, which needs no export, or CLIP weights"
         )
 
-    from cluster.trained import local_weights
+    from cluster.evaluation.find_weights import local_weights
 
     with local_weights(options.weights) as path:
         from clipreid.weights.file import load_model, load_text

@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> None:
     options = (parser := make_parser()).parse_intermixed_args(arguments)
     _check_out(parser, options.out)
 
-    from cluster.check import check_split
-    from cluster.config_file import load_config
-    from cluster.feature_file import write_features
-    from cluster.places import at_project_root
-    from cluster.trained import card_of, check_fits, local_weights
+    from cluster.checks.before_run import check_split
+    from cluster.evaluation.feature_file import write_features
+    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.settings.paths import at_project_root
+    from cluster.settings.yaml_file import load_config
 
     config = at_project_root(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> None:
             names = list_images(options.images)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.apply import Applied
-        from cluster.this_team import this_team
+        from cluster.evaluation.inference import Applied
+        from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
             applied = Applied(config, path, card, index, team)

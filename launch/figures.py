@@ -29,17 +29,17 @@ def main(arguments: list[str]) -> None:
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out {options.out}: is a file; name a folder")
 
-    from cluster.check import check_evaluation
-    from cluster.config_file import load_config
-    from cluster.places import at_project_root
-    from cluster.trained import card_of, check_fits, local_weights
+    from cluster.checks.before_run import check_evaluation
+    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.settings.paths import at_project_root
+    from cluster.settings.yaml_file import load_config
 
     config = at_project_root(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
         index = check_evaluation(config)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.figures import Subject, draw_figure
+        from cluster.evaluation.figures import Subject, draw_figure
 
         subject = Subject.of(config, path, card, index, progress_bar)
     options.out.mkdir(parents=True, exist_ok=True)

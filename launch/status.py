@@ -33,8 +33,8 @@ def show(options: argparse.Namespace) -> bool:
     import json
 
     from cluster.errors import ConfigError
-    from cluster.live import read_status, summary
-    from cluster.storage import Storage
+    from cluster.run.status_view import read_status, summary
+    from cluster.run.storage import Storage
 
     status = read_status(Storage(options.run))
     if not status:

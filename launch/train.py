@@ -25,13 +25,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     options = parser.parse_intermixed_args(arguments)
 
-    from cluster.check import check_run
-    from cluster.config_file import load_config
-    from cluster.places import at_project_root
+    from cluster.checks.before_run import check_run
+    from cluster.settings.paths import at_project_root
+    from cluster.settings.yaml_file import load_config
 
     config = at_project_root(load_config(options.config, options.overrides))
     index, _ = check_run(config)
-    from cluster.train import train_and_show
+    from cluster.launchers.run import train_and_show
 
     return train_and_show(config, index, started=time.time())
 

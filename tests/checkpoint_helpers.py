@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from cluster.checkpoint import Checkpoints
-from cluster.config_file import parse_config
-from cluster.engine import Fragment
-from cluster.manifest import FOLDER, Position, read_manifests
-from cluster.storage import Storage
-from cluster.team import Team
+from cluster.ranks.team import Team
+from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.storage import Storage
+from cluster.settings.yaml_file import parse_config
+from cluster.training.checkpoint import Checkpoints
+from cluster.training.engine import Fragment
 
 
 class PlainEngine:

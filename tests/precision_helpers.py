@@ -3,19 +3,19 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cluster.engine
+import cluster.training.engine
 from clipreid.model.reid import build_models
 from clipreid.optim import adam
-from cluster.checkpoint import Checkpoints, Due
-from cluster.config_file import parse_config
-from cluster.engine import MOMENTS
 from cluster.errors import TrainingError
-from cluster.loop import run_stage
-from cluster.manifest import Position
-from cluster.model_spec import model_spec
-from cluster.stage1 import Stage1
-from cluster.stage2 import Stage2
-from cluster.storage import Storage
+from cluster.run.manifest import Position
+from cluster.run.storage import Storage
+from cluster.settings.model_spec import model_spec
+from cluster.settings.yaml_file import parse_config
+from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.engine import MOMENTS
+from cluster.training.loop import run_stage
+from cluster.training.stage1 import Stage1
+from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
 
 LR = 5e-6
@@ -207,7 +207,7 @@ class Halts(TorchDispatchMode):
 
 def halts_of_a_step(team, folder, changes):
     """What a warm step would halt a GPU with: operations, and waits that DeepSpeed asks its accelerator for."""
-    cluster.engine.make_adam = lambda groups, fused: adam(groups, fused=True)  # As on a GPU.
+    cluster.training.engine.make_adam = lambda groups, fused: adam(groups, fused=True)  # As on a GPU.
     stage = make_stage(team, folder, **changes)
     from deepspeed.accelerator import get_accelerator
 

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.team import Team
+from cluster.ranks.team import Team
 
 
 def on_processes(world_size, function, *inputs, timeout_s=60):
     """`function(team, *inputs)` on every rank; the list of what the ranks returned."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.set_forkserver_preload(["processes", "cluster.worker", "deepspeed", "torch._dynamo"])
+        multiprocessing.set_forkserver_preload(["processes", "cluster.training.worker", "deepspeed", "torch._dynamo"])
         mp.start_processes(
             _enter, (world_size, function, inputs, folder, timeout_s), nprocs=world_size, start_method="forkserver"
         )

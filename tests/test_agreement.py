@@ -10,12 +10,12 @@ from processes import on_processes
 
 from clipreid import stage1 as method
 from clipreid.model.reid import build_models
-from cluster.config_file import parse_config
-from cluster.loop import run_stage
-from cluster.manifest import Position
-from cluster.model_spec import model_spec
-from cluster.stage1 import Stage1
-from cluster.stage2 import Stage2
+from cluster.run.manifest import Position
+from cluster.settings.model_spec import model_spec
+from cluster.settings.yaml_file import parse_config
+from cluster.training.loop import run_stage
+from cluster.training.stage1 import Stage1
+from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
 
 CASES = {

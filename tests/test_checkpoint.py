@@ -11,14 +11,14 @@ from checkpoint_helpers import PlainEngine, at, damage, loaded, names, save, sto
 from object_store import s3_server
 from processes import on_processes
 
-from cluster.checkpoint import Checkpoints, Due
-from cluster.engine import MOMENTS, Fragment
 from cluster.errors import Preempted, TrainingError
-from cluster.host_copy import HostCopy
-from cluster.loop import run_stage
-from cluster.manifest import FOLDER, Position, read_manifests
-from cluster.storage import Storage
-from cluster.team import Team
+from cluster.ranks.team import Team
+from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.storage import Storage
+from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.engine import MOMENTS, Fragment
+from cluster.training.host_copy import HostCopy
+from cluster.training.loop import run_stage
 
 
 def test_the_newest_comes_back_with_values_moments_buffers_and_step_count(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cluster.config import results_settings, settings_hash
-from cluster.config_file import dump_config, load_config, parse_config
 from cluster.errors import ConfigError
+from cluster.settings.config import results_settings, settings_hash
+from cluster.settings.yaml_file import dump_config, load_config, parse_config
 
 LEAST = {"data": {"shards": "somewhere"}}
 

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 
 from clipreid.model.reid import empty_models
 from clipreid.model.spec import ModelSpec
-from cluster.config import Config, flatten
-from cluster.config_file import load_config
-from cluster.model_spec import model_spec
+from cluster.settings.config import Config, flatten
+from cluster.settings.model_spec import model_spec
+from cluster.settings.yaml_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -15,7 +15,7 @@ import yaml
 from deploy_helpers import DEPLOY, ROOT, SCRIPT, FakeSlurm, start_script, wait_until
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config_file import load_config
+from cluster.settings.yaml_file import load_config
 
 LAUNCHER_FILES = ("ray-up.yaml", "ray-up-onprem.yaml")
 README = (DEPLOY / "README.md").read_text()

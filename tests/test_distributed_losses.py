@@ -14,7 +14,7 @@ from clipreid.model.arch import check_arch
 from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
-from cluster.team import Team
+from cluster.ranks.team import Team
 
 IDENTITIES, IMAGES_PER_IDENTITY = 8, 2
 BATCH = IDENTITIES * IMAGES_PER_IDENTITY

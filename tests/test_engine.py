@@ -5,7 +5,7 @@ import torch
 from processes import on_processes
 from torch import nn
 
-from cluster.engine import MOMENTS, Engine
+from cluster.training.engine import MOMENTS, Engine
 
 
 def make_module():

@@ -22,15 +22,15 @@ from clipreid.retrieval import vehicleid as protocols
 from clipreid.retrieval.metrics import Labels, retrieve
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
 from clipreid.weights.file import read_card
-from cluster.check import check_run
-from cluster.config_file import load_config
+from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
-from cluster.evaluate import evaluate as evaluate_in_team
-from cluster.feature_file import read_pair
-from cluster.measure import normalize_rows
-from cluster.model_spec import model_spec
-from cluster.team import Team
-from cluster.trained import check_fits, local_weights
+from cluster.evaluation.evaluate import evaluate as evaluate_in_team
+from cluster.evaluation.feature_file import read_pair
+from cluster.evaluation.find_weights import check_fits, local_weights
+from cluster.evaluation.metrics import normalize_rows
+from cluster.ranks.team import Team
+from cluster.settings.model_spec import model_spec
+from cluster.settings.yaml_file import load_config
 from launch import evaluate, export, extract
 from shards import storage
 from shards.errors import DataError

@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from clipreid.augment import normalise
 from clipreid.model.arch import check_arch
 from clipreid.model.reid import build_models
-from cluster import feature_parts, features
-from cluster.config_file import load_config
 from cluster.errors import ConfigError
-from cluster.evaluate import encode_split
-from cluster.evaluate import evaluate as evaluate_in_team
-from cluster.feature_file import read_pair, write_features
-from cluster.model_spec import model_spec
-from cluster.team import Team
-from cluster.worker import Run
+from cluster.evaluation import feature_parts, features
+from cluster.evaluation.evaluate import encode_split
+from cluster.evaluation.evaluate import evaluate as evaluate_in_team
+from cluster.evaluation.feature_file import read_pair, write_features
+from cluster.ranks.team import Team
+from cluster.settings.model_spec import model_spec
+from cluster.settings.yaml_file import load_config
+from cluster.training.worker import Run
 from launch import evaluate, extract
 from shards.errors import DataError
 from shards.loading.folder import FolderLoader

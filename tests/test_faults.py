@@ -30,8 +30,8 @@ from runs import config_file, launch, overrides, read_log, steps, train
 from safetensors.torch import load_file
 from test_runs import assert_same_losses
 
-from cluster.manifest import read_manifests
-from cluster.storage import Storage
+from cluster.run.manifest import read_manifests
+from cluster.run.storage import Storage
 
 pytestmark = pytest.mark.faults
 core = pytest.mark.core

@@ -6,9 +6,9 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from runs import config_file, overrides, train
 
-from cluster.config_file import load_config
-from cluster.figures import RIGHT, WRONG, Subject, ranked, tsne
-from cluster.trained import card_of
+from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked, tsne
+from cluster.evaluation.find_weights import card_of
+from cluster.settings.yaml_file import load_config
 from launch import figures
 from launch.cli import progress_bar
 from shards.loading.index import ShardIndex

@@ -45,7 +45,7 @@ def test_the_top_level_holds_the_agreed_folders_only():
 
 def test_checks_before_a_run_import_neither_torch_nor_ray():
     code = (
-        "import sys; import cluster.check, cluster.places; "
+        "import sys; import cluster.checks.before_run, cluster.settings.paths; "
         "sys.exit(', '.join(m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

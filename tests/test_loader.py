@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from shards_helpers import picture, write_shards
 
-from cluster.config_file import parse_config
-from cluster.stage2 import Stage2
-from cluster.team import Team
+from cluster.ranks.team import Team
+from cluster.settings.yaml_file import parse_config
+from cluster.training.stage2 import Stage2
 from shards.errors import DataError
 from shards.loading.decode import decode, resize_into
 from shards.loading.index import ShardIndex

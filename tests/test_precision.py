@@ -24,9 +24,9 @@ from shards_helpers import write_shards
 
 from clipreid import augment, losses, stage2
 from clipreid.model import batchnorm, encoders
-from cluster import stage2 as cluster_stage2
-from cluster.engine import Engine
-from cluster.manifest import Position
+from cluster.run.manifest import Position
+from cluster.training import stage2 as cluster_stage2
+from cluster.training.engine import Engine
 
 VARIANTS = {
     "vit": {"model.sie": "camera+view"},

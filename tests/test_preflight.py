@@ -8,9 +8,9 @@ import pytest
 from processes import on_processes
 from runs import config_file, launch, overrides
 
-from cluster.config_file import load_config, parse_config
+from cluster.checks.preflight import _scattered_virtual_nodes, preflight
 from cluster.errors import TrainingError
-from cluster.preflight import _scattered_virtual_nodes, preflight
+from cluster.settings.yaml_file import load_config, parse_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.core]
 

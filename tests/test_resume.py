@@ -6,10 +6,10 @@ import shutil
 import pytest
 from checkpoint_helpers import PlainEngine, at, damage, loaded, save, settings_of, store
 
-from cluster.config import results_settings
 from cluster.errors import ConfigError
-from cluster.manifest import FOLDER, Position, check_may_continue
-from cluster.storage import Storage
+from cluster.run.manifest import FOLDER, Position, check_may_continue
+from cluster.run.storage import Storage
+from cluster.settings.config import results_settings
 
 
 def test_a_run_begins_from_the_named_checkpoint_and_then_goes_on_from_its_own(tmp_path):

@@ -9,16 +9,16 @@ import fsspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import orchestrate
-from cluster.config_file import parse_config
 from cluster.errors import TrainingError
-from cluster.events import Events, first_new_step
-from cluster.live import describe
-from cluster.manifest import Position
-from cluster.report import RunReporter, StopRequest, request_stop
-from cluster.run_folder import RunFolder
-from cluster.storage import Storage
-from cluster.team import Team
+from cluster.launchers import ray as orchestrate
+from cluster.ranks.team import Team
+from cluster.run.manifest import Position
+from cluster.run.reporter import RunReporter, StopRequest, request_stop
+from cluster.run.run_folder import RunFolder
+from cluster.run.status_view import describe
+from cluster.run.storage import Storage
+from cluster.run.tensorboard import Events, first_new_step
+from cluster.settings.yaml_file import parse_config
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_starts_are_counted_until_the_run_has_finished(place):
 
 def test_the_status_is_written_seldom_where_a_write_takes_long(place, monkeypatch):
     folder, now, written = folder_at(place), [0.0], []
-    monkeypatch.setattr("cluster.run_folder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cluster.run.run_folder.time.monotonic", lambda: now[0])
     monkeypatch.setattr(folder.storage, "write_json", lambda name, facts: written.append(facts["step"]))
     for step in range(1, 101):  # Ten steps a second.
         now[0] += 0.1
@@ -91,7 +91,7 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
     cluster = {"launcher": "local", "cpus_per_worker": 1}
     config = parse_config({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}, "cluster": cluster})
     request_stop(config.run.dir)
-    monkeypatch.setattr("cluster.worker.train", lambda config, team: StopRequest(config, team).asked())
+    monkeypatch.setattr("cluster.training.worker.train", lambda config, team: StopRequest(config, team).asked())
     assert orchestrate.run(config) is False
 
 

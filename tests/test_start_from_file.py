@@ -11,10 +11,10 @@ from shards_helpers import write_shards
 from clipreid.model.reid import build_models
 from clipreid.weights.file import ModelCard, load_model, load_text, save_model
 from clipreid.weights.official import save_official
-from cluster.check import check_run
-from cluster.config_file import parse_config
+from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
-from cluster.worker import train
+from cluster.settings.yaml_file import parse_config
+from cluster.training.worker import train
 
 IDENTITIES = {f"t{number}": 4 for number in range(8)}
 

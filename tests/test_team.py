@@ -13,13 +13,13 @@ import torch.distributed as dist
 from processes import on_processes
 from torch.multiprocessing import ProcessExitedException
 
-from cluster import watchdog
-from cluster.config_file import parse_config
 from cluster.errors import RankLost
-from cluster.features import extract
-from cluster.places import at_project_root
-from cluster.team import Team, join_process_group, leave_process_group
-from cluster.watchdog import Watchdog
+from cluster.evaluation.features import extract
+from cluster.ranks import watchdog
+from cluster.ranks.team import Team, join_process_group, leave_process_group
+from cluster.ranks.watchdog import Watchdog
+from cluster.settings.paths import at_project_root
+from cluster.settings.yaml_file import parse_config
 from shards.loading.index import ShardIndex
 
 TIMEOUT_S = 4.0

@@ -10,11 +10,11 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.config_file import parse_config
 from cluster.errors import Drained, RankLost, TrainingError
-from cluster.orchestrate import _root_cause, _variables, ray_storage
-from cluster.storage import Storage
-from cluster.trainer import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_cause
+from cluster.launchers.ray import _root_cause, _variables, ray_storage
+from cluster.launchers.ray_policies import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_cause
+from cluster.run.storage import Storage
+from cluster.settings.yaml_file import parse_config
 
 NODES = {"one": {"CPU": 2.0}, "two": {"CPU": 5.0}}
 

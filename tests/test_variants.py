@@ -15,8 +15,8 @@ from shards_helpers import write_shards
 
 from clipreid.model.reid import build_models
 from clipreid.weights.file import load_model, load_text, read_card
-from cluster.config_file import parse_config
-from cluster.worker import train
+from cluster.settings.yaml_file import parse_config
+from cluster.training.worker import train
 
 TRAIN = {f"t{number}": 4 for number in range(8)}
 TEST = {f"q{number}": 3 for number in range(4)}

@@ -59,10 +59,10 @@ class Bench:
     """A model under the engine, a batch to train on, and checkpoints of it."""
 
     def __init__(self, arch: str, image_size: tuple[int, int], batch: int | None, folder: str):
-        from cluster.checkpoint import Checkpoints
-        from cluster.engine import Engine
-        from cluster.storage import Storage
-        from cluster.team import join_process_group
+        from cluster.ranks.team import join_process_group
+        from cluster.run.storage import Storage
+        from cluster.training.checkpoint import Checkpoints
+        from cluster.training.engine import Engine
 
         self.team = join_process_group(timeout_s=600)
         device = self.team.device
@@ -88,7 +88,7 @@ class Bench:
         self.engine.step()
 
     def save(self) -> None:
-        from cluster.manifest import Position
+        from cluster.run.manifest import Position
 
         self.saved += 1
         self.checkpoints.save(Position(2, 1, self.saved, self.saved, False), self.engine)

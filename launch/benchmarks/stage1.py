@@ -83,7 +83,7 @@ def feature_width(text: PromptedText) -> int:
 
 
 class OurStep:
-    """Losses, backward pass and Adam, as `cluster.stage1` takes them on one worker."""
+    """Losses, backward pass and Adam, as `cluster.training.stage1` takes them on one worker."""
 
     def __init__(self, text: PromptedText, images: Tensor, labels: Tensor, amp: bool):
         self.text = copy.deepcopy(text)

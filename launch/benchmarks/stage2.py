@@ -127,7 +127,7 @@ def _step_seconds(loop: "OurLoop", steps: int, device: torch.device) -> float:
 
 
 class OurLoop:
-    """A stage 2 step as `cluster.stage2` and `cluster.loop` take it on one worker, on batches made up beforehand."""
+    """A stage 2 step as `cluster.training` takes it on one worker, on batches made up beforehand."""
 
     def __init__(self, model: ReIDModel, shape: tuple[int, ...], device: torch.device, amp: bool):
         """shape: (B, 3, H, W)."""

@@ -1,0 +1,139 @@
+"""What can be known to be wrong before any worker starts: paths, dataset, model name, sizes, earlier checkpoints.
+
+    Config ──▶ [check] ──▶ launcher
+
+Reads the dataset's index and the model's name; torch is loaded only to look up a tag or to try a file of weights.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from clipreid.errors import ModelError
+from clipreid.model.arch import check_pretrained
+from clipreid.model.spec import ModelSpec
+from cluster.errors import ConfigError
+from cluster.run.manifest import check_may_continue
+from cluster.settings.config import Config
+from cluster.settings.model_spec import model_spec
+from shards.errors import DataError
+from shards.loading.index import ShardIndex
+from shards.storage import exists
+
+
+def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
+    """Raises ConfigError with every fault found, one line each."""
+    index = _open_index(config)
+    faults = [*_split_faults(index, config), *_batch_faults(index, config)]
+    if 2 in config.stages:
+        faults += _protocol_faults(index, config)
+    spec = None
+    try:
+        spec = model_spec(config, index)
+        _check_weights(config, spec)
+    except ModelError as error:
+        faults.append(str(error))
+    result = config.stage1.result
+    if result and not exists(result):
+        faults.append(f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    check_may_continue(config, index.fingerprint)
+    return index, spec
+
+
+def check_evaluation(config: Config) -> ShardIndex:
+    """The dataset, which has images in the splits of evaluation. Raises ConfigError, also for settings of evaluation
+    that the dataset's protocol has no use for."""
+    index = _with_splits(config, _evaluated)
+    if faults := list(_protocol_faults(index, config)):
+        raise ConfigError("\n".join(faults))
+    return index
+
+
+def check_split(config: Config, split: str) -> ShardIndex:
+    """The dataset, which has images in that split. Raises ConfigError."""
+    return _with_splits(config, lambda index: [split])
+
+
+def _with_splits(config: Config, wanted: Callable[[ShardIndex], list[str]]) -> ShardIndex:
+    index = _open_index(config)
+    if faults := list(_absent_splits(index, config, wanted(index))):
+        raise ConfigError("\n".join(faults))
+    return index
+
+
+def _evaluated(index: ShardIndex) -> list[str]:
+    return ["test"] if "test" in index.splits else ["query", "gallery"]
+
+
+def _check_weights(config: Config, spec: ModelSpec) -> None:
+    """Raises ModelError where model.pretrained is neither a file nor a known tag, or a file that does not fit or lacks
+    the prompts it needs."""
+    pretrained = config.model.pretrained
+    if pretrained is None:
+        return
+    check_pretrained(pretrained, config.model.arch, spec.arch_config)
+    if not Path(pretrained).is_file():
+        return
+    from clipreid.model.reid import build_models  # Loads torch, which only weights in a file need here.
+    from clipreid.weights.official import holds_prompts
+
+    _, text = build_models(spec, pretrained)
+    if config.method == "baseline":
+        return
+    if text is None:
+        raise ModelError(
+            f"model.pretrained: {pretrained} has no text side, which method {config.method} needs: give CLIP's weights "
+            "or a checkpoint with prompts, or set method=baseline stages=[2] stage2.text_loss=none"
+        )
+    needs_prompts = config.method == "two_stage" and config.stages == (2,) and not config.stage1.result
+    if needs_prompts and not holds_prompts(pretrained):
+        raise ModelError(
+            f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
+            "them with stages=[1,2]"
+        )
+
+
+def _open_index(config: Config) -> ShardIndex:
+    try:
+        return ShardIndex.open(config.data.shards, config.data.cache_dir)
+    except DataError as error:
+        raise ConfigError(f"data.shards: {error}") from None
+
+
+def _split_faults(index: ShardIndex, config: Config):
+    wanted = ["train", *(_evaluated(index) if 2 in config.stages else [])]
+    yield from _absent_splits(index, config, wanted)
+
+
+def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]):
+    for split in wanted:
+        if not index.splits.get(split, {}).get("images"):
+            filled = ", ".join(name for name, facts in index.splits.items() if facts["images"])
+            yield (
+                f"data.shards: {config.data.shards} has no images in split {split}, only in {filled}: "
+                "pack the dataset with it"
+            )
+
+
+def _protocol_faults(index: ShardIndex, config: Config):
+    if "test" not in index.splits:
+        return
+    why = f"has no effect on {index.name}, which is judged by the VehicleID protocol"
+    if config.eval.rerank:
+        yield f"eval.rerank: {list(config.eval.rerank)} {why}, without re-ranking: set eval.rerank=null"
+    if config.eval.rule == "camera_time":
+        yield f"eval.rule: camera_time {why}, whose rule is none: set eval.rule=none"
+
+
+def _batch_faults(index: ShardIndex, config: Config):
+    train = index.splits.get("train", {})
+    identities, images = train.get("identities", 0), train.get("images", 0)
+    if 2 in config.stages and 0 < identities < config.stage2.identities:
+        yield (
+            f"stage2.identities: {config.stage2.identities} identities per batch, but {index.name} has {identities} "
+            f"for training: set stage2.identities to at most {identities}"
+        )
+    least = min(config.allowed_workers(), default=1) if config.cluster.launcher == "ray" else 1
+    if 1 in config.stages and 0 < images < least:
+        yield f"cluster.workers: {least} workers, but {index.name} has only {images} training images"

@@ -1,0 +1,1 @@
+"""Weights applied to images: features, metrics, feature files and figures."""

@@ -1,0 +1,191 @@
+"""Features of a whole split, computed in parts by all workers and held once per node.
+
+    split ── sequential pass ──▶ encoder ──▶ [extract] ──▶ memory map in the split's order ──▶ stage 1, evaluation
+
+Every image is encoded exactly once. Workers of a node map the same file, so 113,346 x 512 floats are held once. What
+was encoded goes to the file round by round, so that no worker ever holds more than a round.
+"""
+
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipreid.threads import in_threads
+from cluster.ranks.team import PATIENCE, Team
+from shards.errors import DataError
+from shards.loading.index import ShardIndex
+from shards.loading.sequential import ImageBatch, SequentialLoader
+
+ROUND_IMAGES = 4096
+"""Images of each worker that are encoded between two exchanges."""
+THREAD_IMAGES = 16
+"""Images that one thread of a CPU encodes at a time: few, so that few images keep all threads busy."""
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width].
+Called in several threads on a CPU, without gradient."""
+
+
+class Batches(Protocol):
+    """This rank's part of the images, in batches; all ranks together have every row once."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ImageBatch]: ...
+
+
+def extract(
+    encode: Encode,
+    index: ShardIndex,
+    split: str,
+    team: Team,
+    *,
+    image_size: tuple[int, int],
+    batch: int,
+    loaders: int = 0,
+    cache_dir: str | None = None,
+    cache_gb: float = 50.0,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """float32 [n, width] in the split's row order, memory-mapped and read-only, the same on every rank.
+
+    `on_images` is told how many images this rank has encoded in all.
+
+    Raises:
+        DataError: an image cannot be read; its shard and key are named. On every rank, whoever found it.
+    """
+    loader = SequentialLoader(
+        index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
+        workers=loaders, cache_dir=cache_dir, cache_bytes=int(cache_gb * 1e9),
+    )  # fmt: skip
+    return extract_batches(encode, loader, len(index.split(split).labels), batch, team, cache_dir, on_images)
+
+
+def extract_batches(
+    encode: Encode,
+    loader: Batches,
+    total: int,
+    batch: int,
+    team: Team,
+    cache_dir: str | None = None,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """The same for the images 0 … total - 1 of a loader, in batches of up to `batch`."""
+    assert total, "splits and folders without images are refused before"
+    size = _forward_images(batch, team.device)
+    per_round = -(-ROUND_IMAGES // size)
+    parts_here = len(loader) * -(-batch // size)
+    rounds = max(team.collect(-(-parts_here // per_round), "rounds of features"))
+    bank = None
+    with closing(encode_batches(encode, loader, batch, team.device, on_images)) as encoded:
+        for _ in range(rounds):
+            parts = _encoded_round(islice(encoded, per_round), team)
+            bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
+            bank.add(parts)
+    return bank.whole()
+
+
+def encode_batches(
+    encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, on_images: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images, on a
+    CPU of parts of batches: each is encoded by one thread, so that features do not depend on the number of threads."""
+    size, done = _forward_images(batch, device), 0
+
+    def work(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, _encode_padded(encode, rows, images, size, device)
+
+    parts = (part for read in batches for part in zip(read.rows.split(size), read.images.split(size), strict=True))
+    with closing(in_threads(work, parts, device)) as encoded:
+        for rows, features in encoded:
+            done += len(rows)
+            on_images(done)
+            yield rows, features
+
+
+def _forward_images(batch: int, device: torch.device) -> int:
+    """Images of one forward pass."""
+    return min(batch, THREAD_IMAGES) if device.type == "cpu" else batch
+
+
+@torch.no_grad()
+def _encode_padded(encode: Encode, rows: Tensor, images: Tensor, size: int, device: torch.device) -> Tensor:
+    """Features of some images, which are filled up to `size`: one shape for all, so that an image's feature does not
+    depend on how many workers share the split."""
+    count = len(rows)
+    if missing := size - count:
+        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+        rows = torch.cat([rows, rows[-1:].expand(missing)])
+    encoded = encode(images.to(device, non_blocking=True), rows.to(device, non_blocking=True))
+    return encoded[:count].float().cpu()
+
+
+def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list[tuple[Tensor, Tensor]]:
+    """What every rank has encoded in this round, as (rows, features) in rank order."""
+    rows, features, error = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), None
+    try:
+        if parts := list(encoded):
+            rows, features = map(torch.cat, zip(*parts, strict=True))
+    except DataError as fault:
+        error = fault
+    told = team.collect((*features.shape, error), "encode images")
+    if errors := [fault for *_, fault in told if fault is not None]:
+        raise errors[0]
+    if team.world_size == 1:
+        return [(rows, features)]
+    counts, width = [count for count, *_ in told], max(width for _, width, _ in told)
+    padded_rows, padded = torch.zeros(max(counts), dtype=torch.int64), torch.zeros(max(counts), width)
+    padded_rows[: len(rows)], padded[: len(rows), : features.shape[1]] = rows, features
+    with team.joining("exchange features", PATIENCE):
+        all_rows = team.gather(padded_rows.to(team.device)).cpu().split(max(counts))
+        all_features = team.gather(padded.to(team.device)).cpu().split(max(counts))
+    return [(r[:n], f[:n]) for r, f, n in zip(all_rows, all_features, counts, strict=True)]
+
+
+class Bank:
+    """A file of features, float32 [total, width], that the first worker of each node writes and all of them map."""
+
+    def __init__(self, total: int, width: int, team: Team, cache_dir: str | None):
+        self.team = team
+        nodes = team.collect(_node(), "find nodes")
+        leader = nodes.index(nodes[team.rank])
+        self.leads = team.rank == leader
+        path = None
+        if self.leads:
+            path = _bank_path(cache_dir)
+            self.file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
+        path = team.collect(path, "place of features")[leader]
+        if not self.leads:
+            self.file = np.load(path, mmap_mode="r")
+        team.wait("features mapped")
+        if self.leads:
+            Path(path).unlink()  # The mappings keep it alive; nothing is left behind however the processes end.
+
+    def add(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Write the (rows, features) of one round."""
+        for rows, features in parts if self.leads else ():
+            self.file[rows.numpy()] = features.numpy()
+
+    def whole(self) -> np.ndarray:
+        """All rows, read-only, when every rank has come here."""
+        self.team.wait("features written")
+        rows = self.file.view()
+        rows.flags.writeable = False
+        return rows
+
+
+def _bank_path(cache_dir: str | None) -> str:
+    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.NamedTemporaryFile(dir=folder, prefix="features-", suffix=".npy", delete=False).name
+
+
+def _node() -> str:
+    """Names this machine's file system as its processes see it, which network namespaces of one machine share."""
+    return f"{socket.gethostname()}-{Path('/').stat().st_dev}"

@@ -1,0 +1,1 @@
+"""How workers are placed and started: Ray Train, torchrun, or this process alone."""

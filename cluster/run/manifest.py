@@ -1,0 +1,179 @@
+"""Which checkpoints of a run are complete, and whether a configuration may go on from one.
+
+A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count.
+Imports no torch: these checks run before any worker starts.
+
+    checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors …  manifest.json
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from cluster.errors import ConfigError
+from cluster.run.storage import Storage
+from cluster.settings.config import STAGE1_EPOCHS, Config, results_settings
+
+FORMAT = 1
+FOLDER = "checkpoints"
+UNREADABLE = (OSError, ValueError, TypeError, KeyError)
+
+
+class Position(NamedTuple):
+    """What is done: `step` steps of `epoch`, `total` steps of the stage. Epochs and steps count from 1."""
+
+    stage: int
+    epoch: int
+    step: int
+    total: int
+    epoch_done: bool
+
+    @property
+    def words(self) -> str:
+        return f"stage {self.stage}, epoch {self.epoch}, step {self.total}"
+
+
+@dataclass
+class Manifest:
+    """The contents of manifest.json."""
+
+    name: str
+    position: Position
+    world_size: int
+    zero_stage: int
+    settings: dict[str, Any]
+    fingerprint: str
+    files: dict[str, dict[str, Any]]
+    """Per file name its sha256 and size in bytes."""
+    mAP: float | None = None
+    encoder: str = ""
+    """Identifies the image encoder's weights that the run began with."""
+    format: int = FORMAT
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self) | {"position": self.position._asdict()}
+
+    @classmethod
+    def parse(cls, tree: dict[str, Any]) -> "Manifest":
+        if tree.get("format") != FORMAT:
+            raise ValueError(f"format {tree.get('format')}, this version reads {FORMAT}")
+        return cls(**tree | {"position": Position(**tree["position"])})
+
+
+def read_manifests(run: Storage) -> tuple[list[Manifest], dict[str, str]]:
+    """Complete checkpoints, oldest first; and what is wrong with each manifest that cannot be read, by its folder."""
+    manifests, faults = [], {}
+    for name in run.names(FOLDER):
+        if "manifest.json" not in run.names(f"{FOLDER}/{name}"):
+            continue
+        try:
+            manifests.append(Manifest.parse(run.read_json(f"{FOLDER}/{name}/manifest.json") | {"name": name}))
+        except UNREADABLE as error:
+            faults[name] = f"{run.url}/{FOLDER}/{name}/manifest.json cannot be read ({error})"
+    return sorted(manifests, key=lambda m: m.position), faults
+
+
+class Fault(NamedTuple):
+    """What is wrong with a checkpoint."""
+
+    text: str
+    damaged: bool
+    """Whether a file is known to be incomplete, and not only out of reach."""
+
+
+def find_fault(folder: Storage, manifest: Manifest) -> Fault | None:
+    """Compare every file of a checkpoint with its manifest's size and hash."""
+    for name, facts in manifest.files.items():
+        try:
+            content = folder.read(name)
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            return Fault(f"{folder.place(name)} cannot be read ({error.strerror or error})", gone)
+        if len(content) != facts["size"]:
+            return Fault(f"{folder.place(name)} holds {len(content)} bytes, not {facts['size']}", True)
+        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+            return Fault(f"{folder.place(name)} does not have the hash of its manifest", True)
+    return None
+
+
+def none_usable(run: Storage, faults: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"run.dir: {run.url} has checkpoints, but none can be used ({'; '.join(faults)}): choose another run.dir, or "
+        f"remove {run.place(FOLDER)} to begin anew"
+    )
+
+
+def check_may_continue(config: Config, fingerprint: str) -> None:
+    """Refuse to go on from checkpoints of another dataset or with settings that change results.
+
+    Raises:
+        ConfigError: one line per differing key, or for a `run.resume` that does not fit the folder's checkpoints.
+    """
+    run = Storage(config.run.dir)
+    manifests, unreadable = read_manifests(run)
+    if unreadable and not manifests:
+        raise none_usable(run, unreadable.values())
+    resume, source = config.run.resume, run.url
+    if manifests:
+        newest = manifests[-1]
+        _check_resume(resume, run, newest)
+    elif resume in ("auto", "never"):
+        return
+    else:
+        newest, source = chosen_manifest(resume), resume
+    faults = []
+    if newest.fingerprint != fingerprint:
+        faults.append(
+            f"data.shards: {config.data.shards} is dataset {fingerprint}, the checkpoints of {source} are of "
+            f"{newest.fingerprint}: use that dataset, or another run.dir"
+        )
+    faults += _setting_faults(config, newest, source)
+    if faults:
+        raise ConfigError("\n".join([*faults, "such changes would change results: undo them, or use another run.dir"]))
+
+
+def _check_resume(resume: str, run: Storage, newest: Manifest) -> None:
+    """Whether `run.resume` lets a run with checkpoints of its own go on from its newest one."""
+    if resume == "never":
+        raise ConfigError(
+            f"run.resume: never, but {run.url} holds checkpoints up to {newest.name}: choose another run.dir, "
+            "or run.resume=auto to go on from it"
+        )
+    folder, _, name = resume.rstrip("/").rpartition("/")
+    if folder == run.place(FOLDER) and name != newest.name:
+        raise ConfigError(
+            f"run.resume: {resume} is not the newest checkpoint of this run.dir, which is {newest.name}: choose "
+            "another run.dir to branch off from it, or run.resume=auto"
+        )
+
+
+def _setting_faults(config: Config, newest: Manifest, source: str) -> Iterator[str]:
+    position = newest.position
+    now = json.loads(json.dumps(results_settings(config)))
+    for key in sorted(now.keys() | newest.settings.keys()):
+        before, after = newest.settings.get(key), now.get(key)
+        if before != after and not (key == STAGE1_EPOCHS and position.stage == 2):
+            yield f"{key}: {after}, but the checkpoints of {source} were made with {before}"
+    if position.stage == 2 and config.stage2.epochs < position.epoch:
+        yield (
+            f"stage2.epochs: {config.stage2.epochs}, but {newest.name} of {source} is in epoch {position.epoch} "
+            "already: set at least that"
+        )
+
+
+def chosen_manifest(path: str) -> Manifest:
+    """The manifest of the checkpoint that run.resume names. Raises ConfigError where there is none."""
+    folder = Storage(path)
+    try:
+        return Manifest.parse(folder.read_json("manifest.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"run.resume: {path} is neither auto, never, nor a complete checkpoint (a folder with manifest.json, as "
+            f"in RUN/{FOLDER})"
+        ) from None
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"run.resume: {folder.url}/manifest.json cannot be read ({error}): choose another checkpoint"
+        ) from None

@@ -1,0 +1,121 @@
+"""What a run leaves behind, written by rank 0: settings, log, metrics, live status and TensorBoard events.
+
+run.dir/  config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
+          stage1.safetensors  model.safetensors  checkpoints/
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.errors import TrainingError
+from cluster.run.manifest import Position
+from cluster.run.storage import Storage
+from cluster.run.tensorboard import Events
+from cluster.settings.config import Config
+from cluster.settings.yaml_file import dump_config
+
+log = logging.getLogger(__name__)
+LOG = "log.jsonl"
+METRICS = "metrics.json"
+STATUS = "status.json"
+STATUS_EVERY_S = {True: 0.5, False: 5.0}
+"""On a local disk; elsewhere, where a write takes as long as a training step."""
+
+
+class RunFolder:
+    """The folder as rank 0 writes it. On a local disk a log line is on disk when its step ends; elsewhere the log
+    is written whole with every checkpoint."""
+
+    def __init__(self, config: Config, on_status: Callable[[dict[str, Any]], None] = lambda facts: None):
+        self.on_status = on_status
+        self.storage = Storage(config.run.dir)
+        with self.storage.writing("config.yaml"):
+            self.storage.write("config.yaml", dump_config(config).encode())
+        self._lines: list[str] = []
+        self._file = None
+        self._events = Events(f"{self.storage.url}/tensorboard", None)
+        self._status: dict[str, Any] = {"restarts": self._restarts()}
+        self._status_at_s = 0.0
+
+    def _restarts(self) -> int:
+        """How often this run was started before its end: the status of the start before knows."""
+        try:
+            before = self.storage.read_json(STATUS)
+        except (OSError, ValueError):
+            return 0
+        return before.get("restarts", 0) + (before.get("phase") != "finished")
+
+    def go_on_from(self, position: Position | None) -> None:
+        """Drop what was logged after the position, so that the log has neither gap nor repetition."""
+        self._events.position = position
+        kept = []
+        if position is not None and self.storage.exists(LOG):
+            for line in self.storage.read(LOG).decode().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # A last line that the kill cut short.
+                    continue
+                if (entry["stage"], entry["step"]) <= (position.stage, position.total):
+                    kept.append(line)
+        self._lines = kept
+        with self.storage.writing(LOG):
+            self.storage.write(LOG, "".join(line + "\n" for line in kept).encode())
+        if self.storage.local_root is not None:
+            self._file = (self.storage.local_root / LOG).open("a", buffering=1)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`.
+
+        Raises:
+            TrainingError: the line cannot be written.
+        """
+        line = json.dumps(entry)
+        if self._file is not None:
+            with self.storage.writing(LOG):
+                self._file.write(line + "\n")
+        else:
+            self._lines.append(line)
+        for name, value in entry.items():
+            if name not in ("stage", "epoch", "step"):
+                self.event(f"stage{entry['stage']}/{name}", value, entry["step"])
+
+    def event(self, name: str, value: float, step: int) -> None:
+        self._events.add(name, value, step)
+
+    def flush(self) -> None:
+        """Raises TrainingError where the log cannot be written."""
+        if self._file is None and self._lines:
+            with self.storage.writing(LOG):
+                self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
+
+    def read_metrics(self) -> dict[str, Any]:
+        return self.storage.read_json(METRICS) if self.storage.exists(METRICS) else {}
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Raises TrainingError where they cannot be written."""
+        with self.storage.writing(METRICS):
+            self.storage.write_json(METRICS, metrics)
+
+    def status(self, *, now: bool = False, **facts: Any) -> None:
+        """What the live view shows. Written every STATUS_EVERY_S, unless `now`."""
+        self._status |= facts
+        if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
+            self._status_at_s = time.monotonic()
+            self.on_status(self._status)
+            try:
+                self.storage.write_json(STATUS, self._status | {"updated": time.time()})
+            except Exception as error:  # Who looks on misses something; the run does not.
+                log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
+
+    def close(self) -> None:
+        """Let go of the files. What cannot be written any more is told and does not hide why the run ends."""
+        try:
+            self.flush()
+            if self._file is not None:
+                self._file.close()
+        except (OSError, TrainingError) as error:
+            log.warning("%s", error)
+        self._events.close()

@@ -1,0 +1,146 @@
+"""A run seen from outside, from the status that rank 0 keeps in the run folder: progress bar, or a line now and then.
+
+run.dir/status.json ──▶ [live view] ──▶ the terminal of whoever started the run; `launch/status.py`
+"""
+
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.run.run_folder import STATUS
+from cluster.run.storage import Storage
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def follow(run_dir: str, images: dict[str, int]):
+    """Show a run's progress while the block runs. `images`: number of images per split, for sequential passes."""
+    done = threading.Event()
+    viewer = threading.Thread(target=_watch, args=(Storage(run_dir), images, done), daemon=True)
+    viewer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        viewer.join(timeout=5)
+
+
+def read_status(run: Storage) -> dict[str, Any]:
+    """The newest status, or nothing where there is none yet."""
+    try:
+        return run.read_json(STATUS)
+    except (OSError, ValueError):
+        return {}
+
+
+def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, int | None, str]:
+    """(what is going on, units done, units in all, speed) of a status."""
+    speed = f"{status['images_per_s']:.0f} images/s" if status.get("images_per_s") else ""
+    phase = status.get("phase", "waiting for workers")
+    if phase == "start" and status["restarts"]:
+        place = status["resumed_from"] or "the beginning"
+        return f"going on from {place}, restarts so far: {status['restarts']}", 0, None, ""
+    if phase.startswith("stage "):
+        text = f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}"
+        return text, status["step"], status["step"] + status["steps_left"], speed
+    if phase == "stopped" or phase.startswith("failed: "):
+        return phase, 0, None, ""
+    total = images.get("train", 0) if "training images" in phase else images.get("evaluation", 0)
+    return phase, min(status.get("images", 0), total), total or None, speed
+
+
+def summary(status: dict[str, Any], now_s: float) -> list[str]:
+    """A status in lines, "name: value"."""
+    lines = {"doing": status["phase"]}
+    if "step" in status:
+        lines["stage"] = f"{status['stage']}, epoch {status['epoch']} of {status['epochs']}"
+        lines["step"] = f"{status['step']} of about {status['step'] + status['steps_left']}"
+        lines["loss"] = f"{status['loss']:.4f}"
+    if status["phase"].startswith("stage "):
+        lines["time left"] = f"{_clock(status['seconds_left'])} in this stage"
+    if status.get("images_per_s"):
+        lines["speed"] = f"{status['images_per_s']:.0f} images/s"
+    saved_at = status.get("checkpoint_at")
+    ago = f", {_clock(now_s - saved_at)} ago" if saved_at else ""
+    lines["last checkpoint"] = f"{status['checkpoint']}{ago}" if status.get("checkpoint") else "none"
+    lines["restarts"] = str(status["restarts"])
+    nodes = ", ".join(f"{host}: {count}" for host, count in sorted(status["nodes"].items()))
+    lines["workers"] = f"{status['workers']} ({nodes})"
+    lines["updated"] = f"{_clock(now_s - status['updated'])} ago"
+    return [f"{name + ':':<17}{text}" for name, text in lines.items()]
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+
+
+def _watch(run: Storage, images: dict[str, int], done: threading.Event) -> None:
+    started = time.time()
+    if sys.stderr.isatty():
+        _draw_bar(run, images, done, started)
+    else:
+        _print_lines(run, images, done, started)
+
+
+def _fresh(run: Storage, started: float) -> dict[str, Any]:
+    """The status, unless it is one that an earlier start left."""
+    status = read_status(run)
+    return status if status.get("updated", 0) >= started else {}
+
+
+def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task, phase, table = progress.add_task("waiting for workers", total=None, speed=""), None, None
+        while not done.wait(0.3):
+            status = _fresh(run, started)
+            if status.get("workers_table") != table:
+                table = status.get("workers_table")
+                progress.console.print(table or "", highlight=False)
+            text, count, total, speed = describe(status, images)
+            if status.get("phase") != phase:
+                phase = status.get("phase")
+                progress.stop_task(task)
+                task = progress.add_task(text, total=total, completed=count, speed=speed)
+            progress.update(task, description=text, completed=count, total=total, speed=speed)
+
+
+def _print_lines(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
+    phase, printed_at, first, table, ended = None, 0.0, (0, 0.0), None, False
+    while not ended:
+        ended = done.wait(0.5)  # Once more after the end: a short run may have said nothing yet.
+        status = _fresh(run, started)
+        if status.get("workers_table") != table:
+            table = status.get("workers_table")
+            print(table or "", file=sys.stderr)
+        text, count, total, speed = describe(status, images)
+        if status.get("phase") != phase:
+            phase, first = status.get("phase"), (count, time.monotonic())
+        elif time.monotonic() - printed_at < LINE_EVERY_S:
+            continue
+        printed_at = time.monotonic()
+        line = [text, f"{count}/{total}" if total else "", speed, _time_left(count, total, first)]
+        print(" | ".join(part for part in line if part), file=sys.stderr, flush=True)
+
+
+def _time_left(count: int, total: int | None, first: tuple[int, float]) -> str:
+    if not total or count <= first[0]:
+        return ""
+    seconds = (time.monotonic() - first[1]) / (count - first[0]) * (total - count)
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"

@@ -1,0 +1,1 @@
+"""Training on every worker: both stages, the loop, the engine, checkpoints."""

@@ -1,0 +1,160 @@
+"""Stage 2 on many workers: the image encoder learns from PK batches, against the gathered batch and frozen texts.
+
+shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
+                         stage1.safetensors ──▶ text features ┘
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clipreid import stage2 as method
+from clipreid.augment import AugmentSettings, augment
+from clipreid.model.batchnorm import globalize_batchnorm
+from clipreid.model.encoders import ResNetEncoder
+from clipreid.model.prompts import PromptedText
+from clipreid.model.reid import ReIDModel
+from clipreid.optim import parameter_groups
+from clipreid.schedules import stage2_lr
+from cluster.ranks.team import Team
+from cluster.settings.config import Config
+from cluster.training.engine import Engine
+from shards.loading.index import ShardIndex
+from shards.loading.pk_loader import PKBatch, PKLoader
+from shards.loading.pk_sampler import PKSettings
+
+
+class Stage2Module(nn.Module):
+    """What trains in stage 2: the image model, and in the one-stage method the prompts with it."""
+
+    def __init__(self, model: ReIDModel, text: PromptedText | None, images_per_identity: int):
+        super().__init__()
+        self.model = model
+        self.text = text
+        self.images_per_identity = images_per_identity
+
+    def forward(self, images: Tensor, labels: Tensor, cameras: Tensor, views: Tensor):
+        output = self.model(images, cameras, views)
+        texts = None if self.text is None else method.batch_texts(self.text, labels, self.images_per_identity)
+        return output, texts
+
+
+class ToDevice:
+    """Copies to a GPU on a stream of their own, beside the step before, which the GPU is still busy with."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        if self.stream is None:
+            return [tensor.to(self.device) for tensor in tensors]
+        with torch.cuda.stream(self.stream):
+            copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.stream)
+        for copy in copies:
+            copy.record_stream(computing)  # Its memory is not given away before the step is through with it.
+        return copies
+
+
+class Stage2:
+    """Batches, losses and learning rate of stage 2, as `loop.run_stage` asks for them."""
+
+    number = 2
+
+    def __init__(
+        self, config: Config, team: Team, model: ReIDModel, text: PromptedText, text_features: Tensor | None,
+        index: ShardIndex,
+    ):  # fmt: skip
+        s = config.stage2
+        self.config = config
+        self.team = team
+        self.text_features = text_features
+        self.epochs = s.epochs
+        self.global_images = config.batch_images
+        self.label_names = index.split("train").label_names
+        one_stage = config.method == "one_stage"
+        if team.world_size > 1:
+            globalize_batchnorm(model, team.gather)
+        if config.train.compile:
+            model.image_encoder.compile(dynamic=False)
+        module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
+        self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
+        self.loss_settings = method.LossSettings(
+            id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
+            label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
+            text_loss="i2t+t2i" if one_stage else s.text_loss,
+        )  # fmt: skip
+        self.augment_settings = augment_settings(config)
+        # Convolutions are fastest with a pixel's channels side by side. The weights stay as they are: ZeRO lays them
+        # out flat, and checkpoints take them as such.
+        resnet = isinstance(model.image_encoder, ResNetEncoder)
+        self.memory_format = torch.channels_last if resnet else torch.contiguous_format
+        self.to_device = ToDevice(team.device)
+        self.loader = self._loader(index)
+
+    def _groups(self, model: ReIDModel, text: PromptedText) -> list[dict]:
+        s = self.config.stage2
+        groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
+        if self.config.method == "one_stage":
+            stage1 = self.config.stage1
+            groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
+        return groups
+
+    def _loader(self, index: ShardIndex) -> PKLoader:
+        data, config, team = self.config.data, self.config, self.team
+        return PKLoader(
+            index, settings=sampler_settings(config), image_size=config.model.image_size, rank=team.rank,
+            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, skip_limit=data.skip_limit,
+            cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
+        )  # fmt: skip
+
+    def lr(self, epoch: int) -> float:
+        s = self.config.stage2
+        return stage2_lr(epoch, s.lr, s.milestones, s.warmup_epochs, s.warmup_factor, s.gamma)
+
+    def num_steps(self, epoch: int) -> int:
+        return self.loader.steps_per_epoch(epoch)
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[PKBatch]:
+        self.engine.module.train()
+        return self.loader.epoch(epoch, first_step)
+
+    def losses(self, batch: PKBatch) -> dict[str, Tensor]:
+        images, labels, cameras, views, positions = self.to_device(
+            batch.images, batch.labels, batch.cameras, batch.views, batch.positions
+        )
+        images = augment(
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
+            settings=self.augment_settings,
+        ).contiguous(memory_format=self.memory_format)  # fmt: skip
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            output, own_texts = self.engine(images, labels, cameras, views)
+        return method.losses(output, labels, self.text_features, self.team.gather, self.loss_settings, own_texts)
+
+    def identities(self, batch: PKBatch) -> list[str]:
+        return [self.label_names[label] for label in batch.labels.unique().tolist()]
+
+    def close(self) -> None:
+        self.loader.close()
+        self.engine.close()
+
+
+def sampler_settings(config: Config) -> PKSettings:
+    return PKSettings(
+        identities=config.stage2.identities,
+        images_per_identity=config.stage2.images_per_identity,
+        seed=config.run.seed,
+        strategy=config.data.sampler,
+        balance_alpha=config.data.balance_alpha,
+        virtual_nodes=config.data.virtual_nodes if config.data.locality == "node" else 0,
+    )
+
+
+def augment_settings(config: Config) -> AugmentSettings:
+    a = config.augment
+    return AugmentSettings(
+        flip=a.flip, pad=a.pad, erase=a.erase, mean=config.data.pixel_mean, std=config.data.pixel_std
+    )
