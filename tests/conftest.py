@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 # Processes that tests start find the project and the helpers in the same way.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory):
     """A small packed dataset for whole runs."""
-    from runs import pack_tiny
+    from tests.helpers.runs import pack_tiny
 
     return pack_tiny(tmp_path_factory.mktemp("tiny"))
 
@@ -40,7 +40,7 @@ def tiny_shards(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_head():
     """One Ray head for all whole runs of the session; commands run with this environment join it."""
-    from runs import RayHead
+    from tests.helpers.runs import RayHead
 
     head = RayHead()
     yield head

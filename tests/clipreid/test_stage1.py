@@ -1,0 +1,163 @@
+"""Stage 1's step: against the reference figures, a loop over single images, and itself on other numbers of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clipreid.optim import adam, parameter_groups
+from clipreid.stage1 import all_text_features, batches, identity_means, rank_slice, step
+from tests.helpers.golden_models import case_models, case_spec, read_case, scaled_error
+from tests.helpers.rank_threads import run_ranks
+
+IDENTITIES, WIDTH = 9, 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "net"), [("stage1_person_512", "vit"), ("stage1_vehicle_1024", "rn50")])
+def test_prompt_learning_matches_the_reference_figures(name, net):
+    """Text features, loss parts of every batch, token gradients, and all tokens after the Adam steps."""
+    golden, case = read_case(name)
+    _, text = case_models(case_spec(case, net, noun=case["template"]), net)
+    lr = float(golden["lr"])
+    optimizer = adam(parameter_groups(text.named_parameters(), float(golden["weight_decay"])))
+    optimizer.param_groups[0]["lr"] = lr
+    for k in range(len(case["batches"])):
+        images, labels = (torch.from_numpy(golden[f"{key}{k}"]) for key in ("image_features", "labels"))
+        losses = step(text, images, labels, labels, 0, 1)
+        for part, reference in zip(("i2t", "t2i", "loss"), golden["loss_parts"][k], strict=True):
+            assert losses[part].item() == pytest.approx(reference, rel=1e-5)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        if k == 0:
+            assert scaled_error(text(labels), golden["text_features0"]) < 2e-5
+            assert scaled_error(text.tokens.grad, golden["grad_tokens0"]) < 2e-5
+        optimizer.step()
+    off = (text.tokens.detach().double() - torch.from_numpy(golden["tokens_after"])).abs() / lr
+    assert (off < 0.02).double().mean() >= 0.999 and off.max() < 0.5
+    assert all(p.grad is None for p in text.text_encoder.parameters())
+
+
+class CountingText(nn.Embedding):
+    """Stands for the prompts: one row an identity, and what it was asked for."""
+
+    def __init__(self):
+        super().__init__(IDENTITIES, WIDTH, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(IDENTITIES, WIDTH, generator=generator))
+        self.asked = []
+
+    def forward(self, labels):
+        self.asked.append(labels.tolist())
+        return super().forward(labels)
+
+
+def toy_batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(IDENTITIES - 2, (size,), generator=generator)
+    return torch.randn(size, WIDTH, dtype=torch.float64, generator=generator), labels
+
+
+def per_image_losses(texts, images, labels):
+    """METHOD §3, word for word: every image with a text of its own, one at a time."""
+    rows = [texts[label] for label in labels.tolist()]
+    n = len(rows)
+    i2t = [torch.stack([image @ row for row in rows]).logsumexp(0) - image @ rows[i] for i, image in enumerate(images)]
+    t2i = []
+    for i, row in enumerate(rows):
+        similarity = torch.stack([row @ image for image in images])
+        positives = [j for j in range(n) if labels[j] == labels[i]]
+        t2i.append(similarity.logsumexp(0) - similarity[positives].mean())
+    return {"i2t": sum(i2t) / n, "t2i": sum(t2i) / n, "loss": (sum(i2t) + sum(t2i)) / n}
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_mean_over_ranks_equals_the_loop_over_images(size, world_size):
+    """Parts are unequal, and empty where ranks outnumber images; identities repeat."""
+    images, labels = toy_batch(size)
+    text = CountingText()
+    expected = per_image_losses(text.weight, images, labels)
+    expected["loss"].backward()
+    gradient, text.weight.grad = text.weight.grad, None
+
+    def one_rank(rank, gather):
+        own = rank_slice(size, rank, world_size)
+        return step(text, images[own], labels[own], labels, rank, world_size, gather)
+
+    losses = run_ranks(world_size, one_rank)
+    for name, value in expected.items():
+        torch.testing.assert_close(sum(part[name] for part in losses) / world_size, value)
+    (sum(part["loss"] for part in losses) / world_size).backward()
+    torch.testing.assert_close(text.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_distinct_identity_is_encoded_once(world_size):
+    images, labels = toy_batch(16)
+    text = CountingText()
+    run_ranks(
+        world_size,
+        lambda rank, gather: step(
+            text, images[rank_slice(16, rank, world_size)], labels[rank_slice(16, rank, world_size)], labels, rank,
+            world_size, gather,
+        ),
+    )  # fmt: skip
+    distinct = set(labels.tolist())
+    share = -(-len(distinct) // world_size)
+    assert sorted(map(len, text.asked)) == [share] * world_size
+    assert {label for call in text.asked for label in call} == distinct
+
+
+def test_all_text_features_are_those_of_every_identity():
+    text = CountingText()
+    for world_size in (1, 2, 4):
+        results = run_ranks(
+            world_size, lambda r, g, n=world_size: all_text_features(text, IDENTITIES, r, n, g, batch=4)
+        )
+        for result in results:
+            assert torch.equal(result, text.weight) and not result.requires_grad
+
+
+@pytest.mark.parametrize(("images", "batch"), [(10, 4), (8, 4), (3, 64), (65, 64)])
+def test_an_epoch_visits_every_image_once_and_no_batch_is_empty(images, batch):
+    parts = batches(images, batch, seed=3, epoch=2)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(images))
+    assert [len(part) for part in parts[:-1]] == [batch] * (len(parts) - 1) and 0 < len(parts[-1]) <= batch
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    first = np.concatenate(batches(50, 8, seed=1, epoch=1))
+    assert np.array_equal(first, np.concatenate(batches(50, 8, seed=1, epoch=1)))
+    assert not np.array_equal(first, np.concatenate(batches(50, 8, seed=1, epoch=2)))
+    assert not np.array_equal(first, np.concatenate(batches(50, 8, seed=2, epoch=1)))
+
+
+def test_rank_slices_are_contiguous_and_differ_by_one_at_most():
+    for n in range(12):
+        for world_size in range(1, 6):
+            parts = [rank_slice(n, rank, world_size) for rank in range(world_size)]
+            assert [i for part in parts for i in range(n)[part]] == list(range(n))
+            sizes = [part.stop - part.start for part in parts]
+            assert max(sizes) - min(sizes) <= 1
+
+
+class Mapped:
+    """Stands for a bank that is larger than memory: rows are given out in parts only."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype = rows, rows.shape, rows.dtype
+
+    def __getitem__(self, part):
+        assert isinstance(part, slice) and part.stop - part.start <= len(self.rows) / 2
+        return self.rows[part]
+
+
+def test_identity_means_are_means_over_images_of_a_bank_read_in_parts():
+    rng = np.random.default_rng(0)
+    features, labels = rng.standard_normal((20_000, 3), np.float32), rng.permutation(20_000) % 4
+    means = identity_means(Mapped(features), labels, 4)
+    assert means.dtype == np.float32
+    for label in range(4):
+        np.testing.assert_allclose(means[label], features[labels == label].mean(0, dtype=np.float64), atol=1e-7)

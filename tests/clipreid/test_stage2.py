@@ -1,0 +1,206 @@
+"""Stage 2's losses: whole training steps against the reference figures, every variant against its definition."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipreid.errors import ModelError
+from clipreid.model.encoders import Features
+from clipreid.model.reid import ReIDOutput
+from clipreid.optim import adam, parameter_groups
+from clipreid.stage2 import TEXT_LOSSES, LossSettings, batch_texts, losses
+from tests.helpers.golden_models import case_images, case_models, case_spec, read_case, scaled_error
+
+# The reference's part -> ours
+PARTS = {
+    "id_img": "id_img", "id_proj": "id_proj", "tri_last": "tri_pre", "tri_img": "tri_img", "tri_proj": "tri_proj",
+    "i2tce": "i2tce", "total": "loss",
+}  # fmt: skip
+
+
+def our_name(name):
+    return name.replace("visual.", "image_encoder.").removeprefix("reid.")
+
+
+# Gradients that are zero by symmetry: only rounding would be compared.
+def meaningful(name, gradient):
+    if name.endswith("attnpool.k_proj.bias"):
+        return gradient[:0]
+    if name.endswith("in_proj_bias"):
+        third = len(gradient) // 3
+        return torch.cat([gradient[:third], gradient[2 * third :]])
+    return gradient
+
+
+VIT = (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.99, 0.1, 1e-2)
+TOLERANCES = [
+    # dtype, loss parts of step 0 and 1, gradient norm, gradient head, full gradient, share of the weights within so
+    # many learning rates, how far all moved
+    ("stage2_vit_s16", *VIT),
+    ("stage2_vit_s12_cam", *VIT),
+    # float32 is limited by ReLU units that flip near zero
+    ("stage2_rn50", torch.float32, (1e-5, 2e-4), 5e-3, 1e-2, 2e-2, 0.97, 0.1, 3e-2),
+    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 1e-7, 1.0, 1e-5, 1e-5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerances", TOLERANCES, ids=lambda row: f"{row[0]}-{row[1]}".replace("torch.", ""))
+def test_training_steps_match_the_reference_figures(tolerances):
+    """Loss parts, gradients of all parameters, weights and running statistics after an Adam step per batch."""
+    name, dtype, part_tolerance, *others = tolerances
+    golden, case = read_case(name)
+    model, _ = case_models(case_spec(case, case["net"]), case["net"])
+    model = model.to(dtype).train()
+    names = [our_name(n) for n in golden["names"]]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sorted(trained) == sorted(names)
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    lr = float(golden["lr"])
+    optimizer = adam(parameter_groups(model.named_parameters(), float(golden["wd"]), bias_lr_factor=2.0))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+    settings = LossSettings(id_weight=float(golden["w_id"]), label_smoothing=float(golden["eps"]))
+    text_features = torch.from_numpy(golden["text_features"]).to(dtype)
+    cameras = torch.tensor(case.get("cams", [-1] * 8))
+    for k, labels in enumerate(torch.from_numpy(golden["labels"])):
+        images = case_images(case["images"] + str(k), len(labels), case).to(dtype)
+        parts = losses(model(images, cameras), labels, text_features, settings=settings)
+        for part, reference in zip(golden["part_names"], golden["loss_parts"][k], strict=True):
+            assert parts[PARTS[part]].item() == pytest.approx(reference, rel=part_tolerance[k]), (k, part)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        if k == 0:
+            check_gradients(golden, names, trained, *others[:3])
+        optimizer.step()
+    check_weights(golden, names, trained, before, lr, *others[3:])
+    check_statistics(golden, model)
+
+
+def check_gradients(golden, names, trained, norm_tolerance, head_tolerance, full_tolerance):
+    for i, name in enumerate(names):
+        norm, gradient = golden["grad_norm"][i], trained[name].grad.double()
+        if len(meaningful(name, gradient)):
+            assert gradient.norm().item() == pytest.approx(norm, rel=norm_tolerance), name
+        count = int(np.isfinite(golden["grad_head"][i]).sum())
+        head = meaningful(name, gradient.flatten())[:count]
+        assert np.abs(head.numpy() - golden["grad_head"][i][: len(head)]).max(initial=0) <= head_tolerance * norm, name
+    for key in (key for key in golden if key.startswith("grad__")):
+        assert scaled_error(trained[our_name(key.removeprefix("grad__"))].grad, golden[key]) < full_tolerance, key
+
+
+def check_weights(golden, names, trained, before, lr, share, within, delta_tolerance):
+    """`within`: learning rates. A tensor's sum may be off by what the way it moved may be off."""
+    off = []
+    for i, name in enumerate(names):
+        value = trained[name].detach().double()
+        reference = golden["after_head"][i][np.isfinite(golden["after_head"][i])]
+        off.append(np.abs(value.flatten()[: len(reference)].numpy() - reference) / lr)
+        moved = (value - before[name].double()).norm().item()
+        assert moved == pytest.approx(golden["after_delta_norm"][i], rel=delta_tolerance), name
+        slack = delta_tolerance * golden["after_delta_norm"][i] * value.numel() ** 0.5
+        assert abs(value.sum().item() - golden["after_sum"][i]) <= slack, name
+    assert (np.concatenate(off) < within).mean() >= share
+
+
+def check_statistics(golden, model):
+    """Running statistics, and the neck's bias, which must not have moved."""
+    state = model.state_dict()
+    keys = [key for key in golden if key.startswith("after__")]
+    assert len(keys) >= 3
+    for key in keys:
+        assert scaled_error(state[our_name(key.removeprefix("after__"))], golden[key]) < 1e-4, key
+
+
+IDENTITIES, WIDTH = 10, 6
+
+
+def toy_output(labels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    n = len(labels)
+    features = Features(leaf(n, 4), leaf(n, 5), leaf(n, WIDTH))
+    return ReIDOutput(features, (leaf(n, IDENTITIES), leaf(n, IDENTITIES))), leaf(IDENTITIES, WIDTH).detach()
+
+
+def slow_triplet(features, labels, margin):
+    total = 0.0
+    for i in range(len(labels)):
+        distances = (features[i] - features).square().sum(1).clamp(min=1e-12).sqrt()
+        same = labels == labels[i]
+        total += (distances[same].max() - distances[~same].min() + margin).clamp(min=0)
+    return total / len(labels)
+
+
+def slow_losses(output, labels, texts, settings):
+    """METHOD §4 and §6, one part after the other."""
+    smoothing = settings.label_smoothing
+    parts = {
+        f"id_{n}": F.cross_entropy(s, labels, label_smoothing=smoothing)
+        for n, s in zip(("img", "proj"), output.scores, strict=True)
+    }
+    for level, features in output.features._asdict().items():
+        if level != "pre" or settings.triplet_levels == 3:
+            parts[f"tri_{level}"] = slow_triplet(features, labels, settings.margin)
+    proj = output.features.proj
+    log_prob = (texts[labels] @ proj.T).log_softmax(1)
+    per_image = [log_prob[i][labels == labels[i]].mean() for i in range(len(labels))]
+    text = {
+        "none": {},
+        "i2t": {"i2t": F.cross_entropy(proj @ texts[labels].T, torch.arange(len(labels)))},
+        "t2i": {"t2i": -torch.stack(per_image).mean()},
+        "i2tce": {"i2tce": F.cross_entropy(proj @ texts.T, labels, label_smoothing=smoothing)},
+    }
+    used = {}
+    for name in settings.text_loss.split("+"):
+        used |= text[name]
+    identity = parts["id_img"] + parts["id_proj"]
+    triplet = sum(v for n, v in parts.items() if n.startswith("tri"))
+    loss = settings.id_weight * identity + settings.triplet_weight * triplet + settings.text_weight * sum(used.values())
+    return {**parts, **used, "loss": loss}
+
+
+@pytest.mark.parametrize("text_loss", TEXT_LOSSES)
+@pytest.mark.parametrize("triplet_levels", [2, 3])
+def test_every_variant_is_the_sum_of_its_parts(text_loss, triplet_levels):
+    labels = torch.tensor([3, 3, 0, 0, 7, 7, 7, 9])
+    output, texts = toy_output(labels)
+    settings = LossSettings(0.25, 1.5, 0.7, 0.1, 0.3, text_loss, triplet_levels)
+    parts = losses(output, labels, texts, settings=settings)
+    for name, value in slow_losses(output, labels, texts, settings).items():
+        torch.testing.assert_close(parts[name], value, msg=name)
+    expected = {"id_img", "id_proj", "tri_img", "tri_proj", "id", "triplet", "loss"}
+    expected |= {"tri_pre"} if triplet_levels == 3 else set()
+    expected |= {"text", *text_loss.split("+")} if text_loss != "none" else set()
+    assert set(parts) == expected
+
+
+def test_one_stage_sends_gradients_to_tokens_and_image_features():
+    """Stage 1's losses over the batch; each identity's text is encoded once and counts for all its images."""
+    labels = torch.tensor([3, 3, 0, 0, 7, 7, 9, 9])
+    output, texts = toy_output(labels)
+    text = nn.Embedding.from_pretrained(texts.clone(), freeze=False)
+    asked = []
+    text.register_forward_hook(lambda module, inputs, result: asked.append(inputs[0].tolist()))
+    settings = LossSettings(text_loss="i2t+t2i")
+    parts = losses(output, labels, None, settings=settings, own_texts=batch_texts(text, labels, 2))
+    slow = slow_losses(output, labels, text.weight, settings)
+    gradients = [torch.autograd.grad(p["loss"], [text.weight, output.features.proj]) for p in (parts, slow)]
+    torch.testing.assert_close(parts["loss"], slow["loss"])
+    for ours, expected in zip(*gradients, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(ours, expected)
+    assert asked == [[3, 0, 7, 9]]
+
+
+def test_unknown_variants_are_refused_with_those_that_exist():
+    with pytest.raises(ModelError, match="'i2tcee'.*none, i2t"):
+        LossSettings(text_loss="i2tcee")
+    with pytest.raises(ModelError, match="triplet_levels is 4"):
+        LossSettings(triplet_levels=4)

@@ -1,0 +1,75 @@
+"""figures.py: the three pictures of a finished run, and what they say."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
+from PIL import Image
+
+from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked, tsne
+from cluster.evaluation.find_weights import card_of
+from cluster.settings.yaml_file import load_config
+from launch import figures
+from launch.cli import progress_bar
+from shards.loading.index import ShardIndex
+from tests.helpers.runs import config_file, overrides, train
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards, tmp_path_factory):
+    """Folder of a finished run."""
+    folder = tmp_path_factory.mktemp("figures")
+    settings = overrides(
+        tiny_shards, folder / "run", cluster__launcher="local", stage1__epochs=1, stage2__epochs=1
+    )  # fmt: skip
+    train(config_file(folder), *settings)
+    return folder / "run"
+
+
+def subject_of(run, *settings):
+    config, path = load_config(str(run / "config.yaml"), list(settings)), run / "model.safetensors"
+    return Subject.of(config, path, card_of(path), ShardIndex.open(config.data.shards), progress_bar)
+
+
+def test_all_figures_are_drawn(run, tmp_path, capsys):
+    figures.main(["--config", str(run / "config.yaml"), "--weights", str(run), "--out", str(tmp_path / "pictures")])
+    files = [tmp_path / "pictures" / f"{name}.png" for name in figures.NAMES]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    for file in files:
+        with Image.open(file) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+def test_frames_of_the_ranked_lists_tell_right_from_wrong(run):
+    """Colours of the frames against a sort of all distances of one query after the other."""
+    subject = subject_of(run)
+    query, gallery = (subject.applied.extract_split(subject.index, name, progress_bar) for name in ("query", "gallery"))
+    figure = ranked(subject)
+    lines = len(figure.axes) // 11
+    for line in range(lines):
+        row = line * len(query["keys"]) // lines
+        distances = ((query["features"][row].astype(float) - gallery["features"]) ** 2).sum(1)
+        right = gallery["identities"] == query["identities"][row]
+        own_camera = right & (gallery["cameras"] == query["cameras"][row])
+        order = [place for place in np.argsort(distances, kind="stable") if not own_camera[place]][:10]
+        frames = [axes.spines["left"] for axes in figure.axes[line * 11 + 1 : line * 11 + 11]]
+        found = [frame.get_edgecolor() for frame in frames]
+        assert [to_rgba(RIGHT if right[place] else WRONG) for place in order] == found
+        assert not figure.axes[line * 11].spines["left"].get_visible()
+
+
+def test_text_features_appear_only_where_prompts_were_learned(run):
+    with_texts, without = (
+        tsne(subject_of(run)),
+        tsne(subject_of(run, "method=baseline", "stages=[2]", "stage2.text_loss=none")),
+    )
+    identities = subject_of(run).train.num_identities
+    images = len(subject_of(run).train)
+    assert [len(part.get_offsets()) for part in with_texts.axes[0].collections] == [images, min(identities, 10)]
+    assert [len(part.get_offsets()) for part in without.axes[0].collections] == [images]
+
+
+def test_the_folder_for_the_pictures_may_not_be_a_file(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        figures.main(["--config", str(run / "config.yaml"), "--weights", str(run), "--out", str(tmp_path / "file")])
+    assert "is a file; name a folder" in capsys.readouterr().err
