@@ -60,13 +60,13 @@ def preflight(config: Config, team: Team) -> str:
         TrainingError: on every rank, one line per fault, each naming rank, host and remedy.
     """
     facts = _facts(config, team)
-    mark = team.from_first(os.urandom(8).hex(), "preflight: mark").encode()
+    mark = team.broadcast_object(os.urandom(8).hex(), "preflight: mark").encode()
     _write_marker(config, team, facts, mark)
-    team.wait("preflight: markers")
+    team.barrier("preflight: markers")
     _read_markers(config, team, facts, mark)
     _read_data(config, facts)
     facts.bandwidth_gb_s = _all_reduce_bandwidth(team)
-    everyone = team.collect(facts, "preflight: facts")
+    everyone = team.all_gather_objects(facts, "preflight: facts")
     if team.is_first:
         Storage(config.run.dir).remove(MARKERS)
     faults = [f"rank {w.rank} on {w.host}: {fault}" for w in everyone for fault in w.faults]
@@ -156,12 +156,12 @@ def _all_reduce_bandwidth(team: Team) -> float:
     if team.world_size == 1:
         return 0.0
     probe = torch.ones(PROBE_BYTES // 4, device=team.device)
-    with team.joining("preflight: all-reduce"):
-        team.sum(probe)
+    with team.within("preflight: all-reduce"):
+        team.all_reduce_sum(probe)
         _synchronise(team)
         start = time.perf_counter()
         for _ in range(3):
-            team.sum(probe)
+            team.all_reduce_sum(probe)
         _synchronise(team)
     return round(3 * PROBE_BYTES / (time.perf_counter() - start) / 1e9, 2)
 

@@ -81,7 +81,7 @@ def extract_batches(
     size = _forward_images(batch, team.device)
     per_round = -(-ROUND_IMAGES // size)
     parts_here = len(loader) * -(-batch // size)
-    rounds = max(team.collect(-(-parts_here // per_round), "rounds of features"))
+    rounds = max(team.all_gather_objects(-(-parts_here // per_round), "rounds of features"))
     bank = None
     with closing(encode_batches(encode, loader, batch, team.device, on_images)) as encoded:
         for _ in range(rounds):
@@ -134,7 +134,7 @@ def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list
             rows, features = map(torch.cat, zip(*parts, strict=True))
     except DataError as fault:
         error = fault
-    told = team.collect((*features.shape, error), "encode images")
+    told = team.all_gather_objects((*features.shape, error), "encode images")
     if errors := [fault for *_, fault in told if fault is not None]:
         raise errors[0]
     if team.world_size == 1:
@@ -142,9 +142,9 @@ def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list
     counts, width = [count for count, *_ in told], max(width for _, width, _ in told)
     padded_rows, padded = torch.zeros(max(counts), dtype=torch.int64), torch.zeros(max(counts), width)
     padded_rows[: len(rows)], padded[: len(rows), : features.shape[1]] = rows, features
-    with team.joining("exchange features", PATIENCE):
-        all_rows = team.gather(padded_rows.to(team.device)).cpu().split(max(counts))
-        all_features = team.gather(padded.to(team.device)).cpu().split(max(counts))
+    with team.within("exchange features", PATIENCE):
+        all_rows = team.all_gather(padded_rows.to(team.device)).cpu().split(max(counts))
+        all_features = team.all_gather(padded.to(team.device)).cpu().split(max(counts))
     return [(r[:n], f[:n]) for r, f, n in zip(all_rows, all_features, counts, strict=True)]
 
 
@@ -153,17 +153,17 @@ class Bank:
 
     def __init__(self, total: int, width: int, team: Team, cache_dir: str | None):
         self.team = team
-        nodes = team.collect(_node(), "find nodes")
+        nodes = team.all_gather_objects(_node(), "find nodes")
         leader = nodes.index(nodes[team.rank])
         self.leads = team.rank == leader
         path = None
         if self.leads:
             path = _bank_path(cache_dir)
             self.file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
-        path = team.collect(path, "place of features")[leader]
+        path = team.all_gather_objects(path, "place of features")[leader]
         if not self.leads:
             self.file = np.load(path, mmap_mode="r")
-        team.wait("features mapped")
+        team.barrier("features mapped")
         if self.leads:
             Path(path).unlink()  # The mappings keep it alive; nothing is left behind however the processes end.
 
@@ -174,7 +174,7 @@ class Bank:
 
     def whole(self) -> np.ndarray:
         """All rows, read-only, when every rank has come here."""
-        self.team.wait("features written")
+        self.team.barrier("features written")
         rows = self.file.view()
         rows.flags.writeable = False
         return rows

@@ -155,4 +155,4 @@ def _labels(part: FeatureSet) -> Labels:
 
 
 def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: team.patient_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)
+    return lambda tensor: team.patient_all_reduce_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)

@@ -247,7 +247,7 @@ def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> Non
         for manifest in newest:
             pointer = {"checkpoint": run_dir.place(f"{FOLDER}/{manifest.name}")}
             (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
-        with team.joining("report to Ray", PATIENCE):
+        with team.within("report to Ray", PATIENCE):
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if newest else None)
 
 

@@ -1,7 +1,7 @@
 """The workers of a run as one team: rank, device, and the few collectives that the system uses.
 
 Everything that crosses ranks goes through here, with the name of what it is for, so that the watchdog
-can say who is missing where. `clipreid` is handed `Team.gather` and knows nothing of process groups.
+can say who is missing where. `clipreid` is handed `Team.all_gather` and knows nothing of process groups.
 """
 
 import os
@@ -42,7 +42,7 @@ class Team:
         return self.rank == 0
 
     @contextmanager
-    def joining(self, operation: str, patience: float = 1.0) -> Iterator[None]:
+    def within(self, operation: str, patience: float = 1.0) -> Iterator[None]:
         """What this rank does in the block needs all ranks. Raises RankLost in place of a failed collective."""
         if self.watchdog is None:
             yield
@@ -55,7 +55,7 @@ class Team:
                     raise
                 raise self.watchdog.explain(error) from error
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """Differentiable: local [n, ...], the same n on every rank, to [world_size * n, ...] in rank order.
 
         Its backward sums what all ranks send back, so with parameter gradients averaged over ranks the
@@ -65,33 +65,33 @@ class Team:
             return tensor
         return torch.cat(differentiable_all_gather(tensor.contiguous()))
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over ranks, without gradient."""
         total = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
-    def patient_sum(self, tensor: Tensor, operation: str) -> Tensor:
-        """As `sum`, where ranks may come far apart."""
+    def patient_all_reduce_sum(self, tensor: Tensor, operation: str) -> Tensor:
+        """As `all_reduce_sum`, where ranks may come far apart."""
         total = tensor.detach().clone()
         if self.world_size > 1:
-            with self.joining(operation, PATIENCE):
+            with self.within(operation, PATIENCE):
                 dist.all_reduce(total, group=self.patient_group)
         return total
 
-    def collect(self, value: Any, operation: str) -> list[Any]:
+    def all_gather_objects(self, value: Any, operation: str) -> list[Any]:
         """Every rank's picklable value, in rank order."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        with self.joining(operation, PATIENCE):
+        with self.within(operation, PATIENCE):
             dist.all_gather_object(values, value, group=self.patient_group)
         return values
 
-    def from_first(self, value: Any, operation: str) -> Any:
+    def broadcast_object(self, value: Any, operation: str) -> Any:
         """Rank 0's picklable value."""
-        return self.collect(value if self.is_first else None, operation)[0]
+        return self.all_gather_objects(value if self.is_first else None, operation)[0]
 
     def on_first(self, work: Callable[[], Any], operation: str) -> Any:
         """Rank 0's result of `work`. What it raises is raised on every rank."""
@@ -101,14 +101,14 @@ class Team:
                 value = work()
             except Exception as fault:
                 error = fault
-        value, error = self.from_first((value, error), operation)
+        value, error = self.broadcast_object((value, error), operation)
         if error is not None:
             raise error
         return value
 
-    def wait(self, operation: str) -> None:
+    def barrier(self, operation: str) -> None:
         """Go on when every rank has come here."""
-        self.collect(None, operation)
+        self.all_gather_objects(None, operation)
 
 
 def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:

@@ -37,7 +37,7 @@ class RunReporter:
         self._stop = StopRequest(config, team)
         self._next_drain_poll_s = 0.0
         self._times_s: deque[float] = deque(maxlen=50)
-        nodes = Counter(team.collect(socket.gethostname(), "host names"))
+        nodes = Counter(team.all_gather_objects(socket.gethostname(), "host names"))
         team.on_first(lambda: self._open_folder(position, nodes), "open the run folder")
 
     def _open_folder(self, position: Position | None, nodes: dict[str, int]) -> None:

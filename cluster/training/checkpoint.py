@@ -62,7 +62,7 @@ class Checkpoints:
         """Of the weights that the run began with, as in `Manifest`."""
         self.keep = keep
         self.timeout_s = timeout_s
-        self.attempt = team.from_first(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
+        self.attempt = team.broadcast_object(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
         self.newest_name: str | None = None
         """Newest checkpoint known to be complete (rank 0 only)."""
         self.newest_position: Position | None = None
@@ -137,7 +137,7 @@ class Checkpoints:
 
     def _fail_together(self) -> None:
         news = (self._failure, self.newest_name)
-        everyone = self.team.collect(news, "finish the checkpoint before")
+        everyone = self.team.all_gather_objects(news, "finish the checkpoint before")
         failures = [failure for failure, _ in everyone if failure]
         if not failures:
             return
@@ -145,7 +145,7 @@ class Checkpoints:
             with suppress(OSError):
                 self.run.remove(f"{FOLDER}/{self._writing.name}")
         self._failure = self._writer = None
-        self.team.wait("discard the incomplete checkpoint")
+        self.team.barrier("discard the incomplete checkpoint")
         faults, remedies = ("; ".join(dict.fromkeys(parts)) for parts in zip(*failures, strict=True))
         raise TrainingError(
             f"the checkpoint could not be written to {self.run.url}/{FOLDER} ({faults}); the one before it "

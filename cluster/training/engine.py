@@ -75,7 +75,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**40,
         }
-        with team.joining("start DeepSpeed", PATIENCE):
+        with team.within("start DeepSpeed", PATIENCE):
             deepspeed.init_distributed(dist_backend="nccl" if team.device.type == "cuda" else "gloo", verbose=False)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=adam, config=settings

@@ -78,7 +78,7 @@ def run_stage(
     for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
         stage.engine.set_lr(stage.lr(epoch))
         steps = stage.num_steps(epoch)
-        team.wait(f"begin stage {stage.number}, epoch {epoch}")  # Patiently: ranks come from very different work.
+        team.barrier(f"begin stage {stage.number}, epoch {epoch}")  # Patiently: ranks come from very different work.
         meter = _Meter()
         for batch in stage.batches(epoch, step + 1):
             here = Position(stage.number, epoch, step + 1, total + 1, False)
@@ -104,7 +104,7 @@ def _train_step(
 ) -> tuple[dict[str, Any], "_Wanted"]:
     """One optimizer step. The log entry, and what any rank wants after it."""
     patience = PATIENCE if here.step == 1 else 1.0  # Compiling and warming up come with a first step.
-    with team.joining(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
+    with team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
         stage.engine.remember_buffers()
         losses = stage.losses(batch)
         wishes = (
@@ -140,7 +140,7 @@ class _NewsOfStep:
         parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
         # From ordinary memory the copy might wait for the work queued before.
         asked = torch.tensor(wishes, dtype=parts.dtype, pin_memory=parts.is_cuda).to(parts.device, non_blocking=True)
-        total = team.sum(torch.cat([parts, asked]))
+        total = team.all_reduce_sum(torch.cat([parts, asked]))
         self.event = None
         self.values = total
         if total.device.type == "cuda":
@@ -164,7 +164,7 @@ def _check_finite(
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if not bad:
         return
-    names = sorted({i for part in team.collect(stage.identities(batch), "name identities") for i in part})
+    names = sorted({i for part in team.all_gather_objects(stage.identities(batch), "name identities") for i in part})
     stage.engine.restore_buffers()
     # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
     sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
@@ -175,7 +175,7 @@ def _check_finite(
         checkpoints.finish()
     except TrainingError as error:
         outcome = str(error)
-    team.wait("save the state before the step")
+    team.barrier("save the state before the step")
     raise TrainingError(
         f"{here.words}: {', '.join(bad)} is not finite "
         f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}; "

@@ -68,7 +68,7 @@ class Stage1:
         labels = torch.tensor(self.labels[own], device=device)
         batch_labels = torch.tensor(self.labels[rows])
         return method.step(
-            self._encode, images, labels, batch_labels, self.team.rank, self.team.world_size, self.team.gather
+            self._encode, images, labels, batch_labels, self.team.rank, self.team.world_size, self.team.all_gather
         )
 
     def _encode(self, labels: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class Run:
         self.model.to(self.team.device)
         if self.text is not None:
             self.text.to(self.team.device)
-        known = self.team.from_first(self.reporter.known_metrics(), "known metrics")
+        known = self.team.broadcast_object(self.reporter.known_metrics(), "known metrics")
         if 2 not in self.config.stages:
             return
         untrained = known.get("untrained") if self.position else None
@@ -170,9 +170,9 @@ class Run:
     def _stage1_result(self) -> Stage1Result:
         """The bridge: every rank encodes its part of the identities' prompts."""
         team = self.team
-        with team.joining("encode the prompts of all identities", PATIENCE):
+        with team.within("encode the prompts of all identities", PATIENCE):
             features = method.all_text_features(
-                self.text, self.spec.identities, team.rank, team.world_size, team.gather, team.device
+                self.text, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
             )
         return Stage1Result(
             self.text.tokens.detach(),

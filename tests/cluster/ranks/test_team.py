@@ -28,11 +28,11 @@ TIMEOUT_S = 4.0
 def gather_and_share(team, shards):
     """Everything that needs a pair of processes, in one go."""
     own = torch.full((2, 3), float(team.rank + 1), requires_grad=True)
-    gathered = team.gather(own)
+    gathered = team.all_gather(own)
     (gathered * torch.arange(4.0)[:, None] * (team.rank + 1)).sum().backward()
     index = ShardIndex.open(str(shards))
     rows = extract(lambda images, rows: rows[:, None] * torch.ones(3), index, "train", team, image_size=(8, 8), batch=5)
-    return gathered.detach(), own.grad, np.array(rows), team.collect(team.rank * 10, "numbers")
+    return gathered.detach(), own.grad, np.array(rows), team.all_gather_objects(team.rank * 10, "numbers")
 
 
 def test_gather_is_in_rank_order_and_its_gradient_sums_over_ranks(tiny_shards):
@@ -49,7 +49,7 @@ def leave(team):
     """Threads of the watchdog that are left when the process group is."""
     team.watchdog = Watchdog(team.rank, team.world_size, TIMEOUT_S)
     began = [thread.is_alive() for thread in team.watchdog.threads]
-    team.wait("arrive together")
+    team.barrier("arrive together")
     leave_process_group(team)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # For the helper to end.
     return began, [thread.is_alive() for thread in team.watchdog.threads]
@@ -63,12 +63,12 @@ def arrive_late(team):
     """Rank 1 is busy for longer than a collective may take; what rank 0 makes of it."""
     team.watchdog = Watchdog(team.rank, team.world_size, TIMEOUT_S)
     team.patient_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
-    team.collect(None, "arrive together")
+    team.all_gather_objects(None, "arrive together")
     if team.rank == 1:
         time.sleep(2 * TIMEOUT_S)
         return None
     try:
-        team.collect(None, "average losses")
+        team.all_gather_objects(None, "average losses")
     except RankLost as error:
         return pickle.loads(pickle.dumps(error))
 
@@ -85,11 +85,11 @@ def stay_away(team, folder):
     logging.basicConfig(filename=f"{folder}/{team.rank}.log")
     watchdog.GRACE_S = 0.5
     team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=3)  # By then rank 1 has said where it is.
-    team.collect(None, "arrive together")
+    team.all_gather_objects(None, "arrive together")
     if team.rank == 1:
         time.sleep(60)
-    with team.joining("average losses"):
-        team.sum(torch.ones(1))
+    with team.within("average losses"):
+        team.all_reduce_sum(torch.ones(1))
 
 
 def test_a_collective_that_never_ends_is_ended_with_the_names_of_rank_and_operation(tmp_path):
@@ -114,7 +114,11 @@ def test_what_fails_on_rank_0_alone_is_raised_on_every_rank():
 def test_one_process_needs_no_group():
     team = Team()
     tensor = torch.ones(2)
-    assert team.gather(tensor) is tensor and team.collect(3, "x") == [3] and team.sum(tensor).tolist() == [1, 1]
+    assert (
+        team.all_gather(tensor) is tensor
+        and team.all_gather_objects(3, "x") == [3]
+        and team.all_reduce_sum(tensor).tolist() == [1, 1]
+    )
 
 
 def join_where_a_gpu_is_in_sight(team):

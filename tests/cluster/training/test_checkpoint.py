@@ -264,7 +264,7 @@ def test_a_write_that_hangs_is_given_up_with_the_rank(tmp_path, monkeypatch):
 class FirstOfTwo(Team):
     """Rank 0, whose partner takes part in collectives but does not write."""
 
-    def collect(self, value, operation):
+    def all_gather_objects(self, value, operation):
         return [value, (None, None)]
 
 
