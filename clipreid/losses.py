@@ -1,6 +1,6 @@
 """The losses of the paper on features of one rank against features of all ranks; nothing is gathered here.
 
-    features, scores, text features -> gather -> [losses] -> stage1.step / stage2.losses
+    features, logits, text features -> gather -> [losses] -> stage1.step / stage2.losses
 
 Anchors are this rank's images, what they are compared with is the global batch. All arithmetic is float32
 (float64 if given), also under autocast: half-precision sums in a softmax or in squared distances lose the
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def widened(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision floats as float32; everything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -26,7 +26,7 @@ def full_precision(loss):
 
     @functools.wraps(loss)
     def wrapper(*args, **kwargs):
-        args = [widened(a) if isinstance(a, Tensor) else a for a in args]
+        args = [at_least_float32(a) if isinstance(a, Tensor) else a for a in args]
         with torch.autocast(args[0].device.type, enabled=False):
             return loss(*args, **kwargs)
 

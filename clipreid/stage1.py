@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipreid.gather import Gather, alone, gather_parts
-from clipreid.losses import image_to_text, text_to_image, widened
+from clipreid.losses import at_least_float32, image_to_text, text_to_image
 
 ROWS = 8192  # of the bank, read at a time
 
@@ -78,7 +78,7 @@ def encode_identities(
     """
     share = -(-len(identities) // world_size)
     own = torch.arange(rank * share, (rank + 1) * share, device=identities.device).clamp(max=len(identities) - 1)
-    return gather(widened(text(identities[own])))[: len(identities)]
+    return gather(at_least_float32(text(identities[own])))[: len(identities)]
 
 
 @torch.no_grad()

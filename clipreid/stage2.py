@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.gather import Gather, alone
-from clipreid.losses import batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image, widened
+from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
 
 if TYPE_CHECKING:
     from clipreid.model.reid import ReIDOutput
@@ -68,15 +68,15 @@ def losses(
     wanted = settings.text_loss.split("+")
     levels = ("pre", "img", "proj")[3 - settings.triplet_levels :]
     with torch.autocast(labels.device.type, enabled=False):
-        local = {level: widened(getattr(output.features, level)) for level in levels}
+        local = {level: at_least_float32(getattr(output.features, level)) for level in levels}
         if "i2t" in wanted or "t2i" in wanted:
-            local["text"] = text_features[labels] if own_texts is None else widened(own_texts)
+            local["text"] = text_features[labels] if own_texts is None else at_least_float32(own_texts)
         batch = _gather_columns(local, gather)
         labels_batch = gather(labels)
 
         parts = {
-            f"id_{name}": smoothed_cross_entropy(scores, labels, settings.label_smoothing)
-            for name, scores in zip(("img", "proj"), output.scores, strict=True)
+            f"id_{name}": smoothed_cross_entropy(logits, labels, settings.label_smoothing)
+            for name, logits in zip(("img", "proj"), output.logits, strict=True)
         }
         for level in levels:
             parts[f"tri_{level}"] = batch_hard_triplet(

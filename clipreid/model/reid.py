@@ -34,7 +34,7 @@ class ReIDOutput(NamedTuple):
 
     features: Features
     """Before the necks: float [B, *] each."""
-    scores: tuple[Tensor, Tensor]
+    logits: tuple[Tensor, Tensor]
     """Logits [B, N] of the image feature and of the projected feature."""
 
 
@@ -54,14 +54,14 @@ class ReIDModel(nn.Module):
         self._initialise()
 
     def forward(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> ReIDOutput:
-        """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features and scores."""
+        """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features and logits."""
         features = self.features(images, cameras, views)
         with torch.autocast(images.device.type, enabled=False):  # BatchNorm statistics and logits in full precision
-            scores = (
+            logits = (
                 self.classifier(self.bottleneck(features.img)),
                 self.classifier_proj(self.bottleneck_proj(features.proj)),
             )
-        return ReIDOutput(features, scores)
+        return ReIDOutput(features, logits)
 
     def features(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> Features:
         """Features before the necks, at least float32. Without cameras and views: without side information."""

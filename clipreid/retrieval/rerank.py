@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.losses import widened
+from clipreid.losses import at_least_float32
 from clipreid.retrieval.metrics import Labels, ReduceSum, retrieve_by_blocks
 
 BLOCK = 512  # rows at a time: b x n distances are held
@@ -105,7 +105,7 @@ def reranked(
 
 def _all_features(query: Tensor, gallery: Tensor | np.ndarray) -> Tensor:
     """float32 or float64 [n, D], on the queries' device."""
-    features = widened(query).new_empty(len(query) + len(gallery), query.shape[1])
+    features = at_least_float32(query).new_empty(len(query) + len(gallery), query.shape[1])
     features[: len(query)] = query
     for start in range(0, len(gallery), BLOCK):
         rows = gallery[start : start + BLOCK]

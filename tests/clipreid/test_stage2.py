@@ -143,7 +143,7 @@ def slow_losses(output, labels, texts, settings):
     smoothing = settings.label_smoothing
     parts = {
         f"id_{n}": F.cross_entropy(s, labels, label_smoothing=smoothing)
-        for n, s in zip(("img", "proj"), output.scores, strict=True)
+        for n, s in zip(("img", "proj"), output.logits, strict=True)
     }
     for level, features in output.features._asdict().items():
         if level != "pre" or settings.triplet_levels == 3:

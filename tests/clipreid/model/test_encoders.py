@@ -63,7 +63,7 @@ def test_encoder_matches_the_reference_figures(name):
 def check_output(golden, prefix, output, scores):
     """Features to 2e-5, scores to the given tolerance."""
     names = ("f_last", "f_img", "f_proj", "score_img", "score_proj")
-    values = dict(zip(names, (*output.features, *output.scores), strict=True))
+    values = dict(zip(names, (*output.features, *output.logits), strict=True))
     checked = [name for name in names if prefix + name in golden]
     assert len(checked) >= 2
     for name in checked:
@@ -249,10 +249,10 @@ def test_scores_stay_float32_under_autocast_and_float64_in_double(arch):
     exact = model.eval()(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images)
-    assert {value.dtype for value in (*output.features, *output.scores)} == {torch.float32}
+    assert {value.dtype for value in (*output.features, *output.logits)} == {torch.float32}
     torch.testing.assert_close(output.features.img, exact.features.img, rtol=0.1, atol=0.1)
     output = model.double()(images.double())
-    assert {value.dtype for value in (*output.features, *output.scores)} == {torch.float64}
+    assert {value.dtype for value in (*output.features, *output.logits)} == {torch.float64}
     torch.testing.assert_close(output.features.img.float(), exact.features.img, rtol=1e-4, atol=1e-5)
 
 
@@ -275,7 +275,7 @@ def test_the_model_compiles_as_one_graph(arch):
     expected = model.eval()(random_images(), cameras, views)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     output = compiled(random_images(), cameras, views)
-    for ours, reference in zip(output.scores, expected.scores, strict=True):
+    for ours, reference in zip(output.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, reference)
 
 

@@ -322,8 +322,8 @@ def test_an_official_checkpoint_gives_the_reference_descriptors(name, net, prefi
     joined = torch.cat([output.features.img, output.features.proj], dim=1)
     assert scaled_error(joined[:2], golden["eval_descriptor"]) < 2e-5
     assert scaled_error(descriptor(output.features), F.normalize(joined).numpy()) < 1e-6
-    assert scaled_error(output.scores[0], golden["eval_score_img"]) < 2e-5
-    assert scaled_error(output.scores[1], golden["eval_score_proj"]) < 2e-5
+    assert scaled_error(output.logits[0], golden["eval_score_img"]) < 2e-5
+    assert scaled_error(output.logits[1], golden["eval_score_proj"]) < 2e-5
     texts, text_case = read_case("text_person_512" if net == "vit" else "text_person_1024")
     assert text.tokens.shape == (10, 4, 512)
     with torch.no_grad():
