@@ -1,38 +1,153 @@
-"""Imports go one way: launch -> cluster -> {clipreid, shards}; and what must start fast stays light."""
+"""Imports go one way, from folder to folder and from wing to wing; and what must start fast stays light."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = {
-    "clipreid": {"shards", "cluster", "launch", "ray", "deepspeed", "webdataset", "torch.distributed"},
-    "shards": {"clipreid", "cluster", "launch", "ray", "deepspeed", "torch.distributed"},
-    "cluster": {"launch"},
+FOLDERS = ("clipreid", "shards", "cluster", "launch")
+METHOD = ("clipreid", "clipreid.model", "clipreid.weights", "clipreid.retrieval")
+DATA = ("shards", "shards.loading")
+RUN = ("cluster", "cluster.settings", "cluster.ranks", "cluster.run")
+WINGS = {
+    "clipreid": (),
+    "clipreid.model": ("clipreid",),
+    "clipreid.weights": ("clipreid", "clipreid.model"),
+    "clipreid.retrieval": ("clipreid",),
+    "shards": (),
+    "shards.datasets": ("shards",),
+    "shards.demo": ("shards",),
+    "shards.packing": ("shards", "shards.datasets"),
+    "shards.loading": ("shards",),
+    "cluster": (),
+    "cluster.settings": ("cluster", "clipreid.model", *DATA),
+    "cluster.ranks": ("cluster", "cluster.settings"),
+    "cluster.run": ("cluster", "cluster.settings", "cluster.ranks", "shards"),
+    "cluster.checks": (*RUN, *METHOD, *DATA),
+    "cluster.evaluation": (*RUN, *METHOD, *DATA),
+    "cluster.training": (*RUN, "cluster.checks", "cluster.evaluation", *METHOD, *DATA),
+    "cluster.launchers": (*RUN, "cluster.training", *METHOD, *DATA),
+    "cluster.deploy": (),
+    "launch": (
+        *("shards", "shards.datasets", "shards.demo", "shards.packing", *METHOD, *RUN),
+        *("cluster.checks", "cluster.evaluation", "cluster.launchers"),
+    ),
+    "launch.benchmarks": (
+        *("launch", "shards.datasets", "shards.packing", *DATA, *METHOD, *RUN),
+        *("cluster.evaluation", "cluster.training"),
+    ),
 }
+"""What each wing may import beside itself, from the bottom up. A folder's own modules are the wing of its name."""
+
+STRANGERS = {
+    "clipreid": {"ray", "deepspeed", "webdataset", "torch.distributed"},
+    "shards": {"ray", "deepspeed", "torch.distributed"},
+}
+"""Libraries that a folder must not know."""
+
+MOST_MODULES = 14
+"""In one folder, so that whoever opens it sees what it holds. A dataset's layout is a file of its own, however many."""
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def modules() -> dict[str, Path]:
+    """Every module of the code by its full name; a package is its `__init__`."""
+    paths = (path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): ROOT / path for path in paths}
+
+
+MODULES = modules()
+
+
+def wing(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def imported(path: Path) -> list[tuple[str, int]]:
+    """Full names of what a file imports, in functions too, and the lines; not what only the type checker reads."""
+    tree = ast.parse(path.read_text())
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module, node.lineno
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found += [(f"{source}.{alias.name}", node.lineno) for alias in node.names]
+    return found
 
 
-@pytest.mark.parametrize("layer", sorted(FORBIDDEN))
-def test_a_layer_imports_nothing_it_must_not_know(layer):
+def imported_modules(path: Path) -> list[tuple[str, int]]:
+    """As `imported`, of the code's own modules alone: `from module import name` is the module."""
+    ways = [((name, name.rpartition(".")[0]), line) for name, line in imported(path)]
+    return [(next(n for n in names if n in MODULES), line) for names, line in ways if any(n in MODULES for n in names)]
+
+
+def test_every_folder_of_code_is_a_wing():
+    assert {wing(module) for module in MODULES} == set(WINGS)
+
+
+def test_the_order_of_wings_goes_one_way():
+    above = list(WINGS)
+    for name, may_import in WINGS.items():
+        assert set(may_import) <= set(above[: above.index(name)]), name
+
+
+@pytest.mark.parametrize("name", WINGS)
+def test_a_wing_imports_what_it_may(name):
     found = [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in sorted((ROOT / layer).rglob("*.py"))
-        for name, line in imported(path)
-        if any(name == taboo or name.startswith(taboo + ".") for taboo in FORBIDDEN[layer])
+        f"{MODULES[module].relative_to(ROOT)}:{line} imports {other}"
+        for module in MODULES
+        if wing(module) == name
+        for other, line in imported_modules(MODULES[module])
+        if wing(other) not in (name, *WINGS[name])
     ]
     assert not found
+
+
+@pytest.mark.parametrize("folder", STRANGERS)
+def test_a_folder_imports_no_library_that_it_must_not_know(folder):
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for module, path in MODULES.items()
+        if module.split(".")[0] == folder
+        for name, line in imported(path)
+        if any(f"{name}.".startswith(f"{stranger}.") for stranger in STRANGERS[folder])
+    ]
+    assert not found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: {other for other, _ in imported_modules(path)} for module, path in MODULES.items()}
+    assert circle(graph) == []
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of modules, each imported by the next; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_folder_holds_more_modules_than_the_eye_takes_in():
+    counts = {name: sum(wing(module) == name != module for module in MODULES) for name in WINGS}
+    counts.pop("shards.datasets")
+    assert {name: count for name, count in counts.items() if count > MOST_MODULES} == {}
 
 
 def test_the_top_level_holds_the_agreed_folders_only():
@@ -40,7 +155,7 @@ def test_the_top_level_holds_the_agreed_folders_only():
     if tracked.returncode:
         pytest.skip("not a git checkout")
     folders = {line.split("/")[0] for line in tracked.stdout.split() if "/" in line and not line.startswith(".")}
-    assert folders == {"cluster", "clipreid", "shards", "launch", "tests", "configs"}
+    assert folders == {*FOLDERS, "tests", "configs"}
 
 
 def test_checks_before_a_run_import_neither_torch_nor_ray():
