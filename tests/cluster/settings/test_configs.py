@@ -5,7 +5,6 @@ The tables below are written out from the paper's settings a second time, on pur
 
 import json
 import re
-import shlex
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,20 +196,6 @@ def test_the_small_examples_build_the_models_they_name(name, noun, width, projec
     assert (tuple(features.img.shape), tuple(features.proj.shape)) == ((2, width), (2, projected))
     assert model.classifier.weight.shape == (100, width) and text.tokens.shape == (100, 4, 128)
     assert model.cv_embed is None
-
-
-def commands(path: Path) -> list[str]:
-    """Command lines of a document, with continued lines joined."""
-    text = path.read_text().replace("\\\n#", "").replace("\\\n", "")
-    return re.findall(r"python launch/train\.py --config [^`\n]+", text)
-
-
-def test_the_commands_in_the_readme_are_accepted():
-    found = commands(CONFIGS / "README.md")
-    assert len(found) >= 8
-    for command in found:
-        _, _, _, path, *overrides = shlex.split(command)
-        load_config(ROOT / path, overrides)
 
 
 def test_the_readme_names_every_published_file():
