@@ -13,7 +13,7 @@ PY := .venv/bin/python
 DEMO := data/demo
 
 help:
-	@echo "make train        demo: render, pack, train 2 workers, evaluate (about 4 minutes on 2 cores)"
+	@echo "make train        demo: render, pack, train with 2 workers, evaluate (about 4 minutes on 2 cores)"
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
 	@echo "make lint         ruff"
