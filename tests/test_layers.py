@@ -155,7 +155,7 @@ def test_the_top_level_holds_the_agreed_folders_only():
     if tracked.returncode:
         pytest.skip("not a git checkout")
     folders = {line.split("/")[0] for line in tracked.stdout.split() if "/" in line and not line.startswith(".")}
-    assert folders == {*FOLDERS, "tests", "configs"}
+    assert folders == {*FOLDERS, "tests", "configs", "docs"}
 
 
 def test_checks_before_a_run_import_neither_torch_nor_ray():

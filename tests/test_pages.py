@@ -116,3 +116,16 @@ def test_the_readmes_table_of_folders_names_every_wing():
     for name in WINGS:
         folder, _, wing = name.partition(".")
         assert f"`{wing}/`" in rows[folder] or not wing, name
+
+
+def test_what_the_tour_names_in_a_module_is_in_it():
+    """Functions and classes of a numbered item, in one of the modules that the item names."""
+    missing = []
+    for item in re.split(r"^\d+\. ", (ROOT / "docs" / "tour.md").read_text(), flags=re.MULTILINE)[1:]:
+        item = item.split("\n\n")[0]
+        files = [ROOT / name for name in FILE.findall(item) if name.endswith(".py")]
+        modules = [path.read_text() for path in files if path.is_file()]
+        named = [span for span in spans(item) if re.fullmatch(r"\w+(\.\w+)?", span) and not SETTING.fullmatch(span)]
+        names = [span for span in named if not span.endswith((".json", ".yaml", ".safetensors"))]
+        missing += [n for name in names for n in name.split(".") if not any(n in module for module in modules)]
+    assert missing == []
