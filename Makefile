@@ -16,7 +16,7 @@ help:
 	@echo "make train        demo: render, pack, train with 2 workers, evaluate (about 4 minutes on 2 cores)"
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
-	@echo "make lint         ruff"
+	@echo "make lint         style and form (ruff), then types (mypy)"
 	@echo "make lock         new exact versions into requirements.lock"
 	@echo "make clean        remove .venv, data/demo and runs/demo"
 
@@ -49,6 +49,7 @@ test-faults: .venv/ready
 lint: .venv/ready
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
 
 lock:
 	@.venv/bin/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --extra dev \
