@@ -65,7 +65,10 @@ def test_bf16_is_for_the_encoder_alone(runs):
 
 
 def test_a_learning_rate_of_5e_6_moves_parameters_in_bf16_as_in_float32(runs):
-    exact, rounded = runs["float32"]["moved"], runs["bf16"]["moved"]
+    exact, rounded = (
+        {name: followed(name, moved) for name, moved in runs[precision]["moved"].items()}
+        for precision in ("float32", "bf16")
+    )
     assert len(runs["bf16"]["log"]) >= 4
     for name, moved in exact.items():
         assert moved.abs().max() > 0, name
@@ -73,6 +76,12 @@ def test_a_learning_rate_of_5e_6_moves_parameters_in_bf16_as_in_float32(runs):
         close(rounded[name].abs().mean(), moved.abs().mean(), rtol=0.25, what=name)
     together = [torch.cat([moved.flatten() for moved in run.values()]) for run in (exact, rounded)]
     within(1 - torch.cosine_similarity(*together, dim=0), 0.2)
+
+
+def followed(name, moved):
+    """All but the biases of attention's keys: no loss depends on them, so rounding alone says which way they go."""
+    queries, _, values = moved.chunk(3) if name.endswith("in_proj_bias") else (moved, None, moved[:0])
+    return torch.cat([queries, values])
 
 
 def test_bf16_losses_follow_float32(runs):
