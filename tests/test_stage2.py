@@ -43,7 +43,8 @@ TOLERANCES = [
     ("stage2_vit_s12_cam", *VIT),
     # float32 is limited by ReLU units that flip near zero
     ("stage2_rn50", torch.float32, (1e-5, 2e-4), 5e-3, 1e-2, 2e-2, 0.03, 0.1, 3e-2),
-    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 1e-7, 0.0, 1e-5, 1e-5),
+    # float64 by how its figures are stored: full gradients as float32, which takes up to 6e-8 from the largest entry
+    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 2e-7, 0.0, 1e-5, 3e-5),
 ]
 
 
