@@ -3,7 +3,7 @@
 That the method is the same is told in float64: 1e-6 over 200 steps for a ViT, where rounding has 1e-15 to start from.
 In float32 the first steps tell it, 50 of them to 1e-4 for a ViT, and 5 to 1e-3 for a ResNet with BatchNorm, where Adam
 turns rounding into full steps. Later steps amplify it: one processor's kernels, over three seeds, are 3e-6 apart at
-most after 100 steps of a ViT and up to 1.6e-4 after 200.
+most after 100 steps of a ViT, 1e-5 after 150 and 6e-4 after 200.
 """
 
 import pytest
