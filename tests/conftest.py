@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,23 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 def pytest_addoption(parser):
     parser.addoption("--run-faults", action="store_true", help="run the long fault tests as well")
+    parser.addoption("--tolerances", action="store_true", help="print how much of each float32 tolerance was used")
+
+
+def pytest_configure(config):
+    """Workers of xdist are started with this environment, and note in the same folder."""
+    from tests.helpers.tolerances import FOLDER
+
+    if config.getoption("--tolerances"):
+        os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="tolerances-"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    from tests.helpers.tolerances import FOLDER, table
+
+    if config.getoption("--tolerances"):
+        terminalreporter.section("largest share used of each tolerance")
+        terminalreporter.write_line("\n".join(table(os.environ[FOLDER])))
 
 
 def pytest_collection_modifyitems(config, items):

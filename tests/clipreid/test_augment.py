@@ -21,8 +21,10 @@ from clipreid.augment import (
     noise_table,
     normalise,
 )
+from tests.helpers.tolerances import close
 
 SETTINGS = AugmentSettings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+ROUNDING = 1e-5  # The next pixel value is 2e-2 away.
 STEP = {"seed": 3, "epoch": 2, "step": 5}
 
 
@@ -54,7 +56,7 @@ def test_pixels_equal_a_per_image_pipeline_with_the_same_choices(settings):
     choices = draw(positions, (64, 32), settings=settings, **STEP)
     out = augment(images, positions, settings=settings, **STEP)
     for i, image in enumerate(images):
-        torch.testing.assert_close(out[i], one_image(image, choices, i, settings), rtol=0, atol=1e-6)
+        close(out[i], one_image(image, choices, i, settings), atol=ROUNDING)
     assert settings.erase == 0 or (choices.erase_height > 0).any()
 
 
@@ -67,13 +69,13 @@ def test_forced_choices_are_carried_out_to_the_pixel():
     out = apply(image, Choices(**{name: torch.tensor([value]) for name, value in values.items()}), settings)
     noise = noise_table(36, torch.device("cpu"))[7 + 10 : 7 + 12].tolist()
     expected = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 4, *noise]])
-    torch.testing.assert_close(out[0, 0], expected)
+    close(out[0, 0], expected, rtol=1.3e-6, atol=1e-5)
 
 
 def test_normalise_equals_torchvision():
     images = random_images(2)
     expected = torch.stack([TF.normalize(image.float() / 255, SETTINGS.mean, SETTINGS.std) for image in images])
-    torch.testing.assert_close(normalise(images, SETTINGS.mean, SETTINGS.std), expected, rtol=0, atol=1e-6)
+    close(normalise(images, SETTINGS.mean, SETTINGS.std), expected, atol=ROUNDING)
 
 
 def test_an_image_does_not_depend_on_who_else_is_in_the_part():
@@ -216,4 +218,4 @@ def test_a_gpu_gives_the_same_pixels():
     images, positions = random_images(64, 256, 128), torch.arange(64)
     expected = augment(images, positions, settings=SETTINGS, **STEP)
     out = augment(images.cuda(), positions.cuda(), settings=SETTINGS, **STEP)
-    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-6)
+    close(out, expected, atol=ROUNDING)

@@ -27,6 +27,7 @@ from tests.helpers.precision import (
 )
 from tests.helpers.processes import on_processes
 from tests.helpers.shards import write_shards
+from tests.helpers.tolerances import close, within
 
 VARIANTS = {
     "vit": {"model.sie": "camera+view"},
@@ -65,19 +66,28 @@ def test_bf16_is_for_the_encoder_alone(runs):
 
 
 def test_a_learning_rate_of_5e_6_moves_parameters_in_bf16_as_in_float32(runs):
-    exact, rounded = runs["float32"]["moved"], runs["bf16"]["moved"]
+    exact, rounded = (
+        {name: followed(name, moved) for name, moved in runs[precision]["moved"].items()}
+        for precision in ("float32", "bf16")
+    )
     assert len(runs["bf16"]["log"]) >= 4
     for name, moved in exact.items():
         assert moved.abs().max() > 0, name
         # Adam's first steps have the size of the learning rate, whatever the gradient's rounding.
-        assert rounded[name].abs().mean() == pytest.approx(moved.abs().mean(), rel=0.25), name
+        close(rounded[name].abs().mean(), moved.abs().mean(), rtol=0.25, what=name)
     together = [torch.cat([moved.flatten() for moved in run.values()]) for run in (exact, rounded)]
-    assert torch.cosine_similarity(*together, dim=0) > 0.8
+    within(1 - torch.cosine_similarity(*together, dim=0), 0.2)
+
+
+def followed(name, moved):
+    """All but the biases of attention's keys: no loss depends on them, so rounding alone says which way they go."""
+    queries, _, values = moved.chunk(3) if name.endswith("in_proj_bias") else (moved, None, moved[:0])
+    return torch.cat([queries, values])
 
 
 def test_bf16_losses_follow_float32(runs):
     for exact, rounded in zip(runs["float32"]["log"], runs["bf16"]["log"], strict=True):
-        assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+        close(rounded["loss"], exact["loss"], rtol=0.02)
         assert rounded["loss"] != exact["loss"]
 
 
@@ -164,4 +174,4 @@ def test_a_compiled_encoder_gives_the_losses_of_an_eager_one_on_two_processes(fo
     (eager, no_graphs), (compiled, graphs) = first[False], first[True]
     assert (no_graphs, graphs) == (0, 1)
     assert len(compiled) >= 4 and all(map(math.isfinite, compiled))
-    assert compiled == pytest.approx(eager, rel=1e-4)
+    close(compiled, eager, rtol=1e-4)

@@ -12,6 +12,7 @@ from clipreid.model.reid import ReIDOutput
 from clipreid.optim import adam, parameter_groups
 from clipreid.stage2 import TEXT_LOSSES, LossSettings, batch_texts, losses
 from tests.helpers.golden_models import case_images, case_models, case_spec, read_case, scaled_error
+from tests.helpers.tolerances import close, within
 
 # The reference's part -> ours
 PARTS = {
@@ -34,15 +35,16 @@ def meaningful(name, gradient):
     return gradient
 
 
-VIT = (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.99, 0.1, 1e-2)
+VIT = (torch.float32, (1e-5, 1e-4), 1e-4, 1e-5, 1e-4, 0.01, 0.1, 1e-2)
 TOLERANCES = [
-    # dtype, loss parts of step 0 and 1, gradient norm, gradient head, full gradient, share of the weights within so
+    # dtype, loss parts of step 0 and 1, gradient norm, gradient head, full gradient, share of the weights beyond so
     # many learning rates, how far all moved
     ("stage2_vit_s16", *VIT),
     ("stage2_vit_s12_cam", *VIT),
     # float32 is limited by ReLU units that flip near zero
-    ("stage2_rn50", torch.float32, (1e-5, 2e-4), 5e-3, 1e-2, 2e-2, 0.97, 0.1, 3e-2),
-    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 1e-7, 1.0, 1e-5, 1e-5),
+    ("stage2_rn50", torch.float32, (1e-5, 2e-4), 5e-3, 1e-2, 2e-2, 0.03, 0.1, 3e-2),
+    # float64 by how its figures are stored: full gradients as float32, which takes up to 6e-8 from the largest entry
+    ("stage2_rn50", torch.float64, (1e-7, 1e-5), 1e-7, 1e-7, 2e-7, 0.0, 1e-5, 3e-5),
 ]
 
 
@@ -70,7 +72,7 @@ def test_training_steps_match_the_reference_figures(tolerances):
         images = case_images(case["images"] + str(k), len(labels), case).to(dtype)
         parts = losses(model(images, cameras), labels, text_features, settings=settings)
         for part, reference in zip(golden["part_names"], golden["loss_parts"][k], strict=True):
-            assert parts[PARTS[part]].item() == pytest.approx(reference, rel=part_tolerance[k]), (k, part)
+            close(parts[PARTS[part]], reference, rtol=part_tolerance[k], what=(k, part))
         optimizer.zero_grad()
         parts["loss"].backward()
         if k == 0:
@@ -84,26 +86,26 @@ def check_gradients(golden, names, trained, norm_tolerance, head_tolerance, full
     for i, name in enumerate(names):
         norm, gradient = golden["grad_norm"][i], trained[name].grad.double()
         if len(meaningful(name, gradient)):
-            assert gradient.norm().item() == pytest.approx(norm, rel=norm_tolerance), name
+            close(gradient.norm(), norm, rtol=norm_tolerance, what=name)
         count = int(np.isfinite(golden["grad_head"][i]).sum())
         head = meaningful(name, gradient.flatten())[:count]
-        assert np.abs(head.numpy() - golden["grad_head"][i][: len(head)]).max(initial=0) <= head_tolerance * norm, name
+        within(np.abs(head.numpy() - golden["grad_head"][i][: len(head)]).max(initial=0) / norm, head_tolerance, name)
     for key in (key for key in golden if key.startswith("grad__")):
-        assert scaled_error(trained[our_name(key.removeprefix("grad__"))].grad, golden[key]) < full_tolerance, key
+        within(scaled_error(trained[our_name(key.removeprefix("grad__"))].grad, golden[key]), full_tolerance, key)
 
 
-def check_weights(golden, names, trained, before, lr, share, within, delta_tolerance):
-    """`within`: learning rates. A tensor's sum may be off by what the way it moved may be off."""
+def check_weights(golden, names, trained, before, lr, share, lrs, delta_tolerance):
+    """All but a `share` of the entries are within `lrs` learning rates; sums are as far off as the way moved may be."""
     off = []
     for i, name in enumerate(names):
         value = trained[name].detach().double()
         reference = golden["after_head"][i][np.isfinite(golden["after_head"][i])]
         off.append(np.abs(value.flatten()[: len(reference)].numpy() - reference) / lr)
         moved = (value - before[name].double()).norm().item()
-        assert moved == pytest.approx(golden["after_delta_norm"][i], rel=delta_tolerance), name
-        slack = delta_tolerance * golden["after_delta_norm"][i] * value.numel() ** 0.5
-        assert abs(value.sum().item() - golden["after_sum"][i]) <= slack, name
-    assert (np.concatenate(off) < within).mean() >= share
+        close(moved, golden["after_delta_norm"][i], rtol=delta_tolerance, what=name)
+        furthest = golden["after_delta_norm"][i] * value.numel() ** 0.5
+        within(abs(value.sum() - golden["after_sum"][i]) / furthest, delta_tolerance, name)
+    within((np.concatenate(off) >= lrs).mean(), share)
 
 
 def check_statistics(golden, model):
@@ -112,7 +114,7 @@ def check_statistics(golden, model):
     keys = [key for key in golden if key.startswith("after__")]
     assert len(keys) >= 3
     for key in keys:
-        assert scaled_error(state[our_name(key.removeprefix("after__"))], golden[key]) < 1e-4, key
+        within(scaled_error(state[our_name(key.removeprefix("after__"))], golden[key]), 1e-4, key)
 
 
 IDENTITIES, WIDTH = 10, 6

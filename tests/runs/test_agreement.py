@@ -1,7 +1,9 @@
 """Both stages, step after step through the real loop, loaders and engine, log the same losses on 1, 2 and 4 processes.
 
-What rounding allows: float64 1e-6; float32 1e-4 over 200 steps for a ViT, and 1e-3 over the first 5 for a ResNet with
-BatchNorm, where Adam turns rounding into full steps.
+That the method is the same is told in float64: 1e-6 over 200 steps for a ViT, where rounding has 1e-15 to start from.
+In float32 the first steps tell it, 50 of them to 1e-4 for a ViT, and 5 to 1e-3 for a ResNet with BatchNorm, where Adam
+turns rounding into full steps. Later steps amplify it: one processor's kernels, over three seeds, are 3e-6 apart at
+most after 100 steps of a ViT, 1e-5 after 150 and 6e-4 after 200.
 """
 
 import pytest
@@ -17,13 +19,15 @@ from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
 from tests.helpers.processes import on_processes
+from tests.helpers.tolerances import within
 
 CASES = {
-    # (architecture, type of all numbers): epochs of both stages, steps compared in each, relative difference allowed
-    ("tiny_vit", torch.float64): (4, 16, 1e-6),
-    ("tiny_rn", torch.float64): (4, 16, 1e-6),
-    ("tiny_vit", torch.float32): (50, 200, 1e-4),
-    ("tiny_rn", torch.float32): (2, 5, 1e-3),
+    # (architecture, type of all numbers, epochs of both stages): steps compared in each, relative difference allowed
+    ("tiny_vit", torch.float64, 50): (200, 1e-6),
+    ("tiny_vit", torch.float64, 4): (16, 1e-6),
+    ("tiny_rn", torch.float64, 4): (16, 1e-6),
+    ("tiny_vit", torch.float32, 13): (50, 1e-4),
+    ("tiny_rn", torch.float32, 2): (5, 1e-3),
 }
 LR = 1e-3  # Large, so that the steps are felt.
 
@@ -63,9 +67,9 @@ def settings(shards, arch, epochs):
     )
 
 
-def losses_of_both_stages(team, shards, arch, dtype):
+def losses_of_both_stages(team, shards, arch, dtype, epochs):
     """What the loop logs of each stage, [{stage, epoch, step, loss, …}]."""
-    config = settings(shards, arch, CASES[arch, dtype][0])
+    config = settings(shards, arch, epochs)
     index, log = ShardIndex.open(str(shards)), Log()
     train, spec = index.split("train"), model_spec(config, index)
     model, text = (part.to(dtype) for part in build_models(spec, seed=0))
@@ -90,7 +94,7 @@ def follow(stage, team, log, dtype):
 
 def all_cases(team, shards):
     """By case; the longest one not on 4 processes."""
-    cases = [case for case in CASES if team.world_size < 4 or case != ("tiny_vit", torch.float32)]
+    cases = [case for case in CASES if team.world_size < 4 or case[2] < 50]
     return {case: losses_of_both_stages(team, shards, *case) for case in cases}
 
 
@@ -103,7 +107,7 @@ def alone(tiny_shards):
 def test_losses_of_every_step_do_not_depend_on_the_number_of_workers(tiny_shards, alone, world_size):
     for found in on_processes(world_size, all_cases, tiny_shards, timeout_s=120):
         for case in found:
-            _, steps, tolerance = CASES[case]
+            steps, tolerance = CASES[case]
             for stage in (1, 2):
                 one, other = (
                     [e for e in entries if (e["stage"], e["step"] <= steps) == (stage, True)]
@@ -113,7 +117,7 @@ def test_losses_of_every_step_do_not_depend_on_the_number_of_workers(tiny_shards
                 for a, b in zip(one, other, strict=True):
                     for name in a.keys() - {"stage", "epoch", "step", "images_per_s"}:
                         scale = max(abs(a[name]), 1e-3)
-                        assert abs(a[name] - b[name]) <= tolerance * scale, (case, stage, a["step"], name)
+                        within(abs(a[name] - b[name]) / scale, tolerance, (case, stage, a["step"], name))
 
 
 def test_the_steps_that_are_compared_change_the_losses(alone):

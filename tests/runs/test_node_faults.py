@@ -81,7 +81,8 @@ def test_an_elastic_run_shrinks_with_the_cluster_and_grows_again(nodes, tiny_sha
     (tmp_path / "reference").mkdir()
     reference = Torchrun(2, tmp_path / "reference", tiny_shards, stage2__epochs=30)
     reference.end()
-    assert_same_losses(read_log(reference.run_dir), read_log(job.run_dir))
+    # 120 steps: by then rounding has grown to 1e-5 or, on some processors, 1e-4 (test_agreement.py).
+    assert_same_losses(read_log(reference.run_dir), read_log(job.run_dir), tolerance=1e-3)
 
 
 def crawl(workers):

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.runs import BIN, ROOT, config_file, environment, overrides, read_log, steps, train
+from tests.helpers.tolerances import within
 
 LOSS_KEYS = ("loss", "i2t", "t2i", "id_img", "tri_pre", "tri_proj", "i2tce")
 
@@ -17,7 +18,7 @@ def assert_same_losses(one, other, tolerance=1e-4):
     for a, b in zip(one, other, strict=True):
         for key in LOSS_KEYS:
             if key in a:
-                assert abs(a[key] - b[key]) <= tolerance * max(abs(a[key]), 1e-3), (a["stage"], a["step"], key)
+                within(abs(a[key] - b[key]) / max(abs(a[key]), 1e-3), tolerance, (a["stage"], a["step"], key))
 
 
 @pytest.fixture(scope="module")

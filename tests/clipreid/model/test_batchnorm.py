@@ -7,6 +7,7 @@ from torch import nn
 from clipreid.gather import alone
 from clipreid.model.batchnorm import GlobalBatchNorm, globalize_batchnorm
 from tests.helpers.rank_threads import run_ranks
+from tests.helpers.tolerances import close
 
 
 def plain_layer(channels, two_dimensional):
@@ -57,7 +58,7 @@ def test_float32_statistics_survive_a_mean_far_from_zero():
     holder = nn.Sequential(nn.BatchNorm2d(3))
     globalize_batchnorm(holder, alone)
     exact = nn.BatchNorm2d(3).double()(x.double())
-    assert (holder(x) - exact).abs().max() < 1e-3
+    close(holder(x), exact, atol=1e-3)
 
 
 def test_bfloat16_input_uses_float32_statistics():
@@ -66,7 +67,7 @@ def test_bfloat16_input_uses_float32_statistics():
     globalize_batchnorm(holder, alone)
     y = holder(x)
     assert y.dtype == torch.bfloat16
-    assert (holder[0].running_mean / 0.1 - x.double().mean(0)).abs().max() < 1e-5
+    close(holder[0].running_mean / 0.1, x.double().mean(0), atol=1e-5)
     y.float().square().sum().backward()
 
 

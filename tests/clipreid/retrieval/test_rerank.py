@@ -10,6 +10,7 @@ from clipreid.retrieval.metrics import Labels, retrieve, retrieve_by_distance
 from clipreid.retrieval.rerank import evaluate_reranked, rerank, reranked
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
+from tests.helpers.tolerances import close
 
 DEVICES = [
     "cpu",
@@ -26,7 +27,7 @@ def test_distances_match_the_reference_figures(dtype, tolerance, device):
     query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(device, dtype) for side in "qg")
     distances = rerank(query, gallery, case["k1"], case["k2"], case["lam"]).cpu()
     assert distances.dtype == dtype
-    assert np.abs(distances.numpy() - golden["distance"]).max() < tolerance
+    close(distances, golden["distance"], atol=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,8 +38,8 @@ def test_measures_match_the_reference_figures(device):
         query, Labels(golden["q_pid"]), gallery, Labels(golden["g_pid"]), rule="none", k1=case["k1"], k2=case["k2"],
         lam=case["lam"],
     )  # fmt: skip
-    assert abs(metrics["mAP"] - golden["mAP"]) < 1e-6
-    np.testing.assert_allclose([metrics[f"R{r}"] for r in (1, 5, 10)], golden["cmc_1_5_10"], atol=1e-6)
+    close(metrics["mAP"], golden["mAP"], atol=1e-6)
+    close([metrics[f"R{r}"] for r in (1, 5, 10)], golden["cmc_1_5_10"], atol=1e-6)
 
 
 def slow_rerank(query, gallery, k1, k2, lam):
@@ -138,7 +139,7 @@ def test_half_precision_features_are_computed_in_float32():
     query, gallery = (torch.randn(n, 8, generator=generator).bfloat16() for n in (6, 40))
     distances = rerank(query, gallery, 5, 3)
     assert distances.dtype == torch.float32
-    assert (distances - rerank(query.double(), gallery.double(), 5, 3)).abs().max() < 1e-5
+    close(distances, rerank(query.double(), gallery.double(), 5, 3), atol=1e-5)
 
 
 def test_too_few_images_are_refused():
