@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clipreid.errors import ModelError
-from clipreid.gather import Gather, alone
 from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
+from clipreid.peers import ALONE, Peers
 
 if TYPE_CHECKING:
     from clipreid.model.reid import ReIDOutput
@@ -53,7 +53,7 @@ def losses(
     output: "ReIDOutput",
     labels: Tensor,
     text_features: Tensor | None,
-    gather: Gather = alone,
+    peers: Peers = ALONE,
     settings: LossSettings = LossSettings(),
     own_texts: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -71,8 +71,8 @@ def losses(
         local = {level: at_least_float32(getattr(output.features, level)) for level in levels}
         if "i2t" in wanted or "t2i" in wanted:
             local["text"] = text_features[labels] if own_texts is None else at_least_float32(own_texts)
-        batch = _gather_columns(local, gather)
-        labels_batch = gather(labels)
+        batch = _gather_columns(local, peers)
+        labels_batch = peers.all_gather(labels)
 
         parts = {
             f"id_{name}": smoothed_cross_entropy(logits, labels, settings.label_smoothing)
@@ -100,9 +100,9 @@ def batch_texts(text: nn.Module, labels: Tensor, images_per_identity: int) -> Te
     return text(labels[::images_per_identity]).repeat_interleave(images_per_identity, dim=0)
 
 
-def _gather_columns(local: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
+def _gather_columns(local: dict[str, Tensor], peers: Peers) -> dict[str, Tensor]:
     """{name: [b, D_i]} -> {name: [B, D_i]} in one gather, side by side."""
-    gathered = gather(torch.cat(list(local.values()), dim=1))
+    gathered = peers.all_gather(torch.cat(list(local.values()), dim=1))
     return dict(zip(local, gathered.split([x.shape[1] for x in local.values()], dim=1), strict=True))
 
 

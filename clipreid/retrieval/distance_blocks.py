@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.positives import Labels, ReduceSum, ascending, query_blocks
+from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.positives import Labels, ascending, query_blocks
 from clipreid.threads import in_threads
 
 QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product
@@ -37,8 +38,9 @@ class Products:
         gallery_features: Tensor | np.ndarray,
         gallery: Labels,
         rule: str,
-        part: tuple[int, int],
+        peers: Peers = ALONE,
     ):
+        self.peers = peers
         self.device = query_features.device
         self.gallery = gallery_features
         self.identities = query.identities, gallery.identities
@@ -54,7 +56,7 @@ class Products:
         self.features = [features for features, _ in loaded]
         self.squared = [squared[: len(block.rows)] for block, (_, squared) in zip(self.queries, loaded, strict=True)]
         """|q|² of each block's queries, float32 [b]."""
-        self.starts = _own_starts(len(self.order), *part)
+        self.starts = _own_starts(len(self.order), peers)
 
     def each(
         self, work: Work, *, only_met: bool = False, on_gallery: Callable[[int, int], None] = lambda done, total: None
@@ -87,7 +89,7 @@ class Products:
         for _ in in_threads(multiply, tasks(), self.device):
             pass
 
-    def sample_distance(self, rate: float, reduce_sum: ReduceSum) -> Tensor:
+    def sample_distance(self, rate: float) -> Tensor:
         """About how far this fraction of the negatives is at most, from a sample of pairs. float32 scalar."""
         number = np.linspace(0, len(self.query_order) - 1, SAMPLE).astype(int)
         queries = torch.stack([self.features[n // QUERY_BLOCK][n % QUERY_BLOCK] for n in number.tolist()])
@@ -100,7 +102,7 @@ class Products:
             negatives = ascending(distances[torch.from_numpy(differ).to(self.device)])
             estimate[0] = negatives[int(rate * len(negatives))] if len(negatives) else torch.inf
             estimate[1] = 1
-        total, ranks = reduce_sum(estimate)
+        total, ranks = self.peers.all_reduce_sum(estimate)
         return total / ranks
 
     def _load(self, source: Tensor | np.ndarray, numbers: np.ndarray, size: int, name: str) -> tuple[Tensor, Tensor]:
@@ -115,15 +117,15 @@ class Products:
         return padded, squared
 
 
-def gallery_rows(gallery: Labels, rank: int, world_size: int) -> np.ndarray:
+def gallery_rows(gallery: Labels, peers: Peers) -> np.ndarray:
     """The gallery rows that a rank reads, int64, possibly none."""
     order = np.argsort(gallery.identities, kind="stable")
-    starts = _own_starts(len(order), rank, world_size)
+    starts = _own_starts(len(order), peers)
     return order[starts.start : starts.stop]
 
 
-def _own_starts(gallery_size: int, rank: int, world_size: int) -> range:
+def _own_starts(gallery_size: int, peers: Peers) -> range:
     """First columns of the rank's blocks."""
     blocks = -(-gallery_size // GALLERY_BLOCK)
-    first, last = (blocks * r // world_size * GALLERY_BLOCK for r in (rank, rank + 1))
+    first, last = (blocks * r // peers.world_size * GALLERY_BLOCK for r in (peers.rank, peers.rank + 1))
     return range(first, min(last, gallery_size), GALLERY_BLOCK)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
+from clipreid.peers import ALONE, Peers
 from clipreid.retrieval.distance_blocks import GALLERY_BLOCK, QUERY_BLOCK, Products
-from clipreid.retrieval.positives import Labels, QueryBlock, ReduceSum, count_up, find_near, query_blocks
+from clipreid.retrieval.positives import Labels, QueryBlock, count_up, find_near, query_blocks
 from clipreid.retrieval.top_k import Nearest, RankedLists
 from clipreid.retrieval.tpr_at_fpr import SAFE_RATE, Verification
 
@@ -92,29 +93,28 @@ def retrieve(
     *,
     rule: str = "camera",
     top_k: int = 0,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
+    peers: Peers = ALONE,
     on_gallery: Callable[[int, int], None] = lambda done, total: None,
 ) -> Retrieval:
     """Rank the gallery for every query by Euclidean distance; ties go to the image first in the gallery.
 
     query_features: float [Q, D], the same on every rank; the products run on their device.
-    gallery_features: float [G, D], may be memory-mapped: only `gallery_rows(gallery, *part)` are read.
+    gallery_features: float [G, D], may be memory-mapped: only `gallery_rows(gallery, peers)` are read.
     rule: the gallery images of the query's identity that do not count for it: those of its camera, none, or
     those of its camera and time. top_k: length of the lists of nearest images; 0: none.
-    part: (rank, world_size). on_gallery is told how many gallery images this rank has compared, and of how many.
+    on_gallery is told how many gallery images this rank has compared, and of how many.
     Raises ModelError for an unknown rule, a feature that is not finite, and where no query is valid.
     """
-    products = Products(query_features, query, gallery_features, gallery, rule, part)
+    products = Products(query_features, query, gallery_features, gallery, rule, peers)
     blocks = products.queries
     _check_some_positive(sum(len(block.distances) for block in blocks), len(query.identities), rule)
     products.each(lambda number, start, distances: blocks[number].read(distances, start), only_met=True)
-    _share([block.distances for block in blocks], reduce_sum)
+    _share([block.distances for block in blocks], peers)
     for block in blocks:
         block.all_read()
 
     positives, negatives = _pairs(products)
-    farthest = products.sample_distance(SAFE_RATE, reduce_sum)
+    farthest = products.sample_distance(SAFE_RATE)
     verification = Verification(positives, negatives, farthest)
     lists = RankedLists(blocks, top_k) if top_k else None
 
@@ -128,9 +128,9 @@ def retrieve(
             lists.add(number, distances, products.rows[start : start + distances.shape[1]])
 
     products.each(count, on_gallery=on_gallery)
-    _share([block.nearer for block in blocks], reduce_sum)
-    rates = _rates(products, verification, positives, reduce_sum)
-    nearest = lists.merged(products.squared, part, reduce_sum) if lists else None
+    _share([block.nearer for block in blocks], peers)
+    rates = _rates(products, verification, positives)
+    nearest = lists.merged(products.squared, peers) if lists else None
     measured = np.empty((4, len(query.identities)))
     for block in blocks:
         measured[:, block.rows] = _measure(block)
@@ -151,7 +151,7 @@ def retrieve_by_blocks(
     *,
     rule: str = "camera",
     device: torch.device | None = None,
-    reduce_sum: ReduceSum = lambda x: x,
+    peers: Peers = ALONE,
 ) -> Retrieval:
     """The same from (queries, their distances float32 [b, G]), a block at a time; each query once, on any rank.
 
@@ -169,16 +169,16 @@ def retrieve_by_blocks(
             block.leave_out(part, start)
             block.count(part, find_near(part, block.reach), start, columns)
         measured[:, rows] = torch.from_numpy(_measure(block)).to(device)
-    measured = reduce_sum(measured).cpu().numpy()
+    measured = peers.all_reduce_sum(measured).cpu().numpy()
     _check_some_positive(int(measured[3].sum()), total, rule)
     return Retrieval(_per_query(measured))
 
 
-def _share(parts: list[Tensor], reduce_sum: ReduceSum) -> None:
+def _share(tensors: list[Tensor], peers: Peers) -> None:
     """Replace tensors by their sums over ranks, in one exchange."""
-    summed = reduce_sum(torch.cat([part.flatten() for part in parts]))
-    for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
-        part.copy_(total.view_as(part))
+    summed = peers.all_reduce_sum(torch.cat([own.flatten() for own in tensors]))
+    for own, total in zip(tensors, summed.split([own.numel() for own in tensors]), strict=True):
+        own.copy_(total.view_as(own))
 
 
 def _check_some_positive(positives: int, queries: int, rule: str) -> None:
@@ -198,11 +198,9 @@ def _pairs(products: Products) -> tuple[Tensor, int]:
     return torch.cat(positives), negatives
 
 
-def _rates(
-    products: Products, verification: Verification, positives: Tensor, reduce_sum: ReduceSum
-) -> dict[str, float]:
+def _rates(products: Products, verification: Verification, positives: Tensor) -> dict[str, float]:
     """TPR@FPR; where the sample was misleading, from another pass over all pairs."""
-    counts = reduce_sum(verification.counts())
+    counts = products.peers.all_reduce_sum(verification.counts())
     if not verification.suffices(counts):
         verification = Verification(positives, verification.negatives, positives.max())
 
@@ -212,7 +210,7 @@ def _rates(
             verification.add(find_near(distances, verification.reach(squared)), squared)
 
         products.each(count)
-        counts = reduce_sum(verification.counts())
+        counts = products.peers.all_reduce_sum(verification.counts())
     return verification.rates(counts)
 
 

@@ -9,7 +9,7 @@ the gallery are counted one by one.
 Q, G = queries and gallery images, P = positives of a block's queries; b, w = rows and columns of a block of distances
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,9 +22,6 @@ from clipreid.errors import ModelError
 RULES = {"camera": (("cameras", -1),), "none": (), "camera_time": (("cameras", -1), ("times", ""))}
 """What has to be equal, and its value for unknown, for a gallery image of the query's identity not to
 count."""
-
-ReduceSum = Callable[[Tensor], Tensor]
-"""A tensor on the queries' device, float32, float64 or int64 -> its sum over ranks."""
 
 NEVER = torch.iinfo(torch.int64).max  # behind all keys
 FEW = 8  # an eighth of a block is few: sorted by itself, in place of all rows

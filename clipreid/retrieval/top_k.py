@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.retrieval.positives import NEVER, QueryBlock, ReduceSum, monotone
+from clipreid.peers import Peers
+from clipreid.retrieval.positives import NEVER, QueryBlock, monotone
 
 NONE = -1  # in place of a gallery row
 
@@ -42,16 +43,15 @@ class RankedLists:
         keys = (monotone(distances) << 32 | gallery_rows).where(distances < torch.inf, NEVER)
         self.keys[number] = torch.cat([self.keys[number], keys], 1).topk(self.length, largest=False).values
 
-    def merged(self, squared: Sequence[Tensor], part: tuple[int, int], reduce_sum: ReduceSum) -> Nearest:
+    def merged(self, squared: Sequence[Tensor], peers: Peers) -> Nearest:
         """Over all ranks. squared: |q|² of each block's queries, float32 [b]."""
-        rank, world_size = part
         total = sum(len(block.rows) for block in self.blocks)
         rows = np.full((total, self.length), NONE)
         distances = np.full((total, self.length), np.inf, np.float32)
         for block, keys, lengths in zip(self.blocks, self.keys, squared, strict=True):
-            of_ranks = keys.new_zeros(world_size, *keys.shape)
-            of_ranks[rank] = keys
-            keys = torch.cat(list(reduce_sum(of_ranks)), 1).topk(self.length, largest=False).values
+            of_ranks = keys.new_zeros(peers.world_size, *keys.shape)
+            of_ranks[peers.rank] = keys
+            keys = torch.cat(list(peers.all_reduce_sum(of_ranks)), 1).topk(self.length, largest=False).values
             found = keys != NEVER
             rows[block.rows] = (keys & 0xFFFFFFFF).where(found, NONE).cpu().numpy()
             euclidean = (_distances(keys) + lengths[:, None]).clamp(min=0).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipreid.augment import normalise
 from clipreid.model.reid import Features, ReIDModel, descriptor
-from clipreid.retrieval.metrics import Labels
+from clipreid.retrieval.positives import Labels
 from cluster.evaluation.features import extract
 from cluster.evaluation.metrics import Progress, measure_retrieval, measure_vehicleid, silent
 from cluster.evaluation.per_query import PerQueryFile

@@ -20,7 +20,8 @@ from clipreid.augment import normalise
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import build_models
 from clipreid.model.relevance import relevance_maps
-from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.metrics import retrieve
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import LISTS, draw_gallery
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text

@@ -67,9 +67,7 @@ class Stage1:
         images = torch.tensor(self.bank[own], device=device)
         labels = torch.tensor(self.labels[own], device=device)
         batch_labels = torch.tensor(self.labels[rows])
-        return method.step(
-            self._encode, images, labels, batch_labels, self.team.rank, self.team.world_size, self.team.all_gather
-        )
+        return method.step(self._encode, images, labels, batch_labels, self.team)
 
     def _encode(self, labels: Tensor) -> Tensor:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):

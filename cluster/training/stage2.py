@@ -77,7 +77,7 @@ class Stage2:
         self.label_names = index.split("train").label_names
         one_stage = config.method == "one_stage"
         if team.world_size > 1:
-            globalize_batchnorm(model, team.all_gather)
+            globalize_batchnorm(model, team)
         if config.train.compile:
             model.image_encoder.compile(dynamic=False)
         module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
@@ -132,7 +132,7 @@ class Stage2:
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             output, own_texts = self.engine(images, labels, cameras, views)
-        return method.losses(output, labels, self.text_features, self.team.all_gather, self.loss_settings, own_texts)
+        return method.losses(output, labels, self.text_features, self.team, self.loss_settings, own_texts)
 
     def identities(self, batch: PKBatch) -> list[str]:
         return [self.label_names[label] for label in batch.labels.unique().tolist()]

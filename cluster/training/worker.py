@@ -171,9 +171,7 @@ class Run:
         """The bridge: every rank encodes its part of the identities' prompts."""
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
-            features = method.all_text_features(
-                self.text, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
-            )
+            features = method.all_text_features(self.text, self.spec.identities, team, team.device)
         return Stage1Result(
             self.text.tokens.detach(),
             features,

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.retrieval.metrics import Labels, retrieve, retrieve_by_distance
+from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import BLOCK, evaluate_reranked
 from launch.benchmarks._memory import measured
 from launch.benchmarks._sets import SIZES, add_size_options, chosen_size, make_sets

@@ -99,7 +99,7 @@ class OurStep:
         self.optimizer.zero_grad()
 
     def loss(self) -> Tensor:
-        return stage1.step(self._encode, self.images, self.labels, self.batch_labels, 0, 1)["loss"]
+        return stage1.step(self._encode, self.images, self.labels, self.batch_labels)["loss"]
 
     def _encode(self, labels: Tensor) -> Tensor:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):

@@ -46,14 +46,14 @@ def run_stage2(team, kind, variant):
     text_loss, levels, one_stage = VARIANTS[variant]
     model, text = models(kind)
     if team.world_size > 1:
-        globalize_batchnorm(model, team.all_gather)
+        globalize_batchnorm(model, team)
     own = stage1.rank_slice(BATCH, team.rank, team.world_size)
     labels = torch.tensor([3, 0, 7, 11, 5, 2, 9, 1]).repeat_interleave(IMAGES_PER_IDENTITY)[own]
     images, cameras = random(BATCH, 3, 64, 32, seed=1)[own], (torch.arange(BATCH) % 4 - 1)[own]
     settings = stage2.LossSettings(0.25, 1.0, 0.7, 0.1, 0.3, text_loss, levels)
     own_texts = stage2.batch_texts(text, labels, IMAGES_PER_IDENTITY) if one_stage else None
     frozen = None if one_stage else random(12, own_texts_width(text), seed=2)
-    parts = stage2.losses(model(images, cameras), labels, frozen, team.all_gather, settings, own_texts)
+    parts = stage2.losses(model(images, cameras), labels, frozen, team, settings, own_texts)
     parts["loss"].backward()
     statistics = {name: buffer for name, buffer in model.named_buffers() if "running" in name}
     return merged(team, parts, {"model": model, "text": text}), statistics
@@ -68,7 +68,7 @@ def run_stage1(team, size):
     images = random(size, own_texts_width(text), seed=3)
     labels = torch.tensor([2, 5, 2, 2, 0, 7, 11, 5, 5, 1, 3, 0, 2, 9, 9, 4])[:size]
     own = stage1.rank_slice(size, team.rank, team.world_size)
-    parts = stage1.step(text, images[own], labels[own], labels, team.rank, team.world_size, team.all_gather)
+    parts = stage1.step(text, images[own], labels[own], labels, team)
     parts["loss"].backward()
     return merged(team, parts, {"text": text})
 

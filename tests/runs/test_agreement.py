@@ -71,7 +71,7 @@ def losses_of_both_stages(team, shards, arch, dtype):
     model, text = (part.to(dtype) for part in build_models(spec, seed=0))
     bank = torch.randn(len(train), spec.arch_config["embed_dim"], generator=torch.Generator().manual_seed(1)).to(dtype)
     follow(Stage1(config, team, text.eval(), bank.numpy(), train), team, log, dtype)
-    texts = method.all_text_features(text, spec.identities, team.rank, team.world_size, team.all_gather, team.device)
+    texts = method.all_text_features(text, spec.identities, team, team.device)
     stage2 = Stage2(config, team, model, text, texts, index)
     stage2.engine.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     follow(stage2, team, log, dtype)

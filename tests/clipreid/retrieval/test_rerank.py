@@ -6,7 +6,8 @@ import torch
 
 from clipreid.errors import ModelError
 from clipreid.retrieval import rerank as module
-from clipreid.retrieval.metrics import Labels, retrieve, retrieve_by_distance
+from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked, rerank, reranked
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
@@ -101,12 +102,10 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size, monke
     settings = {"k1": 9, "k2": 4, "lam": 0.3}
     alone, measured = rerank(query, gallery, **settings), evaluate_reranked(*sides, **settings)
 
-    def one_rank(rank, gather):
-        own = settings | {
-            "part": (rank, world_size), "reduce_sum": lambda tensor: gather(tensor[None]).sum(0, dtype=tensor.dtype)
-        }  # fmt: skip
-        blocks = list(reranked(query, gallery.numpy(), **own))
-        return blocks, evaluate_reranked(query, query_labels, gallery.numpy(), gallery_labels, **own)
+    def one_rank(peers):
+        blocks = list(reranked(query, gallery.numpy(), **settings, peers=peers))
+        metrics = evaluate_reranked(query, query_labels, gallery.numpy(), gallery_labels, **settings, peers=peers)
+        return blocks, metrics
 
     seen = []
     for blocks, metrics in run_ranks(world_size, one_rank):

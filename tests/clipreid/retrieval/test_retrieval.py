@@ -183,14 +183,11 @@ def test_equal_rows_are_equally_far_wherever_they_lie():
 def on_ranks(world_size, query, query_labels, gallery, gallery_labels, **options):
     """Results of `retrieve` on ranks that have nothing but the gallery rows that are theirs."""
 
-    def one_rank(rank, gather):
+    def one_rank(peers):
         own = np.full_like(gallery, np.nan)
-        rows = gallery_rows(gallery_labels, rank, world_size)
+        rows = gallery_rows(gallery_labels, peers)
         own[rows] = gallery[rows]
-        return retrieve(
-            query, query_labels, own, gallery_labels, part=(rank, world_size),
-            reduce_sum=lambda x: gather(x[None]).sum(0).to(x.dtype), **options,
-        )  # fmt: skip
+        return retrieve(query, query_labels, own, gallery_labels, peers=peers, **options)
 
     return run_ranks(world_size, one_rank)
 
@@ -268,7 +265,7 @@ def slow_rates(query, query_labels, gallery, gallery_labels):
 def test_rates_of_accepted_pairs_equal_sorting_all_pairs(small_blocks, monkeypatch, world_size, misled):
     """Whole numbers, so that distances are exact and some tie. Also where the sample of distances is misleading."""
     if misled:
-        monkeypatch.setattr(products.Products, "sample_distance", lambda self, rate, reduce_sum: torch.tensor(30.0))
+        monkeypatch.setattr(products.Products, "sample_distance", lambda self, rate: torch.tensor(30.0))
     for seed in range(3):
         rng = np.random.default_rng(seed)
         centres = rng.integers(-20, 20, (9, 8))
@@ -312,7 +309,8 @@ def test_ranked_lists_are_the_head_of_the_sorted_gallery(small_blocks, world_siz
 def test_every_gallery_row_belongs_to_one_rank():
     for size in (0, 1, 1024, 1025, 10_000):
         for world_size in (1, 2, 5):
-            rows = [gallery_rows(Labels(np.arange(size) % 7), rank, world_size) for rank in range(world_size)]
+            gallery = Labels(np.arange(size) % 7)
+            rows = run_ranks(world_size, lambda peers, gallery=gallery: gallery_rows(gallery, peers))
             assert sorted(np.concatenate(rows).tolist()) == list(range(size))
 
 
