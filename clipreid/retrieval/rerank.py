@@ -11,7 +11,7 @@ not depend on their number. Everything is at least float32: half precision moves
 Q, G = queries and gallery images, n = Q + G, b = images of a block, D = feature width
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ from clipreid.losses import at_least_float32
 from clipreid.peers import ALONE, Peers
 from clipreid.retrieval.metrics import retrieve_by_blocks
 from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.progress import Progress, unreported
+from clipreid.retrieval.rules import Rule
 
 BLOCK = 512  # rows at a time: b x n distances are held
 JACCARD_BLOCK = 32  # queries whose common neighbours are listed at a time
 PAIRS = 1024  # pairs whose differences are held: few enough to stay in a processor's cache
 
-OnImages = Callable[[int, int], None]
 Entries = tuple[Tensor, Tensor, Tensor]
 """Rows, columns and weights of a sparse matrix's entries, by row."""
 
@@ -40,16 +41,16 @@ def evaluate_reranked(
     gallery_features: Tensor | np.ndarray,
     gallery: Labels,
     *,
-    rule: str = "camera",
+    rule: Rule = "camera",
     k1: int = 20,
     k2: int = 6,
     lam: float = 0.3,
     peers: Peers = ALONE,
-    on_images: OnImages = lambda done, total: None,
+    progress: Progress = unreported,
 ) -> dict[str, Any]:
     """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and reranked."""
     sides = query_features, gallery_features
-    blocks = reranked(*sides, k1, k2, lam, peers=peers, on_images=on_images)
+    blocks = reranked(*sides, k1, k2, lam, peers=peers, progress=progress)
     float32 = ((rows, distances.float()) for rows, distances in blocks)
     device = query_features.device
     return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, peers=peers).metrics()
@@ -68,15 +69,15 @@ def reranked(
     lam: float = 0.3,
     *,
     peers: Peers = ALONE,
-    on_images: OnImages = lambda done, total: None,
+    progress: Progress = unreported,
 ) -> Iterator[tuple[slice, Tensor]]:
     """lam x original + (1 - lam) x Jaccard distance of the neighbourhoods: (queries, float [b, G]), a block at a time.
 
     query_features: float [Q, D], gallery_features: float [G, D], both whole on every rank; the gallery's may be
     memory-mapped. Work is done on the queries' device, where all features are held once more. The original distance
     is the squared Euclidean one, each image's row over all n divided by its maximum.
-    The ranks' blocks are all queries, each once. on_images is told how many images this rank
-    has compared with all others, and of how many: first for their neighbours, then the queries for their distances.
+    The ranks' blocks are all queries, each once. progress: in images that
+    were compared with all others: first for their neighbours, then the queries for their distances.
     Raises ModelError for k1, k2 below 1, for fewer images than k1 + 1 or k2, and features that are not finite.
     """
     n, num_queries = len(query_features) + len(gallery_features), len(query_features)
@@ -91,7 +92,7 @@ def reranked(
         for rows, distances in _distances(features, blocks):
             yield rows, distances
             done += len(distances)
-            on_images(done, total)
+            progress(done, total)
 
     nearest, largest = _neighbours(compared(own_rows), features, max(k1 + 1, k2), peers)
     weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1, own_rows), n, features, peers)

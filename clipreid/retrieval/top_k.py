@@ -1,6 +1,6 @@
 """The nearest gallery images of each query, kept while blocks of distances pass by.
 
-    blocks of distances (products) -> [ranked] -> the nearest of each query
+    distance_blocks ──▶ [top_k] ──▶ the nearest of each query
 
 Q = queries, b = queries of a block, k = length of a list
 """
@@ -31,12 +31,9 @@ class Nearest:
 class RankedLists:
     """The `length` nearest of each query so far, as keys of (distance, gallery row)."""
 
-    def __init__(self, blocks: Sequence[QueryBlock], length: int):
+    def __init__(self, blocks: Sequence[QueryBlock], length: int, device: torch.device) -> None:
         self.blocks, self.length = blocks, length
-        self.keys = [
-            torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=block.distances.device)
-            for block in blocks
-        ]
+        self.keys = [torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=device) for block in blocks]
 
     def add(self, number: int, distances: Tensor, gallery_rows: Tensor) -> None:
         """A block of |g|² - 2 q·g, float32 [b, w], infinite where it does not count; gallery_rows: int64 [w]."""

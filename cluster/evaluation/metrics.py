@@ -86,7 +86,7 @@ def measure_retrieval(
     with progress("compare with the gallery") as on_images:
         result = retrieve(
             on_device, query, gallery_features, gallery, rule=rule, top_k=per_query.top_k if per_query else 0,
-            peers=team.patiently("merge evaluation"), on_gallery=on_images,
+            peers=team.patiently("merge evaluation"), progress=on_images,
         )  # fmt: skip
     if per_query and team.is_first:
         per_query.write(result, *keys)
@@ -96,7 +96,7 @@ def measure_retrieval(
         with progress("re-rank") as on_images:
             metrics["rerank"] = evaluate_reranked(
                 on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
-                peers=team.patiently("merge evaluation"), on_images=on_images,
+                peers=team.patiently("merge evaluation"), progress=on_images,
             )  # fmt: skip
     return metrics
 

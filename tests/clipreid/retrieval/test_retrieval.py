@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from clipreid.errors import ModelError
-from clipreid.retrieval import distance_blocks as products
-from clipreid.retrieval import metrics as retrieval
+from clipreid.retrieval import distance_blocks, metrics
 from clipreid.retrieval.distance_blocks import gallery_rows
 from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
-from clipreid.retrieval.positives import RULES, Labels
+from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.rules import RULES
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid, vehicleid_draw
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
@@ -87,15 +87,15 @@ def exact_distances(query, gallery):
 @pytest.fixture
 def ranks_seen(monkeypatch):
     """{query: [ranks of its positives, for each call or rank of a team]}, filled by `retrieve`."""
-    seen, measure = {}, retrieval._measure
+    seen, measures = {}, metrics._measures
 
-    def watched(block):
-        row, rank = block.ranks()
-        for place, query in enumerate(block.rows):
+    def watched(ranks):
+        row, rank = ranks.ranks()
+        for place, query in enumerate(ranks.rows):
             seen.setdefault(int(query), []).append(rank[row == place].tolist())
-        return measure(block)
+        return measures(ranks)
 
-    monkeypatch.setattr(retrieval, "_measure", watched)
+    monkeypatch.setattr(metrics, "_measures", watched)
     return seen
 
 
@@ -124,8 +124,8 @@ def check_against_slow(result, query, query_labels, gallery, gallery_labels, rul
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks much smaller than the data."""
-    monkeypatch.setattr(products, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(products, "GALLERY_BLOCK", 32)
+    monkeypatch.setattr(distance_blocks, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(distance_blocks, "GALLERY_BLOCK", 32)
 
 
 def moved(case, device):
@@ -265,7 +265,7 @@ def slow_rates(query, query_labels, gallery, gallery_labels):
 def test_rates_of_accepted_pairs_equal_sorting_all_pairs(small_blocks, monkeypatch, world_size, misled):
     """Whole numbers, so that distances are exact and some tie. Also where the sample of distances is misleading."""
     if misled:
-        monkeypatch.setattr(products.Products, "sample_distance", lambda self, rate: torch.tensor(30.0))
+        monkeypatch.setattr(distance_blocks.DistanceBlocks, "sample_distance", lambda self, rate: torch.tensor(30.0))
     for seed in range(3):
         rng = np.random.default_rng(seed)
         centres = rng.integers(-20, 20, (9, 8))
