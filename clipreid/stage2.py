@@ -11,17 +11,14 @@ b = images of this rank, B = images of the global batch, N = identities, D = wid
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
+from clipreid.model.reid import ReIDOutput
 from clipreid.peers import ALONE, Peers
-
-if TYPE_CHECKING:
-    from clipreid.model.reid import ReIDOutput
 
 TEXT_LOSSES = ("none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i")
 
@@ -50,7 +47,7 @@ class LossSettings:
 
 
 def losses(
-    output: "ReIDOutput",
+    output: ReIDOutput,
     labels: Tensor,
     text_features: Tensor | None,
     peers: Peers = ALONE,

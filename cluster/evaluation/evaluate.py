@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from clipreid.augment import normalise
-from clipreid.model.reid import Features, ReIDModel, descriptor
+from clipreid.model.encoders import Features
+from clipreid.model.reid import ReIDModel, descriptor
 from clipreid.retrieval.positives import Labels
 from cluster.evaluation.features import extract
 from cluster.evaluation.metrics import Progress, measure_retrieval, measure_vehicleid, silent

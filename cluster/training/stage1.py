@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from clipreid import stage1 as method
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage1_lr
+from clipreid.optim import parameter_groups, stage1_lr
 from cluster.errors import ConfigError
 from cluster.ranks.team import Team
 from cluster.run.storage import Storage

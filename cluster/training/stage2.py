@@ -15,8 +15,7 @@ from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.encoders import ResNetEncoder
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage2_lr
+from clipreid.optim import parameter_groups, stage2_lr
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
@@ -127,7 +126,7 @@ class Stage2:
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
         images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, epoch_step=batch.step,
             settings=self.augment_settings,
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):

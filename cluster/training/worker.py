@@ -17,8 +17,9 @@ from torch import Tensor
 from clipreid import stage1 as method
 from clipreid.augment import normalise
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.weights.file import ModelCard, save_model
+from clipreid.weights.initial import build_models
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate

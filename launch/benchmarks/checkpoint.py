@@ -14,9 +14,9 @@ import torch
 
 from clipreid import stage2
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
 from clipreid.optim import parameter_groups
+from clipreid.weights.initial import build_models
 from launch.benchmarks._timing import facts, seconds
 from launch.cli import Parser, positive
 

@@ -15,9 +15,9 @@ from clipreid import stage1
 from clipreid.losses import image_to_text, text_to_image
 from clipreid.model.arch import check_arch
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
 from clipreid.optim import adam, parameter_groups
+from clipreid.weights.initial import build_models
 from launch.benchmarks._timing import choose_device, facts, median_seconds_in_turn
 from launch.cli import Parser, positive
 

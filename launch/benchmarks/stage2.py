@@ -21,9 +21,10 @@ from clipreid import stage2
 from clipreid.augment import AugmentSettings, augment, normalise
 from clipreid.model.arch import check_arch
 from clipreid.model.encoders import ResNetEncoder
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.optim import adam, parameter_groups
+from clipreid.weights.initial import build_models
 from launch.benchmarks._timing import choose_device, facts, peak_memory_bytes, seconds
 from launch.cli import Parser, positive
 
@@ -159,7 +160,7 @@ class OurLoop:
         """One optimizer step; the loss parts."""
         self.steps += 1
         images, labels, positions = self._to_device(self.images, self.labels, self.positions)
-        images = augment(images, positions, seed=0, epoch=1, step=self.steps, settings=AugmentSettings())
+        images = augment(images, positions, seed=0, epoch=1, epoch_step=self.steps, settings=AugmentSettings())
         parts = self.losses(images.contiguous(memory_format=self.memory_format), labels)
         news = torch.stack([part.detach() for part in parts.values()])
         if self.device.type == "cuda":

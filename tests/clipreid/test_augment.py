@@ -11,19 +11,16 @@ from PIL import Image
 from clipreid.augment import (
     AugmentSettings,
     Choices,
-    _mix,
-    _mix_int,
-    _signed,
-    _uniforms,
     apply,
     augment,
     draw,
     noise_table,
     normalise,
 )
+from tests.helpers.distributions import ks_distance
 
 SETTINGS = AugmentSettings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-STEP = {"seed": 3, "epoch": 2, "step": 5}
+STEP = {"seed": 3, "epoch": 2, "epoch_step": 5}
 
 
 def random_images(count, height=64, width=32):
@@ -90,7 +87,7 @@ def test_an_image_in_two_places_is_augmented_twice():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("changed", ["seed", "epoch", "step"])
+@pytest.mark.parametrize("changed", ["seed", "epoch", "epoch_step"])
 def test_seed_epoch_and_step_each_change_the_choices(changed):
     positions = torch.arange(64)
     before = draw(positions, (256, 128), settings=SETTINGS, **STEP)
@@ -98,17 +95,10 @@ def test_seed_epoch_and_step_each_change_the_choices(changed):
     assert (before.noise == after.noise).sum() < 3 and not torch.equal(before.flip, after.flip)
 
 
-def ks_distance(sample, cdf):
-    """Largest distance between an empirical and a given distribution function."""
-    values = np.sort(np.asarray(sample, dtype=np.float64))
-    at, n = cdf(values), len(values)
-    return max(np.abs(at - np.arange(1, n + 1) / n).max(), np.abs(at - np.arange(n) / n).max())
-
-
 def many_choices(size, count=60_000):
     """Choices of 300 steps of 200 images."""
     parts = [
-        draw(torch.arange(200), size, seed=1, epoch=1, step=step, settings=AugmentSettings())
+        draw(torch.arange(200), size, seed=1, epoch=1, epoch_step=step, settings=AugmentSettings())
         for step in range(count // 200)
     ]
     return Choices(*(torch.cat([getattr(p, name) for p in parts]) for name in Choices.__dataclass_fields__))
@@ -190,24 +180,6 @@ def test_erased_pixels_are_independent_normal_noise():
     channels = noise.transpose(0, 1).flatten(1)
     assert (torch.corrcoef(channels) - torch.eye(3)).abs().max() < 0.01
     assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.01
-
-
-def test_the_hash_is_splitmix64():
-    """First outputs for seed 1234567, as other implementations have them; the tensors wrap around like integers."""
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    states = [1234567 + n * 0x9E3779B97F4A7C15 for n in range(1, 5)]
-    assert [_mix_int(state) for state in states] == published
-    tensor = torch.tensor([_signed(state % 2**64) for state in states])
-    assert _mix(tensor).tolist() == [_signed(value) for value in published]
-
-
-def test_uniform_numbers_are_uniform_and_unrelated():
-    numbers = _uniforms(torch.arange(20_000), (1, 2, 3), 8)
-    assert numbers.min() >= 0 and numbers.max() < 1
-    for column in numbers.T:
-        assert ks_distance(column, lambda x: x) < 1.95 / math.sqrt(20_000)
-    shifted = torch.cat([numbers[1:], numbers[:-1]], dim=1)  # neighbouring positions, too
-    assert (torch.corrcoef(shifted.T) - torch.eye(16)).abs().max() < 5 / math.sqrt(20_000)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ import torch
 from clipreid import stage1, stage2
 from clipreid.model.arch import check_arch
 from clipreid.model.batchnorm import globalize_batchnorm
-from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from cluster.ranks.team import Team
 from tests.helpers.golden_models import ROOT_CONFIGS
 from tests.helpers.processes import on_processes

@@ -14,8 +14,9 @@ import torch
 
 from clipreid.model.arch import check_arch
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from tests.golden.seeded import seeded_images, seeded_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
 from clipreid.retrieval.metrics import retrieve
+from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from launch.bench import main, names
 from launch.benchmarks import evaluate, loader, pack, rerank, stage1, stage2

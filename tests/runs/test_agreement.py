@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipreid import stage1 as method
-from clipreid.model.reid import build_models
+from clipreid.weights.initial import build_models
 from cluster.run.manifest import Position
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config

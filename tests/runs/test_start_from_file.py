@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipreid.model.reid import build_models
 from clipreid.weights.file import ModelCard, load_model, load_text, save_model
+from clipreid.weights.initial import build_models
 from clipreid.weights.official import save_official
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError

@@ -13,8 +13,9 @@ import torch
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
 from clipreid.model.encoders import resize_positions
-from clipreid.model.reid import build_models, descriptor, empty_models
+from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models, empty_models
 from tests.helpers.golden_models import ROOT_CONFIGS, case_images, case_models, case_spec, read_case, scaled_error
 
 VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.json")

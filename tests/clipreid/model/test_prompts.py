@@ -9,8 +9,8 @@ import torch
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
 from clipreid.model.prompts import template_ids
-from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from tests.helpers.golden_models import ROOT_CONFIGS, case_models, case_spec, clip_state, read_case, scaled_error
 
 TINY = str(ROOT_CONFIGS / "tiny_vit.json")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.model.relevance import _attended, relevance_maps
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 
 ARCHS = {"vit": "configs/models/small_vit.json", "rn": "configs/models/small_rn.json"}
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch, check_pretrained
 from clipreid.model.prompts import template_ids
-from clipreid.model.reid import build_models, descriptor
+from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.file import ModelCard, load_model, load_text, read_card, save_model, weights_file
+from clipreid.weights.initial import build_models
 from clipreid.weights.official import holds_prompts, official_shapes, save_official
 from launch import cli, export
 from shards import storage

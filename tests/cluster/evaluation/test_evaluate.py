@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.retrieval import vehicleid as protocols
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
 from clipreid.weights.file import read_card
+from clipreid.weights.initial import build_models
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team

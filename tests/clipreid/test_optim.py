@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage1_lr, stage2_lr
+from clipreid.optim import parameter_groups, stage1_lr, stage2_lr
 from tests.helpers.golden_models import read_case
 
 GOLDEN, CASE = read_case("schedules")
