@@ -30,15 +30,15 @@ CPU_CHUNK = 8  # images at a time: the temporaries stay in the cache, which is t
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    flip: float = 0.5
+    flip: float
     """Probability of mirroring an image."""
-    pad: int = 10
+    pad: int
     """Black pixels added on each side before the crop back to the original size."""
-    erase: float = 0.5
+    erase: float
     """Probability of replacing a rectangle by N(0, 1) noise, after normalisation."""
-    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    mean: Sequence[float]
     """Per channel, of pixels in 0 … 1."""
-    std: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float]
     """Per channel, of pixels in 0 … 1."""
 
 

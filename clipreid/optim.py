@@ -50,10 +50,10 @@ def adam(groups: list[dict[str, Any]], fused: bool = False) -> torch.optim.Adam:
 def stage1_lr(
     epoch: int,
     epochs: int,
-    lr: float = 3.5e-4,
-    warmup_epochs: int = 5,
-    warmup_lr: float = 1e-5,
-    min_lr: float = 1e-6,
+    lr: float,
+    warmup_epochs: int,
+    warmup_lr: float,
+    min_lr: float,
 ) -> float:
     """Linear from warmup_lr (at 0) towards lr (at warmup_epochs), then the cosine from lr (at 0) to
     min_lr (at epochs).
@@ -69,9 +69,9 @@ def stage2_lr(
     epoch: int,
     lr: float,
     milestones: Sequence[int],
-    warmup_epochs: int = 10,
-    warmup_factor: float = 0.1,
-    gamma: float = 0.1,
+    warmup_epochs: int,
+    warmup_factor: float,
+    gamma: float,
 ) -> float:
     """Linear warm-up from warmup_factor to 1, times gamma for every milestone reached; the two multiply
     (METHOD §5)."""

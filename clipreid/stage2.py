@@ -10,48 +10,21 @@ batch.
 b = images of this rank, B = images of the global batch, N = identities, D = width of the projected feature
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from clipreid.errors import ModelError
+from clipreid.loss_settings import LossSettings
 from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
 from clipreid.model.reid import ReIDOutput
 from clipreid.peers import ALONE, Peers
-
-TEXT_LOSSES = ("none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i")
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Eq. 9 and its variants (Tables 4, 5, 6, 9)."""
-
-    id_weight: float = 1.0
-    triplet_weight: float = 1.0
-    text_weight: float = 1.0
-    label_smoothing: float = 0.1
-    """Of the ID losses and of i2tce."""
-    margin: float = 0.3
-    """Of the triplet loss, a Euclidean distance."""
-    text_loss: str = "i2tce"
-    """One of TEXT_LOSSES."""
-    triplet_levels: int = 3
-    """3: pre, img, proj; 2: without pre."""
-
-    def __post_init__(self):
-        if self.text_loss not in TEXT_LOSSES:
-            raise ModelError(f"text_loss is {self.text_loss!r}; known: {', '.join(TEXT_LOSSES)}.")
-        if self.triplet_levels not in (2, 3):
-            raise ModelError(f"triplet_levels is {self.triplet_levels}; give 3, or 2 for no earlier layer.")
 
 
 def losses(
     output: ReIDOutput,
     labels: Tensor,
     text_features: Tensor | None,
+    settings: LossSettings,
     peers: Peers = ALONE,
-    settings: LossSettings = LossSettings(),
     own_texts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss parts of this rank's part of a PK batch; their means over ranks are those of the global batch.

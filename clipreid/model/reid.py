@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipreid.model.encoders import Features, ImageEncoder
-from clipreid.model.spec import ModelSpec
+from clipreid.model.spec import FeatureName, ModelSpec
 
 # B = images, W = width of the image tower, N = training identities
 
@@ -85,6 +85,6 @@ class ReIDModel(nn.Module):
             nn.init.trunc_normal_(self.cv_embed, std=0.02)
 
 
-def descriptor(features: Features, parts: Sequence[str] = ("img", "proj")) -> Tensor:
+def descriptor(features: Features, chosen: Sequence[FeatureName]) -> Tensor:
     """What images are compared by: the chosen features concatenated, then L2-normalised as one vector, [B, sum]."""
-    return F.normalize(torch.cat([getattr(features, part) for part in parts], dim=1), dim=1)
+    return F.normalize(torch.cat([getattr(features, name) for name in chosen], dim=1), dim=1)

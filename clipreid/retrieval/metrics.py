@@ -93,7 +93,7 @@ def retrieve(
     gallery_features: Tensor | FeatureRows,
     gallery: Labels,
     *,
-    rule: Rule = "camera",
+    rule: Rule,
     top_k: int = 0,
     peers: Peers = ALONE,
     progress: Progress = unreported,
@@ -135,7 +135,7 @@ def retrieve(
     return Retrieval(_per_query(measures), rates, nearest)
 
 
-def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: Rule = "camera") -> Retrieval:
+def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: Rule) -> Retrieval:
     """The same from a given matrix, float32 [Q, G], of distances of any kind (re-ranking)."""
     starts = range(0, len(distances), QUERY_BLOCK)
     blocks = ((slice(start, start + QUERY_BLOCK), distances[start : start + QUERY_BLOCK].clone()) for start in starts)
@@ -147,7 +147,7 @@ def retrieve_by_blocks(
     query: Labels,
     gallery: Labels,
     *,
-    rule: Rule = "camera",
+    rule: Rule,
     device: torch.device | None = None,
     peers: Peers = ALONE,
 ) -> Retrieval:

@@ -41,10 +41,10 @@ def evaluate_reranked(
     gallery_features: Tensor | np.ndarray,
     gallery: Labels,
     *,
-    rule: Rule = "camera",
-    k1: int = 20,
-    k2: int = 6,
-    lam: float = 0.3,
+    rule: Rule,
+    k1: int,
+    k2: int,
+    lam: float,
     peers: Peers = ALONE,
     progress: Progress = unreported,
 ) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def evaluate_reranked(
     return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, peers=peers).metrics()
 
 
-def rerank(query_features: Tensor, gallery_features: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
+def rerank(query_features: Tensor, gallery_features: Tensor, k1: int, k2: int, lam: float) -> Tensor:
     """The whole matrix of `reranked`, float [Q, G], for few images."""
     return torch.cat([distances for _, distances in reranked(query_features, gallery_features, k1, k2, lam)])
 
@@ -64,9 +64,9 @@ def rerank(query_features: Tensor, gallery_features: Tensor, k1: int = 20, k2: i
 def reranked(
     query_features: Tensor,
     gallery_features: Tensor | np.ndarray,
-    k1: int = 20,
-    k2: int = 6,
-    lam: float = 0.3,
+    k1: int,
+    k2: int,
+    lam: float,
     *,
     peers: Peers = ALONE,
     progress: Progress = unreported,

@@ -25,8 +25,8 @@ def vehicleid(
     identities: np.ndarray,
     lists: np.ndarray,
     *,
-    draws: int = 10,
-    seed: int = 0,
+    draws: int,
+    seed: int,
     peers: Peers = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """{"small": {"R1": {"mean": …, "std": …}, "R5": …, "mAP": …, "queries": …, "gallery": …}, "medium": …}.

@@ -16,6 +16,7 @@ from clipreid.errors import ModelError
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked
+from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
 from cluster.evaluation.per_query import PerQueryFile
@@ -69,7 +70,7 @@ def measure_retrieval(
     gallery_features: np.ndarray | Rows,
     gallery: Labels,
     *,
-    rule: str,
+    rule: Rule,
     rerank: tuple[int, int, float] | None,
     team: Team,
     progress: Progress = silent,
@@ -116,7 +117,7 @@ def measure_pair(
     gallery: FeatureSet,
     *,
     normalize: bool,
-    rule: str,
+    rule: Rule,
     rerank: tuple[int, int, float] | None,
     team: Team,
     progress: Progress = silent,

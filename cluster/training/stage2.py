@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipreid import stage2 as method
 from clipreid.augment import AugmentSettings, augment
+from clipreid.loss_settings import LossSettings
 from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.encoders import ResNetEncoder
 from clipreid.model.prompts import PromptedText
@@ -81,7 +82,7 @@ class Stage2:
             model.image_encoder.compile(dynamic=False)
         module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
         self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
-        self.loss_settings = method.LossSettings(
+        self.loss_settings = LossSettings(
             id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
             label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
             text_loss="i2t+t2i" if one_stage else s.text_loss,
@@ -131,7 +132,7 @@ class Stage2:
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             output, own_texts = self.engine(images, labels, cameras, views)
-        return method.losses(output, labels, self.text_features, self.team, self.loss_settings, own_texts)
+        return method.losses(output, labels, self.text_features, self.loss_settings, self.team, own_texts)
 
     def identities(self, batch: PKBatch) -> list[str]:
         return [self.label_names[label] for label in batch.labels.unique().tolist()]

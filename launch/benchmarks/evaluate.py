@@ -70,7 +70,7 @@ def _compare(sides: Sides, rounds: int) -> tuple[dict[str, Any], Retrieval]:
     found = []
 
     def ours() -> dict[str, Any]:
-        found[:] = [retrieve(*sides)]
+        found[:] = [retrieve(*sides, rule="camera")]
         return found[0].metrics()
 
     bare_product(query, gallery)

@@ -9,7 +9,6 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from clipreid.augment import (
-    AugmentSettings,
     Choices,
     apply,
     augment,
@@ -18,8 +17,9 @@ from clipreid.augment import (
     normalise,
 )
 from tests.helpers.distributions import ks_distance
+from tests.helpers.settings import augment_settings
 
-SETTINGS = AugmentSettings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SETTINGS = augment_settings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 STEP = {"seed": 3, "epoch": 2, "epoch_step": 5}
 
 
@@ -45,7 +45,7 @@ def one_image(image, choices, i, settings):
     return TF.erase(pixels, *place, TF.crop(noise, *place))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, AugmentSettings(pad=0), AugmentSettings(flip=1.0, erase=1.0, pad=3)])
+@pytest.mark.parametrize("settings", [SETTINGS, augment_settings(pad=0), augment_settings(flip=1.0, erase=1.0, pad=3)])
 def test_pixels_equal_a_per_image_pipeline_with_the_same_choices(settings):
     images, positions = random_images(40), torch.arange(40)
     choices = draw(positions, (64, 32), settings=settings, **STEP)
@@ -57,7 +57,7 @@ def test_pixels_equal_a_per_image_pipeline_with_the_same_choices(settings):
 
 def test_forced_choices_are_carried_out_to_the_pixel():
     """A mirrored image, moved down by 2 and right by 1 out of the margin, with a 1 x 2 hole."""
-    settings = AugmentSettings(pad=4, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    settings = augment_settings(pad=4, mean=(0, 0, 0), std=(1 / 255,) * 3)
     image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4).expand(1, 3, 3, 4)
     values = {"flip": True, "crop_top": 2, "crop_left": 3, "erase_top": 2, "erase_left": 2, "erase_height": 1,
               "erase_width": 2, "noise": 7}  # fmt: skip
@@ -98,7 +98,7 @@ def test_seed_epoch_and_step_each_change_the_choices(changed):
 def many_choices(size, count=60_000):
     """Choices of 300 steps of 200 images."""
     parts = [
-        draw(torch.arange(200), size, seed=1, epoch=1, epoch_step=step, settings=AugmentSettings())
+        draw(torch.arange(200), size, seed=1, epoch=1, epoch_step=step, settings=augment_settings())
         for step in range(count // 200)
     ]
     return Choices(*(torch.cat([getattr(p, name) for p in parts]) for name in Choices.__dataclass_fields__))
@@ -156,7 +156,7 @@ def test_erased_rectangles_have_the_distribution_of_drawing_again_until_one_fits
 
 @pytest.mark.parametrize("size", [(256, 128), (32, 200), (8, 8), (3, 3)])
 def test_every_choice_stays_inside_the_image(size):
-    choices = draw(torch.arange(4000), size, settings=AugmentSettings(erase=1.0), **STEP)
+    choices = draw(torch.arange(4000), size, settings=augment_settings(erase=1.0), **STEP)
     assert (choices.erase_top + choices.erase_height).max() <= size[0]
     assert (choices.erase_left + choices.erase_width).max() <= size[1]
     assert min(getattr(choices, name).min() for name in Choices.__dataclass_fields__) >= 0
@@ -165,7 +165,7 @@ def test_every_choice_stays_inside_the_image(size):
 
 def test_erased_pixels_are_independent_normal_noise():
     """Moments over a batch, and no correlation of two images, two channels or neighbouring pixels."""
-    settings = AugmentSettings(flip=0, pad=0, erase=1.0)
+    settings = augment_settings(flip=0, pad=0, erase=1.0)
     black = torch.zeros(64, 3, 128, 64, dtype=torch.uint8)
     choices = draw(torch.arange(64), (128, 64), settings=settings, **STEP)
     whole = torch.zeros_like(choices.noise)

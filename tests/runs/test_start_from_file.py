@@ -41,7 +41,7 @@ def start(tmp_path_factory):
     save_official(folder / "official.pth", model, text, spec)
     (folder / "official.pth").with_suffix(".bin").write_bytes((folder / "official.pth").read_bytes())
     save_official(folder / "baseline.pth", model, None, spec)
-    save_model(folder / "model.safetensors", model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3), text)
+    save_model(folder / "model.safetensors", model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")), text)
     return folder, text
 
 

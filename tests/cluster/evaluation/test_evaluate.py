@@ -437,9 +437,8 @@ def test_each_query_is_listed_on_request(tmp_path):
     assert judged("--features", *files, "--no-normalize", "--per-query", table, "--top-k", 4, out=out) == plain
     lines = list(csv.DictReader(table.open()))
     labels = [Labels(arrays[f"{side}_identities"], arrays[f"{side}_cameras"]) for side in ("query", "gallery")]
-    result = retrieve(
-        torch.from_numpy(arrays["query_features"]), labels[0], arrays["gallery_features"], labels[1], top_k=4
-    )
+    query, gallery = torch.from_numpy(arrays["query_features"]), arrays["gallery_features"]
+    result = retrieve(query, labels[0], gallery, labels[1], rule="camera", top_k=4)
     assert [line["query"] for line in lines] == [f"query/{row}.jpg" for row in range(30)]
     valid = [line for line in lines if line["AP"]]
     assert np.mean([float(line["AP"]) for line in valid]) == pytest.approx(plain["mAP"], abs=1e-12)
