@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from clipreid.counter_random import uniforms
+
 ERASE_AREA = (0.02, 1 / 3)  # of the image's area, uniform
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform in the logarithm
 ERASE_ATTEMPTS = 10  # a rectangle that does not fit is drawn again; if none of these fits, nothing is erased
@@ -28,15 +30,15 @@ CPU_CHUNK = 8  # images at a time: the temporaries stay in the cache, which is t
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    flip: float = 0.5
+    flip: float
     """Probability of mirroring an image."""
-    pad: int = 10
+    pad: int
     """Black pixels added on each side before the crop back to the original size."""
-    erase: float = 0.5
+    erase: float
     """Probability of replacing a rectangle by N(0, 1) noise, after normalisation."""
-    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    mean: Sequence[float]
     """Per channel, of pixels in 0 … 1."""
-    std: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float]
     """Per channel, of pixels in 0 … 1."""
 
 
@@ -61,21 +63,21 @@ class Choices:
 
 
 def augment(
-    images: Tensor, positions: Tensor, *, seed: int, epoch: int, step: int, settings: AugmentSettings
+    images: Tensor, positions: Tensor, *, seed: int, epoch: int, epoch_step: int, settings: AugmentSettings
 ) -> Tensor:
     """uint8 [b, 3, H, W] and their places in the global batch, int64 [b] -> float32 [b, 3, H, W],
     normalised."""
     size = images.shape[2:]
-    choices = draw(positions.to(images.device), size, seed=seed, epoch=epoch, step=step, settings=settings)
+    choices = draw(positions.to(images.device), size, seed=seed, epoch=epoch, epoch_step=epoch_step, settings=settings)
     return apply(images, choices, settings)
 
 
 def draw(
-    positions: Tensor, size: tuple[int, int], *, seed: int, epoch: int, step: int, settings: AugmentSettings
+    positions: Tensor, size: tuple[int, int], *, seed: int, epoch: int, epoch_step: int, settings: AugmentSettings
 ) -> Choices:
     """The random choices for images of `size` (H, W) at these places (int64 [b]) of a global batch."""
     height, width = size
-    uniform = _uniforms(positions, (seed, epoch, step), 5 + 4 * ERASE_ATTEMPTS)
+    uniform = uniforms(positions, (seed, epoch, epoch_step), 5 + 4 * ERASE_ATTEMPTS)
     crop = _integers(uniform[:, 1:3], 2 * settings.pad + 1)
     erase = _rectangles(uniform[:, 5:].unflatten(1, (4, ERASE_ATTEMPTS)).unbind(1), height, width)
     erased = (uniform[:, 3] < settings.erase).long()
@@ -189,45 +191,3 @@ def _rectangles(uniforms: Sequence[Tensor], height: int, width: int) -> tuple[Te
 def _integers(uniform: Tensor, count: Tensor | int) -> Tensor:
     """Uniform on 0 … count - 1."""
     return (uniform * count).long()
-
-
-# Counter-based random numbers: SplitMix64 (Steele, Lea, Flood 2014), whose n-th output is a hash of
-# seed + n * gamma.
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
-
-
-def _uniforms(positions: Tensor, key: Sequence[int], count: int) -> Tensor:
-    """`count` float64 numbers in [0, 1) for each position (int64 [b]) under a key of integers. Returns
-    [b, count]."""
-    base = 0
-    for part in key:
-        base = _mix_int(base + (part & _MASK) * _GAMMA + _GAMMA)
-    streams = _mix(positions * _signed(_GAMMA) + _signed(base))
-    counters = torch.arange(1, count + 1, device=positions.device) * _signed(_GAMMA)
-    bits = _mix(streams[:, None] + counters)
-    return _shift_right(bits, 11).double() * 2.0**-53
-
-
-def _mix_int(x: int) -> int:
-    for shift, multiplier in _MULTIPLIERS:
-        x &= _MASK
-        x = (x ^ (x >> shift)) * multiplier
-    return x & _MASK
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The same on int64 tensors, whose products wrap around on every device."""
-    for shift, multiplier in _MULTIPLIERS:
-        x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
-    return x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift without the sign bit, which `>>` would draw in."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _signed(x: int) -> int:
-    return x - 2**64 if x >= 2**63 else x

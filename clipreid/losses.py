@@ -42,7 +42,7 @@ def smoothed_cross_entropy(scores_bC: Tensor, labels_b: Tensor, smoothing: float
 
 @full_precision
 def batch_hard_triplet(
-    anchors_bD: Tensor, anchor_labels_b: Tensor, features_BD: Tensor, labels_B: Tensor, margin: float = 0.3
+    anchors_bD: Tensor, anchor_labels_b: Tensor, features_BD: Tensor, labels_B: Tensor, margin: float
 ) -> Tensor:
     """Triplet loss with the hardest positive and negative of each anchor (Eq. 7), Euclidean, mean over
     all anchors.

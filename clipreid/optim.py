@@ -1,11 +1,13 @@
-"""The optimizer: which parameter learns how fast.
+"""Which parameter learns how fast, and when.
 
-    model, prompt tokens -> [parameter_groups -> adam] -> engine
+    model, prompt tokens ──▶ [parameter_groups, adam] ──▶ engine ◀── [stage1_lr, stage2_lr] ◀── epoch
 
-The engine gives a group schedules.stage1_lr or stage2_lr times its `lr_factor`.
+A group's learning rate is the stage's, which is a pure function of the epoch (1, 2, …), times its `lr_factor`: nothing
+to save, nothing to step.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,3 +45,35 @@ def adam(groups: list[dict[str, Any]], fused: bool = False) -> torch.optim.Adam:
     identities that are not in the batch.
     """
     return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
+
+def stage1_lr(
+    epoch: int,
+    epochs: int,
+    lr: float,
+    warmup_epochs: int,
+    warmup_lr: float,
+    min_lr: float,
+) -> float:
+    """Linear from warmup_lr (at 0) towards lr (at warmup_epochs), then the cosine from lr (at 0) to
+    min_lr (at epochs).
+
+    The cosine's clock starts at 0 and not after the warm-up, so `lr` itself is never reached (METHOD §3).
+    """
+    if epoch < warmup_epochs:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def stage2_lr(
+    epoch: int,
+    lr: float,
+    milestones: Sequence[int],
+    warmup_epochs: int,
+    warmup_factor: float,
+    gamma: float,
+) -> float:
+    """Linear warm-up from warmup_factor to 1, times gamma for every milestone reached; the two multiply
+    (METHOD §5)."""
+    warmup = warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs if epoch < warmup_epochs else 1.0
+    return lr * warmup * gamma ** sum(milestone <= epoch for milestone in milestones)

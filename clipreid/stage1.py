@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipreid.gather import Gather, alone, gather_parts
 from clipreid.losses import at_least_float32, image_to_text, text_to_image
+from clipreid.peers import ALONE, Peers, all_gather_unequal
 
 ROWS = 8192  # of the bank, read at a time
 
 
-def batches(num_images: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+def batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Row numbers (int64) of an epoch's global batches: a fresh permutation, cut; the last may be partial.
 
     A pure function of its arguments. Epochs count from 1.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_images)
-    return [order[start : start + batch] for start in range(0, num_images, batch)]
+    return [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
 
 
 def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
@@ -41,63 +41,58 @@ def step(
     images_local: Tensor,
     labels_local: Tensor,
     labels_global: Tensor,
-    rank: int,
-    world_size: int,
-    gather: Gather = alone,
+    peers: Peers = ALONE,
 ) -> dict[str, Tensor]:
     """Losses of one global batch (Eq. 2, 4, 5), scaled so that their mean over ranks is the global value.
 
     text: int64 labels [n] -> text features [n, D], differentiable in the tokens.
-    images_local: float [b, D], the rows `rank_slice(B, rank, world_size)` of the batch; b may be 0.
+    images_local: float [b, D], the rows `rank_slice(B, rank, R)` of the batch; b may be 0.
     labels_global: int64 [B]; may stay on the CPU, where finding the distinct ones does not halt a GPU.
     Returns scalars `i2t`, `t2i` and their sum `loss`: local sum x ranks / B.
     """
-    parts = [rank_slice(len(labels_global), r, world_size) for r in range(world_size)]
-    own = parts[rank]
+    slices = [rank_slice(len(labels_global), rank, peers.world_size) for rank in range(peers.world_size)]
+    own = slices[peers.rank]
     identities, place = labels_global.unique(return_inverse=True)
     device = images_local.device
-    identity_texts = encode_identities(text, identities.to(device), rank, world_size, gather)
+    identity_texts = encode_identities(text, identities.to(device), peers)
     texts = identity_texts[place.to(device)]
-    images = gather_parts(images_local, [part.stop - part.start for part in parts], gather)
+    images = all_gather_unequal(images_local, [rows.stop - rows.start for rows in slices], peers)
 
     i2t = image_to_text(images_local, texts[own], texts)
     t2i = text_to_image(texts[own], labels_local, images, labels_global.to(device))
-    scale = world_size / len(labels_global)
+    scale = peers.world_size / len(labels_global)
     losses = {"i2t": i2t.sum() * scale, "t2i": t2i.sum() * scale}
     return {**losses, "loss": losses["i2t"] + losses["t2i"]}
 
 
-def encode_identities(
-    text: nn.Module, identities: Tensor, rank: int, world_size: int, gather: Gather = alone
-) -> Tensor:
+def encode_identities(text: nn.Module, identities: Tensor, peers: Peers = ALONE) -> Tensor:
     """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64)
     [U, D].
 
     Ranks take contiguous equal parts of ceil(U / R), filled up with repeats of the last identity, which
     are cut after the gather: so no rank is without a forward pass.
     """
-    share = -(-len(identities) // world_size)
-    own = torch.arange(rank * share, (rank + 1) * share, device=identities.device).clamp(max=len(identities) - 1)
-    return gather(at_least_float32(text(identities[own])))[: len(identities)]
+    share = -(-len(identities) // peers.world_size)
+    first = peers.rank * share
+    own = torch.arange(first, first + share, device=identities.device).clamp(max=len(identities) - 1)
+    return peers.all_gather(at_least_float32(text(identities[own])))[: len(identities)]
 
 
 @torch.no_grad()
 def all_text_features(
     text: nn.Module,
     num_identities: int,
-    rank: int,
-    world_size: int,
-    gather: Gather = alone,
+    peers: Peers = ALONE,
     device: torch.device | str = "cpu",
-    batch: int = 1024,
+    batch_size: int = 1024,
 ) -> Tensor:
     """The bridge to stage 2: text features of identities 0 … N-1, frozen, on every rank. Returns float32
     [N, D].
 
-    batch: identities encoded at a time over all ranks, which bounds the memory.
+    batch_size: identities encoded at a time over all ranks, which bounds the memory.
     """
-    chunks = torch.arange(num_identities, device=device).split(batch)
-    return torch.cat([encode_identities(text, chunk, rank, world_size, gather) for chunk in chunks])
+    chunks = torch.arange(num_identities, device=device).split(batch_size)
+    return torch.cat([encode_identities(text, chunk, peers) for chunk in chunks])
 
 
 def identity_means(features: np.ndarray, labels: np.ndarray, num_identities: int) -> np.ndarray:

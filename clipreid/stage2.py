@@ -10,51 +10,21 @@ batch.
 b = images of this rank, B = images of the global batch, N = identities, D = width of the projected feature
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from clipreid.errors import ModelError
-from clipreid.gather import Gather, alone
+from clipreid.loss_settings import LossSettings
 from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
-
-if TYPE_CHECKING:
-    from clipreid.model.reid import ReIDOutput
-
-TEXT_LOSSES = ("none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i")
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Eq. 9 and its variants (Tables 4, 5, 6, 9)."""
-
-    id_weight: float = 1.0
-    triplet_weight: float = 1.0
-    text_weight: float = 1.0
-    label_smoothing: float = 0.1
-    """Of the ID losses and of i2tce."""
-    margin: float = 0.3
-    """Of the triplet loss, a Euclidean distance."""
-    text_loss: str = "i2tce"
-    """One of TEXT_LOSSES."""
-    triplet_levels: int = 3
-    """3: pre, img, proj; 2: without pre."""
-
-    def __post_init__(self):
-        if self.text_loss not in TEXT_LOSSES:
-            raise ModelError(f"text_loss is {self.text_loss!r}; known: {', '.join(TEXT_LOSSES)}.")
-        if self.triplet_levels not in (2, 3):
-            raise ModelError(f"triplet_levels is {self.triplet_levels}; give 3, or 2 for no earlier layer.")
+from clipreid.model.reid import ReIDOutput
+from clipreid.peers import ALONE, Peers
 
 
 def losses(
-    output: "ReIDOutput",
+    output: ReIDOutput,
     labels: Tensor,
     text_features: Tensor | None,
-    gather: Gather = alone,
-    settings: LossSettings = LossSettings(),
+    settings: LossSettings,
+    peers: Peers = ALONE,
     own_texts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss parts of this rank's part of a PK batch; their means over ranks are those of the global batch.
@@ -71,8 +41,8 @@ def losses(
         local = {level: at_least_float32(getattr(output.features, level)) for level in levels}
         if "i2t" in wanted or "t2i" in wanted:
             local["text"] = text_features[labels] if own_texts is None else at_least_float32(own_texts)
-        batch = _gather_columns(local, gather)
-        labels_batch = gather(labels)
+        batch = _gather_columns(local, peers)
+        labels_batch = peers.all_gather(labels)
 
         parts = {
             f"id_{name}": smoothed_cross_entropy(logits, labels, settings.label_smoothing)
@@ -100,9 +70,9 @@ def batch_texts(text: nn.Module, labels: Tensor, images_per_identity: int) -> Te
     return text(labels[::images_per_identity]).repeat_interleave(images_per_identity, dim=0)
 
 
-def _gather_columns(local: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
+def _gather_columns(local: dict[str, Tensor], peers: Peers) -> dict[str, Tensor]:
     """{name: [b, D_i]} -> {name: [B, D_i]} in one gather, side by side."""
-    gathered = gather(torch.cat(list(local.values()), dim=1))
+    gathered = peers.all_gather(torch.cat(list(local.values()), dim=1))
     return dict(zip(local, gathered.split([x.shape[1] for x in local.values()], dim=1), strict=True))
 
 

@@ -6,10 +6,11 @@ python launch/evaluate.py --config configs/demo.yaml --weights runs/demo
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipreid.retrieval.rules import Rule
 from launch.cli import Parser, check_out, not_negative, positive, progress_bar, run
 
 USAGE = """
@@ -71,7 +72,7 @@ def make_parser() -> Parser:
         help="scale features to length 1 first (default), or judge them by their plain Euclidean distance",
     )  # fmt: skip
     parser.add_argument(
-        "--rule", choices=("camera", "none", "camera_time"),
+        "--rule", choices=get_args(Rule),
         help="gallery images of the query's identity that do not count: same camera (default), none, or same camera "
         "and time",
     )  # fmt: skip

@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipreid.gather import Gather
+from clipreid.peers import Peers
 
 
-def globalize_batchnorm(model: nn.Module, gather: Gather) -> None:
+def globalize_batchnorm(model: nn.Module, peers: Peers) -> None:
     """Replace every BatchNorm inside `model` by one over all ranks that shares its parameters and buffers.
 
     Names in the state dict stay. Every rank has to run the same layers in the same order.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)]
     for name, layer in layers:
-        model.set_submodule(name, GlobalBatchNorm(layer, gather))
+        model.set_submodule(name, GlobalBatchNorm(layer, peers))
 
 
 class GlobalBatchNorm(nn.Module):
     """BatchNorm1d or 2d whose statistics in training mode come from all ranks, through one gather."""
 
-    def __init__(self, layer: _BatchNorm, gather: Gather):
+    def __init__(self, layer: _BatchNorm, peers: Peers):
         super().__init__()
-        self.gather = gather
+        self.peers = peers
         self.eps, self.momentum = layer.eps, layer.momentum
         self.weight, self.bias = layer.weight, layer.bias
         for name, buffer in layer.named_buffers():
@@ -56,7 +56,7 @@ class GlobalBatchNorm(nn.Module):
         """Mean and biased variance [C] over all ranks (Chan et al. 1979); running statistics move on."""
         mean, squares = _Moments.apply(x)
         count = mean.new_full((1,), x.numel() // x.shape[1])
-        gathered = self.gather(torch.cat([mean, squares, count])[None])
+        gathered = self.peers.all_gather(torch.cat([mean, squares, count])[None])
         mean_RC, squares_RC, count_R1 = gathered.split([len(mean), len(mean), 1], dim=1)
 
         count = count_R1.sum()

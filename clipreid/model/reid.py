@@ -4,27 +4,19 @@
                       encoder -> descriptor -> retrieval
     labels  -> prompts -> stage 1
 
-Built from a ModelSpec, at random or from CLIP's weights. Names of parameters are those of the checkpoints
-that the paper's authors released (`image_encoder.*`, `bottleneck.*`, `classifier.weight`, `cv_embed`).
+Its weights come from `clipreid.weights`. Names of parameters are those of the checkpoints that the paper's authors
+released (`image_encoder.*`, `bottleneck.*`, `classifier.weight`, `cv_embed`).
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipreid.model.encoders import Features, ImageEncoder, ResNetEncoder, ViTEncoder
-from clipreid.model.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
-from clipreid.model.spec import ModelSpec
-from clipreid.weights.official import load_official
-from clipreid.weights.pretrained import is_official, load_clip, read_pretrained
-
-__all__ = ["Features", "ModelSpec", "ReIDModel", "ReIDOutput", "build_models", "descriptor", "empty_models"]
+from clipreid.model.encoders import Features, ImageEncoder
+from clipreid.model.spec import FeatureName, ModelSpec
 
 # B = images, W = width of the image tower, N = training identities
 
@@ -93,68 +85,6 @@ class ReIDModel(nn.Module):
             nn.init.trunc_normal_(self.cv_embed, std=0.02)
 
 
-def descriptor(features: Features, parts: Sequence[str] = ("img", "proj")) -> Tensor:
+def descriptor(features: Features, chosen: Sequence[FeatureName]) -> Tensor:
     """What images are compared by: the chosen features concatenated, then L2-normalised as one vector, [B, sum]."""
-    return F.normalize(torch.cat([getattr(features, part) for part in parts], dim=1), dim=1)
-
-
-def build_models(
-    spec: ModelSpec, pretrained: str | None = None, seed: int = 0
-) -> tuple[ReIDModel, PromptedText | None]:
-    """The image model and the text side of `spec`, on the CPU, float32, in training mode.
-
-    `pretrained`: None (random weights), an open_clip tag, or a local file: CLIP weights, or a checkpoint of
-    the paper's authors (the text side is None where that holds none, as a baseline's does). What it does not
-    hold is drawn from `seed`; the global random state is left alone.
-    Raises ModelError where the weights cannot be had or do not fit.
-    """
-    if pretrained is None:
-        with _seeded(seed, "clip"):
-            clip = open_clip.CLIP(**_clip_arguments(spec))
-        return _rewire(spec, clip, seed)
-    state = read_pretrained(pretrained, spec.arch, spec.arch_config)
-    if is_official(state):
-        model, text = empty_models(spec)
-        return model, load_official(model, text, state, spec, pretrained)
-    with torch.device("meta"):  # initialising what is overwritten at once takes seconds
-        clip = open_clip.CLIP(**_clip_arguments(spec))
-    clip.to_empty(device="cpu")
-    load_clip(clip, state, pretrained)
-    return _rewire(spec, clip, seed)
-
-
-def empty_models(spec: ModelSpec) -> tuple[ReIDModel, PromptedText]:
-    """Both parts of `spec` on the CPU with uninitialised weights, for a state dict to be loaded into."""
-    with torch.device("meta"):
-        model, text = _rewire(spec, open_clip.CLIP(**_clip_arguments(spec)), seed=0)
-    return model.to_empty(device="cpu"), text.to_empty(device="cpu")
-
-
-def _clip_arguments(spec: ModelSpec) -> dict[str, Any]:
-    return {key: value for key, value in spec.arch_config.items() if key != "custom_text"}
-
-
-def _rewire(spec: ModelSpec, clip: nn.Module, seed: int) -> tuple[ReIDModel, PromptedText]:
-    """Take the towers of an open_clip CLIP over into our modules, and add what re-identification needs."""
-    context = spec.arch_config["text_cfg"]["context_length"]
-    ids, end = template_ids(spec.noun, spec.prompt_tokens, context)
-    with _seeded(seed, "prompts"):
-        learner = PromptLearner(clip.token_embedding.weight[ids], end, spec.identities, spec.prompt_tokens)
-    with _seeded(seed, "heads"):
-        model = ReIDModel(spec, _encoder(spec, clip.visual))
-    return model, PromptedText(learner, TextEncoder(clip))
-
-
-def _encoder(spec: ModelSpec, visual: nn.Module) -> ImageEncoder:
-    if spec.is_resnet:
-        return ResNetEncoder(visual, spec.grid)
-    return ViTEncoder(visual, spec.grid, spec.stride or spec.patch_size, spec.sie_tokens)
-
-
-@contextmanager
-def _seeded(seed: int, part: str) -> Iterator[None]:
-    """Draw from (seed, part) instead of the global CPU random state, which is put back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        # default_generator, because torch.manual_seed would also reseed every CUDA device.
-        torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{part}".encode()))
-        yield
+    return F.normalize(torch.cat([getattr(features, name) for name in chosen], dim=1), dim=1)

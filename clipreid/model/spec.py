@@ -7,13 +7,17 @@ written beside the final weights so that a file of weights stands alone.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch_config, is_resnet
 
-SIE_CHOICES = ("none", "camera", "view", "camera+view")
-SIE_TOKEN_CHOICES = ("cls", "all")
+Sie = Literal["none", "camera", "view", "camera+view"]
+"""Side information (TransReID's SIE): what of an image is embedded and added to its tokens."""
+SieTokens = Literal["cls", "all"]
+"""Tokens that side information is added to (Tab 7)."""
+FeatureName = Literal["pre", "img", "proj"]
+"""The features that an encoder gives, see `encoders.Features`."""
 RESNET_STRIDE = 16
 """Pixels per cell of a ModifiedResNet's last map, whose last stage keeps stride 1."""
 
@@ -28,32 +32,30 @@ class ModelSpec:
     """open_clip-style model configuration, as `clipreid.model.arch.check_arch` returns it."""
     image_size: tuple[int, int]
     """Height, width in pixels."""
-    stride: int | None = None
+    stride: int | None
     """Pixels between patches of a ViT; None = its patch size (no overlap). 12 is the paper's OLP for patch 16."""
-    sie: str = "none"
-    """Side information: none, camera, view, or camera+view."""
-    sie_tokens: str = "cls"
-    """Tokens that side information is added to: cls or all (Tab 7)."""
-    sie_coefficient: float = 1.0
+    sie: Sie
+    sie_tokens: SieTokens
+    sie_coefficient: float
     """Factor on the rows of the side information table."""
-    cameras: int = 1
+    cameras: int
     """Cameras in the training dataset: rows of the side information table."""
-    views: int = 1
+    views: int
     """Views in the training dataset: rows of the side information table."""
-    identities: int = 1
+    identities: int
     """N, training identities: rows of the classifiers and sets of prompt tokens."""
-    prompt_tokens: int = 4
+    prompt_tokens: int
     """M, learnable tokens per identity (Tab 10)."""
-    noun: str = "person"
+    noun: str
     """Last word or words of the prompt."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         check_arch_config(self.arch_config, self.arch)
-        if self.sie not in SIE_CHOICES:
-            raise ModelError(f"model.sie is {self.sie!r}; known: {', '.join(SIE_CHOICES)}")
-        if self.sie_tokens not in SIE_TOKEN_CHOICES:
-            raise ModelError(f"model.sie_tokens is {self.sie_tokens!r}; known: {', '.join(SIE_TOKEN_CHOICES)}")
+        if self.sie not in get_args(Sie):
+            raise ModelError(f"model.sie is {self.sie!r}; known: {', '.join(get_args(Sie))}")
+        if self.sie_tokens not in get_args(SieTokens):
+            raise ModelError(f"model.sie_tokens is {self.sie_tokens!r}; known: {', '.join(get_args(SieTokens))}")
         for name, value in (("identities", self.identities), ("model.prompt_tokens", self.prompt_tokens)):
             if value < 1:
                 raise ModelError(f"{name} is {value}, it must be at least 1")

@@ -1,44 +1,60 @@
-"""Blocks of Euclidean distances between queries and gallery, never the whole matrix (contract C5).
+"""Blocks of Euclidean distances between queries and gallery, never the whole matrix.
 
-    descriptors of queries and gallery -> [products] -> ranking
+    descriptors of queries and gallery ──▶ [distance_blocks] ──▶ positives, top_k, tpr_at_fpr
 
-Images are taken by identity, so that the positives lie in few blocks: those are made twice, once to read the
-positives' distances and once to count. Products have one fixed, padded shape, each is made by one thread, and
-blocks do not depend on the number of ranks: so the value of a pair does not depend on ranks or threads, and
-equal rows get equal values.
+Images are taken by identity, so that the positives lie in few blocks: those are made twice, once to read the positives'
+distances and once to count. All matrix products have one fixed, padded shape, each is made by one thread, and blocks
+do not depend on the number of ranks: so the value of a pair does not depend on ranks or threads, and equal rows get
+equal values.
+
+Q, G = query and gallery images, D = feature width; b, w = rows and columns of a block
 """
 
 from collections.abc import Callable, Iterator
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.positives import Labels, ReduceSum, ascending, query_blocks
+from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.positives import Labels, ascending, query_blocks
+from clipreid.retrieval.progress import Progress, unreported
+from clipreid.retrieval.rules import Rule
 from clipreid.threads import in_threads
 
 QUERY_BLOCK, GALLERY_BLOCK = 512, 1024  # rows of one product
 SAMPLE = 1024
 
-Task = tuple[int, int, Callable[[], Tensor]]
+
+class FeatureRows(Protocol):
+    """float [n, D], of which a few rows at a time are asked for: an array, memory-mapped or not, or the like."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray: ...
+
+
 Work = Callable[[int, int, Tensor], None]
 """Is given the number of a query block, the first column, and the distances, float32 [b, w]."""
 
 
-class Products:
+class DistanceBlocks:
     """This rank's blocks of |g|² - 2 q·g: |q|² is the same for a whole row and would only cost digits."""
 
     def __init__(
         self,
         query_features: Tensor,
         query: Labels,
-        gallery_features: Tensor | np.ndarray,
+        gallery_features: Tensor | FeatureRows,
         gallery: Labels,
-        rule: str,
-        part: tuple[int, int],
-    ):
+        rule: Rule,
+        peers: Peers = ALONE,
+    ) -> None:
+        """Arguments as in `retrieve`. Raises ModelError when a query's feature is not finite, or a rule not usable."""
+        self.peers = peers
         self.device = query_features.device
         self.gallery = gallery_features
         self.identities = query.identities, gallery.identities
@@ -48,21 +64,19 @@ class Products:
         columns = np.empty_like(self.order)
         columns[self.order] = np.arange(len(columns))
         self.query_order = np.argsort(query.identities, kind="stable")
-        parts = [self.query_order[start : start + QUERY_BLOCK] for start in range(0, len(query_features), QUERY_BLOCK)]
-        self.queries = list(query_blocks(query, gallery, rule, self.device, parts, columns))
+        groups = [self.query_order[start : start + QUERY_BLOCK] for start in range(0, len(query_features), QUERY_BLOCK)]
+        self.queries = list(query_blocks(query, gallery, rule, self.device, groups, columns))
         loaded = [self._load(query_features, block.rows, QUERY_BLOCK, "query") for block in self.queries]
         self.features = [features for features, _ in loaded]
         self.squared = [squared[: len(block.rows)] for block, (_, squared) in zip(self.queries, loaded, strict=True)]
         """|q|² of each block's queries, float32 [b]."""
-        self.starts = _own_starts(len(self.order), *part)
+        self.starts = _own_starts(len(self.order), peers)
 
-    def each(
-        self, work: Work, *, only_met: bool = False, on_gallery: Callable[[int, int], None] = lambda done, total: None
-    ) -> None:
+    def each(self, work: Work, *, only_met: bool = False, progress: Progress = unreported) -> None:
         """Do some work, in threads on a CPU, with each block; on each query block in one thread at a time.
 
-        only_met: without the pairs of blocks that have no identity in common. on_gallery is told how many gallery
-        images of this rank are being compared, and of how many.
+        only_met: without the pairs of blocks that have no identity in common. progress: in gallery images.
+        Raises ModelError when a gallery image's feature is not finite.
         """
         total = self.starts.stop - self.starts.start
         locks = [Lock() for _ in self.queries]
@@ -70,14 +84,12 @@ class Products:
         def tasks() -> Iterator[tuple[int, int, Tensor, Tensor, int]]:
             for start in self.starts:
                 rows = self.order[start : start + GALLERY_BLOCK]
-                numbers = range(len(self.queries))
-                if only_met:
-                    numbers = [n for n in numbers if self.queries[n].meets(start, len(rows))]
+                numbers = [n for n, block in enumerate(self.queries) if not only_met or block.meets(start, len(rows))]
                 if numbers:
                     gallery, squared = self._load(self.gallery, rows, GALLERY_BLOCK, "gallery")
                     for number in numbers:
                         yield number, start, gallery, squared, len(rows)
-                on_gallery(min(start + GALLERY_BLOCK, self.starts.stop) - self.starts.start, total)
+                progress(min(start + GALLERY_BLOCK, self.starts.stop) - self.starts.start, total)
 
         def multiply(number: int, start: int, gallery: Tensor, squared: Tensor, width: int) -> None:
             product = torch.addmm(squared, self.features[number], gallery.T, alpha=-2)
@@ -87,7 +99,7 @@ class Products:
         for _ in in_threads(multiply, tasks(), self.device):
             pass
 
-    def sample_distance(self, rate: float, reduce_sum: ReduceSum) -> Tensor:
+    def sample_distance(self, rate: float) -> Tensor:
         """About how far this fraction of the negatives is at most, from a sample of pairs. float32 scalar."""
         number = np.linspace(0, len(self.query_order) - 1, SAMPLE).astype(int)
         queries = torch.stack([self.features[n // QUERY_BLOCK][n % QUERY_BLOCK] for n in number.tolist()])
@@ -100,12 +112,12 @@ class Products:
             negatives = ascending(distances[torch.from_numpy(differ).to(self.device)])
             estimate[0] = negatives[int(rate * len(negatives))] if len(negatives) else torch.inf
             estimate[1] = 1
-        total, ranks = reduce_sum(estimate)
-        return total / ranks
+        estimate = self.peers.all_reduce_sum(estimate)
+        return estimate[0] / estimate[1]
 
-    def _load(self, source: Tensor | np.ndarray, numbers: np.ndarray, size: int, name: str) -> tuple[Tensor, Tensor]:
+    def _load(self, source: Tensor | FeatureRows, numbers: np.ndarray, size: int, name: str) -> tuple[Tensor, Tensor]:
         """These rows, filled up with zeros to [size, D], and their squared norms [size]."""
-        rows = source[torch.from_numpy(numbers) if isinstance(source, Tensor) else numbers]
+        rows = source[torch.from_numpy(numbers)] if isinstance(source, Tensor) else source[numbers]
         padded = torch.zeros(size, rows.shape[1], device=self.device)
         padded[: len(rows)] = torch.as_tensor(rows)
         squared = padded.square().sum(1)
@@ -115,15 +127,15 @@ class Products:
         return padded, squared
 
 
-def gallery_rows(gallery: Labels, rank: int, world_size: int) -> np.ndarray:
-    """The gallery rows that a rank reads, int64, possibly none."""
+def gallery_rows(gallery: Labels, peers: Peers) -> np.ndarray:
+    """The gallery rows that this rank reads, int64, possibly none."""
     order = np.argsort(gallery.identities, kind="stable")
-    starts = _own_starts(len(order), rank, world_size)
+    starts = _own_starts(len(order), peers)
     return order[starts.start : starts.stop]
 
 
-def _own_starts(gallery_size: int, rank: int, world_size: int) -> range:
-    """First columns of the rank's blocks."""
+def _own_starts(gallery_size: int, peers: Peers) -> range:
+    """First columns of this rank's blocks."""
     blocks = -(-gallery_size // GALLERY_BLOCK)
-    first, last = (blocks * r // world_size * GALLERY_BLOCK for r in (rank, rank + 1))
+    first, last = (blocks * r // peers.world_size * GALLERY_BLOCK for r in (peers.rank, peers.rank + 1))
     return range(first, min(last, gallery_size), GALLERY_BLOCK)

@@ -1,15 +1,15 @@
-"""Exact retrieval measures from counts over blocks, without the distance matrix (contract C5).
+"""Exact retrieval measures from counts over blocks, without the distance matrix.
 
-    descriptors of queries and gallery -> products -> ranking -> [retrieve] -> mAP, mINP, CMC, TPR@FPR
+    descriptors of queries and gallery ──▶ distance_blocks ──▶ positives ──▶ [metrics] ──▶ mAP, mINP, CMC, TPR@FPR
 
-For every positive pair only its rank among the query's valid gallery is needed, and that rank is a sum over
-blocks of "how many of mine are nearer". Two passes over this rank's blocks: the first reads the distances of
-the positives, the second counts. What crosses ranks is summed by the function handed in.
+For every positive pair only its rank among the query's valid gallery is needed, and that rank is a sum over blocks of
+"how many of mine are nearer". Two passes over this rank's blocks: the first reads the distances of the positives, the
+second counts. What the ranks have found is summed.
 
-Q, G = query and gallery images, D = feature width, M = most positives that a query has
+Q, G = query and gallery images, D = feature width
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.distance_blocks import GALLERY_BLOCK, QUERY_BLOCK, Products
-from clipreid.retrieval.positives import Labels, QueryBlock, ReduceSum, count_up, find_near, query_blocks
+from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.distance_blocks import GALLERY_BLOCK, QUERY_BLOCK, DistanceBlocks, FeatureRows
+from clipreid.retrieval.positives import Labels, PositiveDistances, PositiveRanks, count_up, query_blocks
+from clipreid.retrieval.progress import Progress, unreported
+from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.top_k import Nearest, RankedLists
 from clipreid.retrieval.tpr_at_fpr import SAFE_RATE, Verification
 
@@ -87,61 +90,56 @@ class Retrieval:
 def retrieve(
     query_features: Tensor,
     query: Labels,
-    gallery_features: Tensor | np.ndarray,
+    gallery_features: Tensor | FeatureRows,
     gallery: Labels,
     *,
-    rule: str = "camera",
+    rule: Rule,
     top_k: int = 0,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
-    on_gallery: Callable[[int, int], None] = lambda done, total: None,
+    peers: Peers = ALONE,
+    progress: Progress = unreported,
 ) -> Retrieval:
     """Rank the gallery for every query by Euclidean distance; ties go to the image first in the gallery.
 
-    query_features: float [Q, D], the same on every rank; the products run on their device.
-    gallery_features: float [G, D], may be memory-mapped: only `gallery_rows(gallery, *part)` are read.
-    rule: the gallery images of the query's identity that do not count for it: those of its camera, none, or
-    those of its camera and time. top_k: length of the lists of nearest images; 0: none.
-    part: (rank, world_size). on_gallery is told how many gallery images this rank has compared, and of how many.
-    Raises ModelError for an unknown rule, a feature that is not finite, and where no query is valid.
+    query_features: float [Q, D], the same on every rank; the distances are computed on their device.
+    gallery_features: float [G, D], may be memory-mapped: only `gallery_rows(gallery, peers)` are read.
+    top_k: length of the lists of nearest images; 0: none. progress: in gallery images.
+    Raises ModelError when the rule is unknown, a feature is not finite, or no query is valid.
     """
-    products = Products(query_features, query, gallery_features, gallery, rule, part)
-    blocks = products.queries
-    _check_some_positive(sum(len(block.distances) for block in blocks), len(query.identities), rule)
-    products.each(lambda number, start, distances: blocks[number].read(distances, start), only_met=True)
-    _share([block.distances for block in blocks], reduce_sum)
-    for block in blocks:
-        block.all_read()
+    blocks = DistanceBlocks(query_features, query, gallery_features, gallery, rule, peers)
+    found = [PositiveDistances(block) for block in blocks.queries]
+    _check_some_positive(sum(len(each.distances) for each in found), len(query.identities), rule)
+    blocks.each(lambda number, start, distances: found[number].read(distances, start), only_met=True)
+    _sum_over_ranks([each.distances for each in found], peers)
+    ranks = [each.complete() for each in found]
 
-    positives, negatives = _pairs(products)
-    farthest = products.sample_distance(SAFE_RATE, reduce_sum)
-    verification = Verification(positives, negatives, farthest)
-    lists = RankedLists(blocks, top_k) if top_k else None
+    positives, negatives = _pairs(blocks, ranks)
+    verification = Verification(positives, negatives, blocks.sample_distance(SAFE_RATE))
+    lists = RankedLists(blocks.queries, top_k, blocks.device) if top_k else None
 
     def count(number: int, start: int, distances: Tensor) -> None:
-        block, squared = blocks[number], products.squared[number]
-        block.leave_out(distances, start)
-        near = find_near(distances, torch.maximum(block.reach, verification.reach(squared)))
-        block.count(distances, near, start, products.rows)
+        squared = blocks.squared[number]
+        reach = torch.maximum(ranks[number].reach, verification.reach(squared))
+        near = ranks[number].find_near(distances, start, reach)
+        ranks[number].count(distances, near, start, blocks.rows)
         verification.add(near, squared)
         if lists:
-            lists.add(number, distances, products.rows[start : start + distances.shape[1]])
+            lists.add(number, distances, blocks.rows[start : start + distances.shape[1]])
 
-    products.each(count, on_gallery=on_gallery)
-    _share([block.nearer for block in blocks], reduce_sum)
-    rates = _rates(products, verification, positives, reduce_sum)
-    nearest = lists.merged(products.squared, part, reduce_sum) if lists else None
-    measured = np.empty((4, len(query.identities)))
-    for block in blocks:
-        measured[:, block.rows] = _measure(block)
-    return Retrieval(_per_query(measured), rates, nearest)
+    blocks.each(count, progress=progress)
+    _sum_over_ranks([each.nearer for each in ranks], peers)
+    rates = _rates(blocks, ranks, verification, positives)
+    nearest = lists.merged(blocks.squared, peers) if lists else None
+    measures = np.empty((4, len(query.identities)))
+    for each in ranks:
+        measures[:, each.rows] = _measures(each)
+    return Retrieval(_per_query(measures), rates, nearest)
 
 
-def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: str = "camera") -> Retrieval:
-    """The same from a given matrix, float32 [Q, G], for distances that are no products (re-ranking)."""
+def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: Rule) -> Retrieval:
+    """The same from a given matrix, float32 [Q, G], of distances of any kind (re-ranking)."""
     starts = range(0, len(distances), QUERY_BLOCK)
-    parts = ((slice(start, start + QUERY_BLOCK), distances[start : start + QUERY_BLOCK].clone()) for start in starts)
-    return retrieve_by_blocks(parts, query, gallery, rule=rule, device=distances.device)
+    blocks = ((slice(start, start + QUERY_BLOCK), distances[start : start + QUERY_BLOCK].clone()) for start in starts)
+    return retrieve_by_blocks(blocks, query, gallery, rule=rule, device=distances.device)
 
 
 def retrieve_by_blocks(
@@ -149,9 +147,9 @@ def retrieve_by_blocks(
     query: Labels,
     gallery: Labels,
     *,
-    rule: str = "camera",
+    rule: Rule,
     device: torch.device | None = None,
-    reduce_sum: ReduceSum = lambda x: x,
+    peers: Peers = ALONE,
 ) -> Retrieval:
     """The same from (queries, their distances float32 [b, G]), a block at a time; each query once, on any rank.
 
@@ -159,29 +157,29 @@ def retrieve_by_blocks(
     """
     columns = torch.arange(len(gallery.identities), device=device)
     total = len(query.identities)
-    measured = torch.zeros(4, total, dtype=torch.float64, device=device)
+    measures = torch.zeros(4, total, dtype=torch.float64, device=device)
     for rows, distances in blocks:
         (block,) = query_blocks(query, gallery, rule, distances.device, [np.arange(total)[rows]])
-        block.read(distances, 0)
-        block.all_read()
+        found = PositiveDistances(block)
+        found.read(distances, 0)
+        ranks = found.complete()
         for start in range(0, len(columns), GALLERY_BLOCK):
-            part = distances[:, start : start + GALLERY_BLOCK]
-            block.leave_out(part, start)
-            block.count(part, find_near(part, block.reach), start, columns)
-        measured[:, rows] = torch.from_numpy(_measure(block)).to(device)
-    measured = reduce_sum(measured).cpu().numpy()
-    _check_some_positive(int(measured[3].sum()), total, rule)
-    return Retrieval(_per_query(measured))
+            some = distances[:, start : start + GALLERY_BLOCK]
+            ranks.count(some, ranks.find_near(some, start, ranks.reach), start, columns)
+        measures[:, rows] = torch.from_numpy(_measures(ranks)).to(device)
+    summed = peers.all_reduce_sum(measures).cpu().numpy()
+    _check_some_positive(int(summed[3].sum()), total, rule)
+    return Retrieval(_per_query(summed))
 
 
-def _share(parts: list[Tensor], reduce_sum: ReduceSum) -> None:
+def _sum_over_ranks(tensors: list[Tensor], peers: Peers) -> None:
     """Replace tensors by their sums over ranks, in one exchange."""
-    summed = reduce_sum(torch.cat([part.flatten() for part in parts]))
-    for part, total in zip(parts, summed.split([part.numel() for part in parts]), strict=True):
-        part.copy_(total.view_as(part))
+    summed = peers.all_reduce_sum(torch.cat([own.flatten() for own in tensors]))
+    for own, total in zip(tensors, summed.split([own.numel() for own in tensors]), strict=True):
+        own.copy_(total.view_as(own))
 
 
-def _check_some_positive(positives: int, queries: int, rule: str) -> None:
+def _check_some_positive(positives: int, queries: int, rule: Rule) -> None:
     if not positives:
         raise ModelError(
             f"none of {queries} queries has a gallery image of its identity that rule {rule!r} leaves: "
@@ -189,46 +187,45 @@ def _check_some_positive(positives: int, queries: int, rule: str) -> None:
         )
 
 
-def _pairs(products: Products) -> tuple[Tensor, int]:
-    """Distances of all positives, float32 [P], and the number of all negatives."""
+def _pairs(blocks: DistanceBlocks, ranks: Sequence[PositiveRanks]) -> tuple[Tensor, int]:
+    """Distances of all positives, float32, and the number of all negatives."""
     positives, negatives = [], 0
-    for block, squared in zip(products.queries, products.squared, strict=True):
-        positives.append(block.distances + squared[block.positives.row])
-        negatives += len(block.rows) * len(products.rows) - len(block.distances) - len(block.ignored.row)
+    for each, squared in zip(ranks, blocks.squared, strict=True):
+        positives.append(each.distances + squared[each.positives.row])
+        negatives += len(each.rows) * len(blocks.rows) - len(each.distances) - len(each.block.ignored.row)
     return torch.cat(positives), negatives
 
 
 def _rates(
-    products: Products, verification: Verification, positives: Tensor, reduce_sum: ReduceSum
+    blocks: DistanceBlocks, ranks: Sequence[PositiveRanks], verification: Verification, positives: Tensor
 ) -> dict[str, float]:
     """TPR@FPR; where the sample was misleading, from another pass over all pairs."""
-    counts = reduce_sum(verification.counts())
+    counts = blocks.peers.all_reduce_sum(verification.counts())
     if not verification.suffices(counts):
         verification = Verification(positives, verification.negatives, positives.max())
 
         def count(number: int, start: int, distances: Tensor) -> None:
-            products.queries[number].leave_out(distances, start)
-            squared = products.squared[number]
-            verification.add(find_near(distances, verification.reach(squared)), squared)
+            squared = blocks.squared[number]
+            verification.add(ranks[number].find_near(distances, start, verification.reach(squared)), squared)
 
-        products.each(count)
-        counts = reduce_sum(verification.counts())
+        blocks.each(count)
+        counts = blocks.peers.all_reduce_sum(verification.counts())
     return verification.rates(counts)
 
 
-def _measure(block: QueryBlock) -> np.ndarray:
+def _measures(ranks: PositiveRanks) -> np.ndarray:
     """From the ranks alone: AP, INP, first rank and number of positives of each query, float64 [4, b]."""
-    row, rank = block.ranks()
-    number = np.bincount(row, minlength=len(block.rows))
+    row, rank = ranks.ranks()
+    number = np.bincount(row, minlength=len(ranks.rows))
     precision = np.bincount(row, (count_up(number) + 1) / rank, minlength=len(number))
     some = np.flatnonzero(number)
     last = number[some].cumsum() - 1
-    measured = np.array([np.full(len(number), np.nan)] * 2 + [np.zeros(len(number))] * 2)
+    measures = np.array([np.full(len(number), np.nan)] * 2 + [np.zeros(len(number))] * 2)
     first_rank = rank[last - number[some] + 1]
-    measured[:, some] = precision[some] / number[some], number[some] / rank[last], first_rank, number[some]
-    return measured
+    measures[:, some] = precision[some] / number[some], number[some] / rank[last], first_rank, number[some]
+    return measures
 
 
-def _per_query(measured: np.ndarray) -> PerQuery:
-    AP, INP, first_rank, positives = measured
+def _per_query(measures: np.ndarray) -> PerQuery:
+    AP, INP, first_rank, positives = measures
     return PerQuery(AP, INP, first_rank.astype(np.int64), positives.astype(np.int64))

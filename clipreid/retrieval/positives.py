@@ -1,16 +1,18 @@
 """How many gallery images are nearer to a query than each of its positives, from blocks of distances.
 
-    blocks of distances (products, re-ranking) -> [ranking] -> ranks of the positives -> retrieval: mAP, CMC
+    blocks of distances ──▶ [PositiveDistances] ──▶ [PositiveRanks] ──▶ ranks of the positives ──▶ metrics
 
-Of a block only what is nearer than its query's farthest positive matters. It is sorted, as keys of (query,
-distance), and the positives are looked up. Where a positive ties with other images, those that come before it in
-the gallery are counted one by one.
+Two passes over the blocks, a type for each. The first reads the distances of the positives. The second counts what is
+nearer: of a block only what is nearer than its query's farthest positive matters, which is sorted, as keys of (query,
+distance), and the positives are looked up. Where a positive ties with other images, those that come before it in the
+gallery are counted one by one.
 
-Q, G = queries and gallery images, P = positives of a block's queries; b, w = rows and columns of a block of distances
+Q, G = query and gallery images, P = positives of a block's queries; b, w = rows and columns of a block of distances
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +20,7 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-
-RULES = {"camera": (("cameras", -1),), "none": (), "camera_time": (("cameras", -1), ("times", ""))}
-"""What has to be equal, and its value for unknown, for a gallery image of the query's identity not to
-count."""
-
-ReduceSum = Callable[[Tensor], Tensor]
-"""A tensor on the queries' device, float32, float64 or int64 -> its sum over ranks."""
+from clipreid.retrieval.rules import RULES, Rule
 
 NEVER = torch.iinfo(torch.int64).max  # behind all keys
 FEW = 8  # an eighth of a block is few: sorted by itself, in place of all rows
@@ -58,67 +54,99 @@ class Pairs:
         return here, self.row[here], self.column[here] - start
 
 
-@dataclass
+@dataclass(frozen=True)
 class QueryBlock:
-    """Some queries, their positives, and what has been found out about them."""
+    """Some queries, and which gallery images are of their identities."""
 
     rows: np.ndarray
     """int64 [b], their numbers among the queries."""
     positives: Pairs
     ignored: Pairs
     """What the rule takes out."""
-    distances: Tensor = field(init=False)
-    """float32 [P] of the positives, 0 until a block holds them."""
-    nearer: Tensor = field(init=False)
-    """int64 [P]: how many of what has been counted come before a positive."""
-    columns: range = field(init=False)
-    """No image of the queries' identities lies outside."""
-    reach: Tensor = field(init=False)
-    """float32 [b]: what lies nearer matters. Known when the distances are complete."""
 
-    def __post_init__(self) -> None:
-        self.distances = torch.zeros_like(self.positives.column, dtype=torch.float32)
-        self.nearer = torch.zeros_like(self.positives.column)
+    @cached_property
+    def columns(self) -> range:
+        """No image of the queries' identities lies outside."""
         known = torch.cat([self.positives.column, self.ignored.column]).cpu()
-        self.columns = range(int(known.min()), int(known.max()) + 1) if len(known) else range(0)
+        return range(int(known.min()), int(known.max()) + 1) if len(known) else range(0)
 
     def meets(self, start: int, width: int) -> bool:
         """Whether these columns can hold an image of the queries' identities."""
         return start < self.columns.stop and self.columns.start < start + width
 
+
+class PositiveDistances:
+    """The first pass: how far the positives of a query block are."""
+
+    def __init__(self, block: QueryBlock) -> None:
+        self.block = block
+        self.distances = torch.zeros_like(block.positives.column, dtype=torch.float32)
+        """float32 [P], 0 until a block holds them: so the sum over ranks is complete."""
+
     def read(self, distances: Tensor, start: int) -> None:
         """Take the positives' distances from a block, float32 [b, w], of the columns from `start`."""
-        here, row, column = self.positives.within(start, distances.shape[1])
+        here, row, column = self.block.positives.within(start, distances.shape[1])
         self.distances[here] = distances[row, column]
 
-    def all_read(self) -> None:
-        """The distances are complete: put the positives in order, so that they can be looked up."""
-        row = self.positives.row
-        self._keys, order = query_keys(row, self.distances).sort()
-        self.positives = Pairs(row[order], self.positives.column[order])
-        self.distances = self.distances[order]
+    def complete(self) -> "PositiveRanks":
+        """The second pass, once the blocks of all ranks have been read."""
+        return PositiveRanks(self.block, self.distances)
+
+
+class Near(NamedTuple):
+    """Those distances of a block, without what is ignored, that are below the reach of their row; row by row."""
+
+    row: Tensor
+    """int64 [n]."""
+    distance: Tensor
+    """float32 [n]."""
+
+
+class PositiveRanks:
+    """The second pass: how many images of its query's gallery come before each positive of a query block."""
+
+    def __init__(self, block: QueryBlock, distances: Tensor) -> None:
+        """distances: float32 [P] of the block's positives, complete; they are put in order, to be looked up."""
+        self.block, self.rows = block, block.rows
+        row = block.positives.row
+        self._keys, order = query_keys(row, distances).sort()
+        self.positives = Pairs(row[order], block.positives.column[order])
+        self.distances = distances[order]
+        """float32 [P], by query, then nearest first."""
+        self.nearer = torch.zeros_like(self.positives.column)
+        """int64 [P]: how many of what has been counted come before a positive."""
         farthest = torch.full((len(self.rows),), -torch.inf, device=row.device)
         farthest.scatter_reduce_(0, row, self.distances, "amax")
         self.reach = farthest.nextafter(farthest.new_tensor(torch.inf))
+        """float32 [b]: what lies nearer matters."""
         self._starts = torch.arange(len(self.rows), device=row.device) << 32
 
-    def leave_out(self, distances: Tensor, start: int) -> None:
-        """Put what is ignored infinitely far away in a block."""
-        if self.meets(start, distances.shape[1]):
-            _, row, column = self.ignored.within(start, distances.shape[1])
+    def find_near(self, distances: Tensor, start: int, reach: Tensor) -> Near:
+        """What is below its row's reach, float32 [b], in a block, float32 [b, w], of the columns from `start`.
+
+        What the rule takes out is put infinitely far away in the block itself.
+        """
+        if self.block.meets(start, distances.shape[1]):
+            _, row, column = self.block.ignored.within(start, distances.shape[1])
             distances[row, column] = torch.inf
+        below = distances < reach[:, None]
+        if below.device.type == "cpu":
+            place = torch.from_numpy(np.flatnonzero(below.numpy()))  # several times as fast as torch on a CPU
+        else:
+            place = below.flatten().nonzero().squeeze(1)
+        return Near(place // distances.shape[1], distances.reshape(-1).index_select(0, place))
 
-    def count(self, distances: Tensor, near: "Near", start: int, gallery_rows: Tensor) -> None:
-        """Count a block, float32 [b, w], of the columns from `start`, without what is ignored.
+    def count(self, distances: Tensor, near: Near, start: int, gallery_rows: Tensor) -> None:
+        """Count a block, float32 [b, w], of the columns from `start`.
 
-        near: all in it that is below `reach`, and perhaps more. gallery_rows: int64 [G], row number in the gallery of
-        each column, by which ties are decided.
+        near: found in this block, with a reach of at least `self.reach`. gallery_rows: int64 [G], row number in the
+        gallery of each column, by which ties are decided.
         """
         keys = near_keys(distances, near)
         place = torch.searchsorted(keys, self._keys)
         self.nearer += place - torch.searchsorted(keys, self._starts)[self.positives.row]
         # At its place is the positive itself, where it is in this block; what is equal there besides is a tie.
-        if self.meets(start, distances.shape[1]):
+        if self.block.meets(start, distances.shape[1]):
             place += self.positives.within(start, distances.shape[1])[0]
         keys = torch.cat([keys, keys.new_tensor([NEVER])])
         for tied in (keys[place] == self._keys).nonzero().squeeze(1).split(TIES):
@@ -135,37 +163,39 @@ class QueryBlock:
 def query_blocks(
     query: Labels,
     gallery: Labels,
-    rule: str,
+    rule: Rule,
     device: torch.device,
-    parts: Iterable[np.ndarray],
+    groups: Iterable[np.ndarray],
     columns: np.ndarray | None = None,
 ) -> Iterator[QueryBlock]:
-    """A block for each part, int64 [b], of the queries.
+    """A block for each group, int64 [b], of the queries.
 
     columns: int64 [G], where each gallery image is in the blocks of distances; by default at its row number.
-    Raises ModelError for an unknown rule, and for one whose labels are not given.
+    Raises ModelError when the rule is unknown, or needs labels that are not given.
     """
     order = np.argsort(gallery.identities, kind="stable")
     ordered = gallery.identities[order]
     first = np.searchsorted(ordered, query.identities, side="left")
     counts = np.searchsorted(ordered, query.identities, side="right") - first
-    for rows in parts:
+
+    def on_device(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(device)
+
+    for rows in groups:
         row = np.repeat(np.arange(len(rows)), counts[rows])
         found = order[np.repeat(first[rows], counts[rows]) + count_up(counts[rows])]
         ignored = _ignored(query, gallery, rows[row], found, rule)
         column = found if columns is None else columns[found]
-        both = [
-            Pairs(*(torch.from_numpy(each[part]).to(device) for each in (row, column))) for part in (~ignored, ignored)
-        ]
-        yield QueryBlock(rows, *both)
+        pairs = [Pairs(on_device(row[chosen]), on_device(column[chosen])) for chosen in (~ignored, ignored)]
+        yield QueryBlock(rows, *pairs)
 
 
-def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule: str) -> np.ndarray:
+def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule: Rule) -> np.ndarray:
     """Which of the pairs (q, g) of one identity the rule takes out of the query's gallery. bool [pairs]."""
     if rule not in RULES:
         raise ModelError(f"retrieval rule is {rule!r}; known: {', '.join(RULES)}.")
     ignored = np.full(len(q), rule != "none")
-    for name, unknown in RULES[rule]:
+    for name, unknown in RULES[rule].items():
         ours, theirs = getattr(query, name), getattr(gallery, name)
         if ours is None or theirs is None:
             raise ModelError(f"retrieval rule {rule!r} needs {name}, which are not given; use rule 'none'.")
@@ -176,25 +206,6 @@ def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule:
 def count_up(counts: np.ndarray) -> np.ndarray:
     """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-
-
-class Near(NamedTuple):
-    """Those distances of a block, float32 [b, w], that are below the reach of their row; row by row."""
-
-    row: Tensor
-    """int64 [n]."""
-    distance: Tensor
-    """float32 [n]."""
-
-
-def find_near(distances: Tensor, reach: Tensor) -> Near:
-    """What is below its row's reach, float32 [b]."""
-    below = distances < reach[:, None]
-    if below.device.type == "cpu":
-        place = torch.from_numpy(np.flatnonzero(below.numpy()))  # several times as fast as torch on a CPU
-    else:
-        place = below.flatten().nonzero().squeeze(1)
-    return Near(place // distances.shape[1], distances.reshape(-1).index_select(0, place))
 
 
 def near_keys(distances: Tensor, near: Near) -> Tensor:

@@ -11,7 +11,7 @@ not depend on their number. Everything is at least float32: half precision moves
 Q, G = queries and gallery images, n = Q + G, b = images of a block, D = feature width
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,16 @@ from torch import Tensor
 
 from clipreid.errors import ModelError
 from clipreid.losses import at_least_float32
-from clipreid.retrieval.metrics import Labels, ReduceSum, retrieve_by_blocks
+from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.metrics import retrieve_by_blocks
+from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.progress import Progress, unreported
+from clipreid.retrieval.rules import Rule
 
 BLOCK = 512  # rows at a time: b x n distances are held
 JACCARD_BLOCK = 32  # queries whose common neighbours are listed at a time
 PAIRS = 1024  # pairs whose differences are held: few enough to stay in a processor's cache
 
-OnImages = Callable[[int, int], None]
 Entries = tuple[Tensor, Tensor, Tensor]
 """Rows, columns and weights of a sparse matrix's entries, by row."""
 
@@ -38,23 +41,22 @@ def evaluate_reranked(
     gallery_features: Tensor | np.ndarray,
     gallery: Labels,
     *,
-    rule: str = "camera",
-    k1: int = 20,
-    k2: int = 6,
-    lam: float = 0.3,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
-    on_images: OnImages = lambda done, total: None,
+    rule: Rule,
+    k1: int,
+    k2: int,
+    lam: float,
+    peers: Peers = ALONE,
+    progress: Progress = unreported,
 ) -> dict[str, Any]:
     """mAP, mINP, R1, … of the re-ranked distances, as in metrics.json. Arguments as in retrieve and reranked."""
     sides = query_features, gallery_features
-    blocks = reranked(*sides, k1, k2, lam, part=part, reduce_sum=reduce_sum, on_images=on_images)
+    blocks = reranked(*sides, k1, k2, lam, peers=peers, progress=progress)
     float32 = ((rows, distances.float()) for rows, distances in blocks)
     device = query_features.device
-    return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, reduce_sum=reduce_sum).metrics()
+    return retrieve_by_blocks(float32, query, gallery, rule=rule, device=device, peers=peers).metrics()
 
 
-def rerank(query_features: Tensor, gallery_features: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
+def rerank(query_features: Tensor, gallery_features: Tensor, k1: int, k2: int, lam: float) -> Tensor:
     """The whole matrix of `reranked`, float [Q, G], for few images."""
     return torch.cat([distances for _, distances in reranked(query_features, gallery_features, k1, k2, lam)])
 
@@ -62,28 +64,27 @@ def rerank(query_features: Tensor, gallery_features: Tensor, k1: int = 20, k2: i
 def reranked(
     query_features: Tensor,
     gallery_features: Tensor | np.ndarray,
-    k1: int = 20,
-    k2: int = 6,
-    lam: float = 0.3,
+    k1: int,
+    k2: int,
+    lam: float,
     *,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
-    on_images: OnImages = lambda done, total: None,
+    peers: Peers = ALONE,
+    progress: Progress = unreported,
 ) -> Iterator[tuple[slice, Tensor]]:
     """lam x original + (1 - lam) x Jaccard distance of the neighbourhoods: (queries, float [b, G]), a block at a time.
 
     query_features: float [Q, D], gallery_features: float [G, D], both whole on every rank; the gallery's may be
     memory-mapped. Work is done on the queries' device, where all features are held once more. The original distance
     is the squared Euclidean one, each image's row over all n divided by its maximum.
-    part: (rank, world_size); the ranks' blocks are all queries, each once. on_images is told how many images this rank
-    has compared with all others, and of how many: first for their neighbours, then the queries for their distances.
+    The ranks' blocks are all queries, each once. progress: in images that
+    were compared with all others: first for their neighbours, then the queries for their distances.
     Raises ModelError for k1, k2 below 1, for fewer images than k1 + 1 or k2, and features that are not finite.
     """
     n, num_queries = len(query_features) + len(gallery_features), len(query_features)
     if min(k1, k2) < 1 or max(k1 + 1, k2) > n:
         raise ModelError(f"re-ranking with k1 {k1}, k2 {k2} needs 1 <= k1 < {n} images and 1 <= k2 <= {n}: lower them.")
     features = _all_features(query_features, gallery_features)
-    own_rows, own_queries = list(_own_blocks(n, part)), list(_own_blocks(num_queries, part))
+    own_rows, own_queries = list(_own_blocks(n, peers)), list(_own_blocks(num_queries, peers))
     done, total = 0, sum(rows.stop - rows.start for rows in own_rows + own_queries)
 
     def compared(blocks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
@@ -91,11 +92,11 @@ def reranked(
         for rows, distances in _distances(features, blocks):
             yield rows, distances
             done += len(distances)
-            on_images(done, total)
+            progress(done, total)
 
-    nearest, largest = _neighbours(compared(own_rows), features, max(k1 + 1, k2), reduce_sum)
-    weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1, own_rows), n, features, reduce_sum)
-    expanded = _Sparse.of(_averages(weights, nearest[:, :k2], own_rows), n, features, reduce_sum)
+    nearest, largest = _neighbours(compared(own_rows), features, max(k1 + 1, k2), peers)
+    weights = _Sparse.of(_reciprocal_weights(features, nearest, largest, k1, own_rows), n, features, peers)
+    expanded = _Sparse.of(_averages(weights, nearest[:, :k2], own_rows), n, features, peers)
     by_neighbour = expanded.transposed(first=num_queries)
     for rows, distances in compared(own_queries):
         original = distances[:, num_queries:] / largest[rows, None]
@@ -115,11 +116,10 @@ def _all_features(query: Tensor, gallery: Tensor | np.ndarray) -> Tensor:
     return features
 
 
-def _own_blocks(stop: int, part: tuple[int, int]) -> Iterator[slice]:
+def _own_blocks(stop: int, peers: Peers) -> Iterator[slice]:
     """This rank's share of the rows 0 … stop - 1, cut in the same places for any number of ranks."""
-    rank, world_size = part
     blocks = -(-stop // BLOCK)
-    for block in range(blocks * rank // world_size, blocks * (rank + 1) // world_size):
+    for block in range(blocks * peers.rank // peers.world_size, blocks * (peers.rank + 1) // peers.world_size):
         yield slice(block * BLOCK, min((block + 1) * BLOCK, stop))
 
 
@@ -135,7 +135,7 @@ def _distances(features: Tensor, blocks: list[slice]) -> Iterator[tuple[slice, T
 
 
 def _neighbours(
-    blocks: Iterable[tuple[slice, Tensor]], features: Tensor, k: int, reduce_sum: ReduceSum
+    blocks: Iterable[tuple[slice, Tensor]], features: Tensor, k: int, peers: Peers
 ) -> tuple[Tensor, Tensor]:
     """Each image's k nearest, itself included, nearest first, int64 [n, k]; and its largest distance [n]."""
     nearest = torch.zeros(len(features), k, dtype=torch.int64, device=features.device)
@@ -143,7 +143,7 @@ def _neighbours(
     for rows, distances in blocks:
         nearest[rows] = distances.topk(k, largest=False).indices
         largest[rows] = distances.amax(1)
-    nearest, largest = reduce_sum(nearest), reduce_sum(largest)
+    nearest, largest = peers.all_reduce_sum(nearest), peers.all_reduce_sum(largest)
     if not largest.isfinite().all():
         raise ModelError("re-ranking: features that are not finite: extract them again, and look at the weights")
     return nearest, largest.clamp_min_(torch.finfo(largest.dtype).tiny)  # 0 where all images are the same
@@ -162,7 +162,7 @@ def _reciprocal_weights(
     n = len(features)
     half = round(k1 / 2)  # half to even, as in the published code
     near, near_half = nearest[:, : k1 + 1], nearest[:, : half + 1]
-    mutual_half = torch.cat([_mutual(near_half, rows) for rows in _own_blocks(n, (0, 1))])
+    mutual_half = torch.cat([_mutual(near_half, rows) for rows in _own_blocks(n, ALONE)])
     sets_half = near_half.where(mutual_half, n)  # [n, half + 1], n stands for none
     for rows in own_rows:
         mutual = _mutual(near, rows)
@@ -198,16 +198,16 @@ class _Sparse:
     weights: Tensor
 
     @classmethod
-    def of(cls, blocks: Iterable[Entries], n: int, like: Tensor, reduce_sum: ReduceSum) -> "_Sparse":
+    def of(cls, blocks: Iterable[Entries], n: int, like: Tensor, peers: Peers) -> "_Sparse":
         """From the blocks of rows of all ranks, each a run of rows; weights of the type and on the device of `like`."""
         none = torch.zeros(0, dtype=torch.int64, device=like.device)
         rows, *own = (torch.cat(parts) for parts in zip((none, none, like.new_zeros(0)), *blocks, strict=True))
-        starts = reduce_sum(_starts(rows, n))
+        starts = peers.all_reduce_sum(_starts(rows, n))
         first = int(starts[rows[0]]) if len(rows) else 0
         whole = [values.new_zeros(int(starts[-1])) for values in own]
         for values, here in zip(whole, own, strict=True):
             values[first : first + len(here)] = here
-        return cls(starts, *map(reduce_sum, whole))
+        return cls(starts, *map(peers.all_reduce_sum, whole))
 
     def take(self, rows: Tensor) -> Entries:
         """The entries of the given rows, one after the other; rows are numbered as in `rows`."""

@@ -1,6 +1,6 @@
 """The nearest gallery images of each query, kept while blocks of distances pass by.
 
-    blocks of distances (products) -> [ranked] -> the nearest of each query
+    distance_blocks ──▶ [top_k] ──▶ the nearest of each query
 
 Q = queries, b = queries of a block, k = length of a list
 """
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.retrieval.positives import NEVER, QueryBlock, ReduceSum, monotone
+from clipreid.peers import Peers
+from clipreid.retrieval.positives import NEVER, QueryBlock, monotone
 
 NONE = -1  # in place of a gallery row
 
@@ -30,28 +31,24 @@ class Nearest:
 class RankedLists:
     """The `length` nearest of each query so far, as keys of (distance, gallery row)."""
 
-    def __init__(self, blocks: Sequence[QueryBlock], length: int):
+    def __init__(self, blocks: Sequence[QueryBlock], length: int, device: torch.device) -> None:
         self.blocks, self.length = blocks, length
-        self.keys = [
-            torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=block.distances.device)
-            for block in blocks
-        ]
+        self.keys = [torch.full((len(block.rows), length), NEVER, dtype=torch.int64, device=device) for block in blocks]
 
     def add(self, number: int, distances: Tensor, gallery_rows: Tensor) -> None:
         """A block of |g|² - 2 q·g, float32 [b, w], infinite where it does not count; gallery_rows: int64 [w]."""
         keys = (monotone(distances) << 32 | gallery_rows).where(distances < torch.inf, NEVER)
         self.keys[number] = torch.cat([self.keys[number], keys], 1).topk(self.length, largest=False).values
 
-    def merged(self, squared: Sequence[Tensor], part: tuple[int, int], reduce_sum: ReduceSum) -> Nearest:
+    def merged(self, squared: Sequence[Tensor], peers: Peers) -> Nearest:
         """Over all ranks. squared: |q|² of each block's queries, float32 [b]."""
-        rank, world_size = part
         total = sum(len(block.rows) for block in self.blocks)
         rows = np.full((total, self.length), NONE)
         distances = np.full((total, self.length), np.inf, np.float32)
         for block, keys, lengths in zip(self.blocks, self.keys, squared, strict=True):
-            of_ranks = keys.new_zeros(world_size, *keys.shape)
-            of_ranks[rank] = keys
-            keys = torch.cat(list(reduce_sum(of_ranks)), 1).topk(self.length, largest=False).values
+            of_ranks = keys.new_zeros(peers.world_size, *keys.shape)
+            of_ranks[peers.rank] = keys
+            keys = torch.cat(list(peers.all_reduce_sum(of_ranks)), 1).topk(self.length, largest=False).values
             found = keys != NEVER
             rows[block.rows] = (keys & 0xFFFFFFFF).where(found, NONE).cpu().numpy()
             euclidean = (_distances(keys) + lengths[:, None]).clamp(min=0).sqrt()

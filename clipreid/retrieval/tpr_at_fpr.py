@@ -1,6 +1,6 @@
 """How often pairs of one identity are accepted where few pairs of two identities are: TPR at fixed FPR.
 
-    blocks of distances (products) -> [verification] -> "TPR@FPR" of the metrics
+    distance_blocks ──▶ [tpr_at_fpr] ──▶ "TPR@FPR" of the metrics
 
 One distance is the limit for all queries. A positive is accepted at false positive rate f where at most
 f x (number of negative pairs) negatives are at most as far. So each positive needs the number of negatives up to
@@ -27,7 +27,7 @@ WAITING = 1 << 20  # distances that are counted at a time
 class Verification:
     """How many pairs of all are at most as far as each positive."""
 
-    def __init__(self, positives: Tensor, negatives: int, farthest: Tensor):
+    def __init__(self, positives: Tensor, negatives: int, farthest: Tensor) -> None:
         """positives: float32 [P]; negatives: their number; farthest: nothing behind it is counted. All of all ranks."""
         ordered = ascending(positives)
         self.farthest = torch.minimum(farthest, ordered[-1])

@@ -12,7 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.metrics import Labels, ReduceSum, Retrieval, retrieve
+from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.metrics import Retrieval, retrieve
+from clipreid.retrieval.positives import Labels
 
 LISTS = {"small": "800", "medium": "1600", "large": "2400"}
 """Name in metrics.json -> name of the test list."""
@@ -23,16 +25,15 @@ def vehicleid(
     identities: np.ndarray,
     lists: np.ndarray,
     *,
-    draws: int = 10,
-    seed: int = 0,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
+    draws: int,
+    seed: int,
+    peers: Peers = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """{"small": {"R1": {"mean": …, "std": …}, "R5": …, "mAP": …, "queries": …, "gallery": …}, "medium": …}.
 
     features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image
     ("800,1600,2400"); a size whose list holds no image is left out. The deviation is that of the draws
-    themselves (divided by their number). part, reduce_sum: as in `retrieve`.
+    themselves (divided by their number).
     Raises ModelError where no image is in any list.
     """
     results = {}
@@ -41,9 +42,7 @@ def vehicleid(
         rows = np.flatnonzero([name in entry for entry in members])
         if len(rows):
             trials = [
-                vehicleid_draw(
-                    features[rows], identities[rows], draw_gallery(identities[rows], seed, draw), part, reduce_sum
-                )
+                vehicleid_draw(features[rows], identities[rows], draw_gallery(identities[rows], seed, draw), peers)
                 for draw in range(draws)
             ]
             results[size] = _summary(trials, len(rows))
@@ -63,8 +62,7 @@ def vehicleid_draw(
     features: Tensor,
     identities: np.ndarray,
     gallery_rows: np.ndarray,
-    part: tuple[int, int] = (0, 1),
-    reduce_sum: ReduceSum = lambda x: x,
+    peers: Peers = ALONE,
 ) -> Retrieval:
     """One draw: these rows are the gallery, all others the queries; no camera rule."""
     query_rows = np.setdiff1d(np.arange(len(identities)), gallery_rows)
@@ -74,8 +72,7 @@ def vehicleid_draw(
         features[gallery_rows],
         Labels(identities[gallery_rows]),
         rule="none",
-        part=part,
-        reduce_sum=reduce_sum,
+        peers=peers,
     )
 
 

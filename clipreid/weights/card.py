@@ -8,11 +8,12 @@ The metadata of the file holds the ModelSpec with the architecture, the normalis
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from clipreid.errors import ModelError
-from clipreid.model.spec import ModelSpec
+from clipreid.model.spec import FeatureName, ModelSpec
 
 MODEL_FILE = "model.safetensors"
 """Name of the final weights in a run folder."""
@@ -29,8 +30,8 @@ class ModelCard:
     """Mean of the red, green, blue values in 0..1 that is subtracted before the encoder."""
     pixel_std: tuple[float, float, float]
     """What the rest is divided by."""
-    descriptor: tuple[str, ...] = ("img", "proj")
-    """Features that images are compared by: any of pre, img, proj."""
+    descriptor: tuple[FeatureName, ...]
+    """Features that images are compared by."""
 
     def to_metadata(self) -> dict[str, str]:
         """As the metadata of a .safetensors file; `read_card` reads it back."""
@@ -72,3 +73,10 @@ def read_card(path: str | Path) -> ModelCard:
         pixel_std=tuple(fields["pixel_std"]),
         descriptor=tuple(fields["descriptor"]),
     )
+
+
+def read_metadata(content: bytes) -> dict[str, Any]:
+    """The metadata of a .safetensors file that was read whole, or its beginning, where all of it is JSON as in ours."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    return {name: json.loads(text) for name, text in metadata.items()}

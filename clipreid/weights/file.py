@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel, empty_models
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
+from clipreid.weights.initial import empty_models
 from clipreid.weights.pretrained import check_fit
 
 __all__ = ["MODEL_FILE", "ModelCard", "load_model", "load_text", "read_card", "save_model", "weights_file"]

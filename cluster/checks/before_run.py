@@ -75,7 +75,7 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     check_pretrained(pretrained, config.model.arch, spec.arch_config)
     if not Path(pretrained).is_file():
         return
-    from clipreid.model.reid import build_models  # Loads torch, which only weights in a file need here.
+    from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
     _, text = build_models(spec, pretrained)

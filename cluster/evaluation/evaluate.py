@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from clipreid.augment import normalise
-from clipreid.model.reid import Features, ReIDModel, descriptor
-from clipreid.retrieval.metrics import Labels
+from clipreid.model.encoders import Features
+from clipreid.model.reid import ReIDModel, descriptor
+from clipreid.retrieval.positives import Labels
 from cluster.evaluation.features import extract
 from cluster.evaluation.metrics import Progress, measure_retrieval, measure_vehicleid, silent
 from cluster.evaluation.per_query import PerQueryFile

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clipreid.retrieval.rules import RULES, Rule
 from cluster.errors import ConfigError
 from shards.storage import local_path, open_read, write_atomic
 
@@ -24,7 +25,6 @@ PARTS = ".parquet"
 """Ending of a folder of parts, see feature_parts."""
 CHUNK_BYTES = 1 << 24
 PREFIXES = ("query_", "gallery_")
-NEEDED_BY_RULE = {"camera": ("cameras",), "none": (), "camera_time": ("cameras", "times")}
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def write_features(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
-def read_pair(paths: list[str], rule: str) -> tuple[FeatureSet, FeatureSet]:
+def read_pair(paths: list[str], rule: Rule) -> tuple[FeatureSet, FeatureSet]:
     """Query and gallery from one file with prefixed arrays, or from two extractions in this order.
 
     Raises ConfigError naming the file and the arrays that are missing, or that do not fit each other.
     """
-    needed = ("features", "identities", *NEEDED_BY_RULE[rule])
+    needed = ("features", "identities", *RULES[rule])
     hint = " (cameras and times are not needed with --rule none)" if rule != "none" else ""
     if len(paths) == 1:
         query, gallery = _read(paths[0], needed, PREFIXES, hint)

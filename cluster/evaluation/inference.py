@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_model
+from clipreid.weights.initial import build_models
 from clipreid.weights.official import official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.evaluation.evaluate import describe, encode_split, measure

@@ -2,7 +2,7 @@
 
     evaluate, feature files ── descriptors ──▶ [measure] ──▶ metrics
 
-The distances are counted by `clipreid.retrieval`; here the counts of the ranks are added up. No encoder is needed.
+The distances are counted by `clipreid.retrieval`; its sums over ranks are the team's. No encoder is needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.metrics import retrieve
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked
+from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
 from cluster.evaluation.per_query import PerQueryFile
@@ -69,7 +70,7 @@ def measure_retrieval(
     gallery_features: np.ndarray | Rows,
     gallery: Labels,
     *,
-    rule: str,
+    rule: Rule,
     rerank: tuple[int, int, float] | None,
     team: Team,
     progress: Progress = silent,
@@ -86,7 +87,7 @@ def measure_retrieval(
     with progress("compare with the gallery") as on_images:
         result = retrieve(
             on_device, query, gallery_features, gallery, rule=rule, top_k=per_query.top_k if per_query else 0,
-            part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_gallery=on_images,
+            peers=team.patiently("merge evaluation"), progress=on_images,
         )  # fmt: skip
     if per_query and team.is_first:
         per_query.write(result, *keys)
@@ -96,7 +97,7 @@ def measure_retrieval(
         with progress("re-rank") as on_images:
             metrics["rerank"] = evaluate_reranked(
                 on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
-                part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_images=on_images,
+                peers=team.patiently("merge evaluation"), progress=on_images,
             )  # fmt: skip
     return metrics
 
@@ -107,7 +108,7 @@ def measure_vehicleid(
     """`small`, `medium`, `large`, each with mean and std over the draws. Features float32 [n, D] of split test."""
     return vehicleid(
         torch.from_numpy(features).to(team.device), identities, lists, draws=draws, seed=seed,
-        part=(team.rank, team.world_size), reduce_sum=_summed_by(team),
+        peers=team.patiently("merge evaluation"),
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def measure_pair(
     gallery: FeatureSet,
     *,
     normalize: bool,
-    rule: str,
+    rule: Rule,
     rerank: tuple[int, int, float] | None,
     team: Team,
     progress: Progress = silent,
@@ -152,7 +153,3 @@ def normalize_rows(features: np.ndarray) -> None:
 
 def _labels(part: FeatureSet) -> Labels:
     return Labels(part.identities, part.cameras, part.times)
-
-
-def _summed_by(team: Team) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: team.patient_all_reduce_sum(tensor.to(team.device), "merge evaluation").to(tensor.device)

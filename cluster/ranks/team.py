@@ -1,7 +1,7 @@
 """The workers of a run as one team: rank, device, and the few collectives that the system uses.
 
 Everything that crosses ranks goes through here, with the name of what it is for, so that the watchdog
-can say who is missing where. `clipreid` is handed `Team.all_gather` and knows nothing of process groups.
+can say who is missing where. A team is the `Peers` of `clipreid`, which knows nothing of process groups.
 """
 
 import os
@@ -72,13 +72,9 @@ class Team:
             dist.all_reduce(total)
         return total
 
-    def patient_all_reduce_sum(self, tensor: Tensor, operation: str) -> Tensor:
-        """As `all_reduce_sum`, where ranks may come far apart."""
-        total = tensor.detach().clone()
-        if self.world_size > 1:
-            with self.within(operation, PATIENCE):
-                dist.all_reduce(total, group=self.patient_group)
-        return total
+    def patiently(self, operation: str) -> "PatientTeam":
+        """The same ranks for collectives to which they may come far apart; `operation`: what these are for."""
+        return PatientTeam(self, operation)
 
     def all_gather_objects(self, value: Any, operation: str) -> list[Any]:
         """Every rank's picklable value, in rank order."""
@@ -109,6 +105,38 @@ class Team:
     def barrier(self, operation: str) -> None:
         """Go on when every rank has come here."""
         self.all_gather_objects(None, operation)
+
+
+@dataclass(frozen=True)
+class PatientTeam:
+    """A team's ranks where they may come far apart, as in an evaluation. Tensors may lie on any device."""
+
+    team: Team
+    operation: str
+
+    @property
+    def rank(self) -> int:
+        return self.team.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.team.world_size
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """As `Team.all_gather`."""
+        if self.world_size == 1:
+            return tensor
+        with self.team.within(self.operation, PATIENCE):
+            parts = differentiable_all_gather(tensor.to(self.team.device).contiguous(), self.team.patient_group)
+        return torch.cat(parts).to(tensor.device)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """As `Team.all_reduce_sum`."""
+        total = tensor.detach().to(self.team.device, copy=True)
+        if self.world_size > 1:
+            with self.team.within(self.operation, PATIENCE):
+                dist.all_reduce(total, group=self.team.patient_group)
+        return total.to(tensor.device)
 
 
 def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:

@@ -19,11 +19,14 @@ from pydantic import (
     model_validator,
 )
 
+from clipreid.loss_settings import TextLoss
+from clipreid.model.spec import FeatureName, Sie, SieTokens
+from clipreid.retrieval.rules import Rule
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 RGB = tuple[float, float, float]
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-SIDES = {"none": (), "camera": ("cameras",), "view": ("views",), "camera+view": ("cameras", "views")}
 
 
 class Section(BaseModel):
@@ -75,8 +78,8 @@ class ModelSection(Section):
     """Height and width, pixels."""
     stride: PositiveInt | None = None
     """Stride of the ViT's patches, pixels (12 = overlapping patches, OLP); null: the patch size."""
-    sie: Literal["none", "camera", "view", "camera+view"] = "none"
-    sie_tokens: Literal["cls", "all"] = "cls"
+    sie: Sie = "none"
+    sie_tokens: SieTokens = "cls"
     sie_coefficient: float = 1.0
     prompt_tokens: PositiveInt = 4
     """M, learnable tokens per identity (Table 10)."""
@@ -114,7 +117,7 @@ class Stage2Section(Section):
     triplet_weight: NonNegative = 1.0
     text_weight: NonNegative = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    text_loss: Literal["none", "i2t", "i2t+t2i", "i2tce", "i2tce+t2i"] = "i2tce"
+    text_loss: TextLoss = "i2tce"
     """Image-to-text losses of stage 2 (Table 6)."""
     triplet_levels: Literal[2, 3] = 3
     """3, or 2 without the earlier layer (Table 9)."""
@@ -141,11 +144,11 @@ class TrainSection(Section):
 class EvalSection(Section):
     every_epochs: Annotated[int, Field(ge=0)] = 0
     """Also evaluate after every n-th epoch of stage 2; 0: only before training and at the end."""
-    descriptor: tuple[Literal["pre", "img", "proj"], ...] = ("img", "proj")
+    descriptor: tuple[FeatureName, ...] = ("img", "proj")
     """Features concatenated for retrieval (Table 11)."""
     flip: bool = False
     """Describe an image by the mean of its features and its mirror image's, at twice the cost."""
-    rule: Literal["camera", "none", "camera_time"] = "camera"
+    rule: Rule = "camera"
     """Gallery images of the query's identity that do not count: same camera, none, or same camera and time."""
     batch: PositiveInt = 128
     """Images per worker and forward pass; on a CPU each thread takes 16 of them at a time."""

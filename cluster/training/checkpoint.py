@@ -14,12 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor, nn
 
+from clipreid.weights.card import read_metadata
 from cluster.errors import ConfigError, TrainingError
 from cluster.ranks.team import Team
 from cluster.run.manifest import (
@@ -259,7 +259,7 @@ class Checkpoints:
         buffers = dict(_kept_buffers(module))
         for name in manifest.files:
             content = self.source.read(name)
-            starts = _metadata(content)["starts"]
+            starts = read_metadata(content)["starts"]
             for key, tensor in parse_safetensors(content).items():
                 kind, parameter = key.split("/", 1)
                 if kind == "buffer":
@@ -286,12 +286,6 @@ def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank}-of-{world_size}.safetensors"
-
-
-def _metadata(content: bytes) -> dict[str, Any]:
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    return {key: json.loads(value) for key, value in metadata.items()}
 
 
 class Due:

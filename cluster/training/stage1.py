@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from clipreid import stage1 as method
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage1_lr
+from clipreid.optim import parameter_groups, stage1_lr
+from clipreid.weights.card import read_metadata
 from cluster.errors import ConfigError
 from cluster.ranks.team import Team
 from cluster.run.storage import Storage
@@ -67,9 +67,7 @@ class Stage1:
         images = torch.tensor(self.bank[own], device=device)
         labels = torch.tensor(self.labels[own], device=device)
         batch_labels = torch.tensor(self.labels[rows])
-        return method.step(
-            self._encode, images, labels, batch_labels, self.team.rank, self.team.world_size, self.team.all_gather
-        )
+        return method.step(self._encode, images, labels, batch_labels, self.team)
 
     def _encode(self, labels: Tensor) -> Tensor:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
@@ -109,9 +107,7 @@ class Stage1Result:
 
     @classmethod
     def read(cls, content: bytes) -> "Stage1Result":
-        length = int.from_bytes(content[:8], "little")
-        meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["stage1"])
-        return cls(**parse_safetensors(content), **meta)
+        return cls(**parse_safetensors(content), **read_metadata(content)["stage1"])
 
     def check_fits(self, source: str, fingerprint: str, encoder: str, prompt_tokens: int) -> None:
         """Raises ConfigError where stage 2 would go on from another dataset, encoder or number of tokens."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from clipreid import stage2 as method
 from clipreid.augment import AugmentSettings, augment
+from clipreid.loss_settings import LossSettings
 from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.encoders import ResNetEncoder
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage2_lr
+from clipreid.optim import parameter_groups, stage2_lr
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
@@ -77,12 +77,12 @@ class Stage2:
         self.label_names = index.split("train").label_names
         one_stage = config.method == "one_stage"
         if team.world_size > 1:
-            globalize_batchnorm(model, team.all_gather)
+            globalize_batchnorm(model, team)
         if config.train.compile:
             model.image_encoder.compile(dynamic=False)
         module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
         self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
-        self.loss_settings = method.LossSettings(
+        self.loss_settings = LossSettings(
             id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
             label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
             text_loss="i2t+t2i" if one_stage else s.text_loss,
@@ -127,12 +127,12 @@ class Stage2:
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
         images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, epoch_step=batch.step,
             settings=self.augment_settings,
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             output, own_texts = self.engine(images, labels, cameras, views)
-        return method.losses(output, labels, self.text_features, self.team.all_gather, self.loss_settings, own_texts)
+        return method.losses(output, labels, self.text_features, self.loss_settings, self.team, own_texts)
 
     def identities(self, batch: PKBatch) -> list[str]:
         return [self.label_names[label] for label in batch.labels.unique().tolist()]

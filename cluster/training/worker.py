@@ -17,8 +17,9 @@ from torch import Tensor
 from clipreid import stage1 as method
 from clipreid.augment import normalise
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.weights.file import ModelCard, save_model
+from clipreid.weights.initial import build_models
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
@@ -171,9 +172,7 @@ class Run:
         """The bridge: every rank encodes its part of the identities' prompts."""
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
-            features = method.all_text_features(
-                self.text, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
-            )
+            features = method.all_text_features(self.text, self.spec.identities, team, team.device)
         return Stage1Result(
             self.text.tokens.detach(),
             features,

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from clipreid import stage2
-from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
-from clipreid.model.spec import ModelSpec
 from clipreid.optim import parameter_groups
+from clipreid.weights.initial import build_models
+from launch.benchmarks._published import LOSSES, model_spec
 from launch.benchmarks._timing import facts, seconds
 from launch.cli import Parser, positive
 
@@ -67,7 +66,7 @@ class Bench:
         self.team = join_process_group(timeout_s=600)
         device = self.team.device
         self.batch = batch or (64 if device.type == "cuda" else 8)
-        spec = ModelSpec(arch, check_arch(arch), image_size, identities=IDENTITIES)
+        spec = model_spec(arch, image_size, IDENTITIES)
         model = build_models(spec)[0].train()
         groups = parameter_groups(model.named_parameters(), weight_decay=1e-4, bias_lr_factor=2.0)
         self.engine = Engine(model, groups, team=self.team, zero_stage=1)
@@ -84,7 +83,7 @@ class Bench:
     def step(self) -> None:
         with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda"):
             output = self.engine(self.images)
-        self.engine.backward(stage2.losses(output, self.labels, self.texts)["loss"])
+        self.engine.backward(stage2.losses(output, self.labels, self.texts, LOSSES)["loss"])
         self.engine.step()
 
     def save(self) -> None:

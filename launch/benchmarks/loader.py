@@ -28,7 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from clipreid.augment import AugmentSettings, augment
+from clipreid.augment import augment
+from launch.benchmarks._published import AUGMENT
 from launch.cli import Parser
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKLoader
@@ -38,7 +39,6 @@ from shards.packing.build import build
 CASES = ("64x128:128x256", "120x300:128x256", "400x400:256x256")
 """Width x height of the JPEGs and of the network's input."""
 SETTINGS = PKSettings(identities=16, images_per_identity=4)
-AUGMENT = AugmentSettings()
 Batches = Callable[[], Iterable[torch.Tensor]]
 
 
@@ -155,7 +155,7 @@ def to_float(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple
     """(c)"""
     loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, workers=workers)
     return lambda: (
-        augment(batch.images, batch.positions, seed=0, epoch=1, step=batch.step, settings=AUGMENT)
+        augment(batch.images, batch.positions, seed=0, epoch=1, epoch_step=batch.step, settings=AUGMENT)
         for batch in loader.epoch(1)
     )
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from clipreid import stage1
 from clipreid.losses import image_to_text, text_to_image
-from clipreid.model.arch import check_arch
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import build_models
-from clipreid.model.spec import ModelSpec
 from clipreid.optim import adam, parameter_groups
+from clipreid.weights.initial import build_models
+from launch.benchmarks._published import model_spec
 from launch.benchmarks._timing import choose_device, facts, median_seconds_in_turn
 from launch.cli import Parser, positive
 
@@ -33,7 +32,7 @@ LR = 3.5e-4
 def run(arguments: list[str]) -> dict[str, Any]:
     options = _options(arguments)
     device = choose_device(options.device)
-    spec = ModelSpec(options.arch, check_arch(options.arch), (256, 128), identities=options.identities)
+    spec = model_spec(options.arch, (256, 128), options.identities)
     text = build_models(spec)[1].to(device).eval()
     cases = [_case(text, options, per, device) for per in (1, 4)]
     return {
@@ -99,7 +98,7 @@ class OurStep:
         self.optimizer.zero_grad()
 
     def loss(self) -> Tensor:
-        return stage1.step(self._encode, self.images, self.labels, self.batch_labels, 0, 1)["loss"]
+        return stage1.step(self._encode, self.images, self.labels, self.batch_labels)["loss"]
 
     def _encode(self, labels: Tensor) -> Tensor:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipreid import stage2
-from clipreid.augment import AugmentSettings, augment, normalise
-from clipreid.model.arch import check_arch
+from clipreid.augment import augment, normalise
 from clipreid.model.encoders import ResNetEncoder
-from clipreid.model.reid import ReIDModel, build_models
-from clipreid.model.spec import ModelSpec
+from clipreid.model.reid import ReIDModel
 from clipreid.optim import adam, parameter_groups
+from clipreid.weights.initial import build_models
+from launch.benchmarks._published import AUGMENT, LOSSES, model_spec
 from launch.benchmarks._timing import choose_device, facts, peak_memory_bytes, seconds
 from launch.cli import Parser, positive
 
@@ -90,7 +90,7 @@ def _case(case: str, batch: int, options, device: torch.device, peak: float) -> 
     name, _, size = case.rpartition(":")
     height, width = map(int, size.split("x"))
     arch = ARCHS.get(name, name)
-    model, _ = build_models(ModelSpec(arch, check_arch(arch), (height, width), identities=IDENTITIES))
+    model, _ = build_models(model_spec(arch, (height, width), IDENTITIES))
     flops = training_flops(model, (batch, 3, height, width))
     rows, plain = [], None
     for mode in ("plain", *options.modes):
@@ -159,7 +159,7 @@ class OurLoop:
         """One optimizer step; the loss parts."""
         self.steps += 1
         images, labels, positions = self._to_device(self.images, self.labels, self.positions)
-        images = augment(images, positions, seed=0, epoch=1, step=self.steps, settings=AugmentSettings())
+        images = augment(images, positions, seed=0, epoch=1, epoch_step=self.steps, settings=AUGMENT)
         parts = self.losses(images.contiguous(memory_format=self.memory_format), labels)
         news = torch.stack([part.detach() for part in parts.values()])
         if self.device.type == "cuda":
@@ -176,7 +176,7 @@ class OurLoop:
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             output = self.model(images)
-        return stage2.losses(output, labels, self.texts)
+        return stage2.losses(output, labels, self.texts, LOSSES)
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         if self.device.type != "cuda":
@@ -195,7 +195,7 @@ class PlainLoop(OurLoop):
 
     def prepare(self) -> None:
         self.optimizer = torch.optim.Adam(self.groups)
-        self.images = normalise(self.images, AugmentSettings().mean, AugmentSettings().std)
+        self.images = normalise(self.images, AUGMENT.mean, AUGMENT.std)
         half = self.device.type == "cuda"
         self.dtype = torch.float16 if half else torch.bfloat16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.amp)

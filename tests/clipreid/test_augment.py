@@ -9,23 +9,20 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from clipreid.augment import (
-    AugmentSettings,
     Choices,
-    _mix,
-    _mix_int,
-    _signed,
-    _uniforms,
     apply,
     augment,
     draw,
     noise_table,
     normalise,
 )
+from tests.helpers.distributions import ks_distance
+from tests.helpers.settings import augment_settings
 from tests.helpers.tolerances import close
 
-SETTINGS = AugmentSettings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SETTINGS = augment_settings(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 ROUNDING = 1e-5  # The next pixel value is 2e-2 away.
-STEP = {"seed": 3, "epoch": 2, "step": 5}
+STEP = {"seed": 3, "epoch": 2, "epoch_step": 5}
 
 
 def random_images(count, height=64, width=32):
@@ -50,7 +47,7 @@ def one_image(image, choices, i, settings):
     return TF.erase(pixels, *place, TF.crop(noise, *place))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, AugmentSettings(pad=0), AugmentSettings(flip=1.0, erase=1.0, pad=3)])
+@pytest.mark.parametrize("settings", [SETTINGS, augment_settings(pad=0), augment_settings(flip=1.0, erase=1.0, pad=3)])
 def test_pixels_equal_a_per_image_pipeline_with_the_same_choices(settings):
     images, positions = random_images(40), torch.arange(40)
     choices = draw(positions, (64, 32), settings=settings, **STEP)
@@ -62,7 +59,7 @@ def test_pixels_equal_a_per_image_pipeline_with_the_same_choices(settings):
 
 def test_forced_choices_are_carried_out_to_the_pixel():
     """A mirrored image, moved down by 2 and right by 1 out of the margin, with a 1 x 2 hole."""
-    settings = AugmentSettings(pad=4, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    settings = augment_settings(pad=4, mean=(0, 0, 0), std=(1 / 255,) * 3)
     image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4).expand(1, 3, 3, 4)
     values = {"flip": True, "crop_top": 2, "crop_left": 3, "erase_top": 2, "erase_left": 2, "erase_height": 1,
               "erase_width": 2, "noise": 7}  # fmt: skip
@@ -92,7 +89,7 @@ def test_an_image_in_two_places_is_augmented_twice():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("changed", ["seed", "epoch", "step"])
+@pytest.mark.parametrize("changed", ["seed", "epoch", "epoch_step"])
 def test_seed_epoch_and_step_each_change_the_choices(changed):
     positions = torch.arange(64)
     before = draw(positions, (256, 128), settings=SETTINGS, **STEP)
@@ -100,17 +97,10 @@ def test_seed_epoch_and_step_each_change_the_choices(changed):
     assert (before.noise == after.noise).sum() < 3 and not torch.equal(before.flip, after.flip)
 
 
-def ks_distance(sample, cdf):
-    """Largest distance between an empirical and a given distribution function."""
-    values = np.sort(np.asarray(sample, dtype=np.float64))
-    at, n = cdf(values), len(values)
-    return max(np.abs(at - np.arange(1, n + 1) / n).max(), np.abs(at - np.arange(n) / n).max())
-
-
 def many_choices(size, count=60_000):
     """Choices of 300 steps of 200 images."""
     parts = [
-        draw(torch.arange(200), size, seed=1, epoch=1, step=step, settings=AugmentSettings())
+        draw(torch.arange(200), size, seed=1, epoch=1, epoch_step=step, settings=augment_settings())
         for step in range(count // 200)
     ]
     return Choices(*(torch.cat([getattr(p, name) for p in parts]) for name in Choices.__dataclass_fields__))
@@ -168,7 +158,7 @@ def test_erased_rectangles_have_the_distribution_of_drawing_again_until_one_fits
 
 @pytest.mark.parametrize("size", [(256, 128), (32, 200), (8, 8), (3, 3)])
 def test_every_choice_stays_inside_the_image(size):
-    choices = draw(torch.arange(4000), size, settings=AugmentSettings(erase=1.0), **STEP)
+    choices = draw(torch.arange(4000), size, settings=augment_settings(erase=1.0), **STEP)
     assert (choices.erase_top + choices.erase_height).max() <= size[0]
     assert (choices.erase_left + choices.erase_width).max() <= size[1]
     assert min(getattr(choices, name).min() for name in Choices.__dataclass_fields__) >= 0
@@ -177,7 +167,7 @@ def test_every_choice_stays_inside_the_image(size):
 
 def test_erased_pixels_are_independent_normal_noise():
     """Moments over a batch, and no correlation of two images, two channels or neighbouring pixels."""
-    settings = AugmentSettings(flip=0, pad=0, erase=1.0)
+    settings = augment_settings(flip=0, pad=0, erase=1.0)
     black = torch.zeros(64, 3, 128, 64, dtype=torch.uint8)
     choices = draw(torch.arange(64), (128, 64), settings=settings, **STEP)
     whole = torch.zeros_like(choices.noise)
@@ -192,24 +182,6 @@ def test_erased_pixels_are_independent_normal_noise():
     channels = noise.transpose(0, 1).flatten(1)
     assert (torch.corrcoef(channels) - torch.eye(3)).abs().max() < 0.01
     assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.01
-
-
-def test_the_hash_is_splitmix64():
-    """First outputs for seed 1234567, as other implementations have them; the tensors wrap around like integers."""
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    states = [1234567 + n * 0x9E3779B97F4A7C15 for n in range(1, 5)]
-    assert [_mix_int(state) for state in states] == published
-    tensor = torch.tensor([_signed(state % 2**64) for state in states])
-    assert _mix(tensor).tolist() == [_signed(value) for value in published]
-
-
-def test_uniform_numbers_are_uniform_and_unrelated():
-    numbers = _uniforms(torch.arange(20_000), (1, 2, 3), 8)
-    assert numbers.min() >= 0 and numbers.max() < 1
-    for column in numbers.T:
-        assert ks_distance(column, lambda x: x) < 1.95 / math.sqrt(20_000)
-    shifted = torch.cat([numbers[1:], numbers[:-1]], dim=1)  # neighbouring positions, too
-    assert (torch.corrcoef(shifted.T) - torch.eye(16)).abs().max() < 5 / math.sqrt(20_000)
 
 
 @pytest.mark.gpu

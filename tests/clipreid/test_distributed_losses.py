@@ -4,17 +4,19 @@ Small models of both kinds, BatchNorm over all ranks, every loss variant. The gr
 the training engine does. The processes are started once per world size and run all cases.
 """
 
+from typing import get_args
+
 import pytest
 import torch
 
 from clipreid import stage1, stage2
-from clipreid.model.arch import check_arch
+from clipreid.loss_settings import TextLoss
 from clipreid.model.batchnorm import globalize_batchnorm
-from clipreid.model.reid import build_models
-from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from cluster.ranks.team import Team
 from tests.helpers.golden_models import ROOT_CONFIGS
 from tests.helpers.processes import on_processes
+from tests.helpers.settings import loss_settings, model_spec
 
 IDENTITIES, IMAGES_PER_IDENTITY = 8, 2
 BATCH = IDENTITIES * IMAGES_PER_IDENTITY
@@ -22,7 +24,7 @@ ARCHS = {"vit": "tiny_vit.json", "resnet": "tiny_rn.json"}
 VARIANTS = {
     **{
         f"{text_loss}, {levels} levels": (text_loss, levels, False)
-        for text_loss in stage2.TEXT_LOSSES
+        for text_loss in get_args(TextLoss)
         for levels in (2, 3)
     },
     "one stage": ("i2t+t2i", 3, True),
@@ -37,7 +39,7 @@ def random(*shape, seed):
 def models(kind):
     path = str(ROOT_CONFIGS / ARCHS[kind])
     sie = {"sie": "camera", "cameras": 3} if kind == "vit" else {}
-    spec = ModelSpec(arch=path, arch_config=check_arch(path), image_size=(64, 32), identities=12, **sie)
+    spec = model_spec(path, image_size=(64, 32), identities=12, **sie)
     model, text = build_models(spec, seed=0)
     return model.double().train(), text.double()
 
@@ -46,14 +48,14 @@ def run_stage2(team, kind, variant):
     text_loss, levels, one_stage = VARIANTS[variant]
     model, text = models(kind)
     if team.world_size > 1:
-        globalize_batchnorm(model, team.all_gather)
+        globalize_batchnorm(model, team)
     own = stage1.rank_slice(BATCH, team.rank, team.world_size)
     labels = torch.tensor([3, 0, 7, 11, 5, 2, 9, 1]).repeat_interleave(IMAGES_PER_IDENTITY)[own]
     images, cameras = random(BATCH, 3, 64, 32, seed=1)[own], (torch.arange(BATCH) % 4 - 1)[own]
-    settings = stage2.LossSettings(0.25, 1.0, 0.7, 0.1, 0.3, text_loss, levels)
+    settings = loss_settings(text_weight=0.7, text_loss=text_loss, triplet_levels=levels)
     own_texts = stage2.batch_texts(text, labels, IMAGES_PER_IDENTITY) if one_stage else None
     frozen = None if one_stage else random(12, own_texts_width(text), seed=2)
-    parts = stage2.losses(model(images, cameras), labels, frozen, team.all_gather, settings, own_texts)
+    parts = stage2.losses(model(images, cameras), labels, frozen, settings, team, own_texts)
     parts["loss"].backward()
     statistics = {name: buffer for name, buffer in model.named_buffers() if "running" in name}
     return merged(team, parts, {"model": model, "text": text}), statistics
@@ -68,7 +70,7 @@ def run_stage1(team, size):
     images = random(size, own_texts_width(text), seed=3)
     labels = torch.tensor([2, 5, 2, 2, 0, 7, 11, 5, 5, 1, 3, 0, 2, 9, 9, 4])[:size]
     own = stage1.rank_slice(size, team.rank, team.world_size)
-    parts = stage1.step(text, images[own], labels[own], labels, team.rank, team.world_size, team.all_gather)
+    parts = stage1.step(text, images[own], labels[own], labels, team)
     parts["loss"].backward()
     return merged(team, parts, {"text": text})
 

@@ -58,8 +58,8 @@ def test_cross_entropy_matches_the_reference_figures(tag):
 
 def test_anchors_may_be_a_part_of_the_batch():
     features, labels = random(12, 6), torch.arange(4).repeat_interleave(3)
-    whole = batch_hard_triplet(features, labels, features, labels)
-    parts = [batch_hard_triplet(features[i : i + 3], labels[i : i + 3], features, labels) for i in (0, 3, 6, 9)]
+    whole = batch_hard_triplet(features, labels, features, labels, 0.3)
+    parts = [batch_hard_triplet(features[i : i + 3], labels[i : i + 3], features, labels, 0.3) for i in (0, 3, 6, 9)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
@@ -103,7 +103,7 @@ def test_autocast_does_not_reach_the_losses(dtype):
 
     def losses(features, texts):
         return (
-            batch_hard_triplet(features, labels, features, labels),
+            batch_hard_triplet(features, labels, features, labels, 0.3),
             smoothed_cross_entropy(features, labels, 0.1),
             image_to_text(features, texts, texts).mean(),
             text_to_image(texts, labels, features, labels).mean(),

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from clipreid import augment, losses, stage2
+from clipreid import augment, counter_random, losses, stage2
 from clipreid.model import batchnorm, encoders
 from cluster.run.manifest import Position
 from cluster.training import stage2 as cluster_stage2
@@ -150,8 +150,18 @@ def test_no_operation_of_a_step_makes_the_host_wait(runs, name):
 
 def test_no_code_of_a_step_moves_values_to_the_host():
     """What leaves no trace among the operations of a CPU: `.cpu()`, `.tolist()`, `.numpy()`."""
-    step = [augment, batchnorm, encoders, losses, stage2, cluster_stage2.Stage2Module, cluster_stage2.ToDevice]
-    step += [cluster_stage2.Stage2.losses, Engine.backward, Engine.step, Engine.remember_buffers]
+    step = [
+        augment,
+        counter_random,
+        batchnorm,
+        encoders,
+        losses,
+        stage2,
+        cluster_stage2.Stage2Module,
+        cluster_stage2.ToDevice,
+    ]
+    step += [cluster_stage2.Stage2Module, cluster_stage2.ToDevice, cluster_stage2.Stage2.losses]
+    step += [Engine.backward, Engine.step, Engine.remember_buffers]
     for place in step:
         source = inspect.cleandoc("\n" + inspect.getsource(place))
         calls = [node.func.attr for node in ast.walk(ast.parse(source)) if _is_method_call(node)]

@@ -25,7 +25,7 @@ def test_prompt_learning_matches_the_reference_figures(name, net):
     optimizer.param_groups[0]["lr"] = lr
     for k in range(len(case["batches"])):
         images, labels = (torch.from_numpy(golden[f"{key}{k}"]) for key in ("image_features", "labels"))
-        losses = step(text, images, labels, labels, 0, 1)
+        losses = step(text, images, labels, labels)
         for part, reference in zip(("i2t", "t2i", "loss"), golden["loss_parts"][k], strict=True):
             close(losses[part], reference, rtol=1e-5, what=part)
         optimizer.zero_grad()
@@ -84,9 +84,9 @@ def test_mean_over_ranks_equals_the_loop_over_images(size, world_size):
     expected["loss"].backward()
     gradient, text.weight.grad = text.weight.grad, None
 
-    def one_rank(rank, gather):
-        own = rank_slice(size, rank, world_size)
-        return step(text, images[own], labels[own], labels, rank, world_size, gather)
+    def one_rank(peers):
+        own = rank_slice(size, peers.rank, world_size)
+        return step(text, images[own], labels[own], labels, peers)
 
     losses = run_ranks(world_size, one_rank)
     for name, value in expected.items():
@@ -99,13 +99,12 @@ def test_mean_over_ranks_equals_the_loop_over_images(size, world_size):
 def test_each_distinct_identity_is_encoded_once(world_size):
     images, labels = toy_batch(16)
     text = CountingText()
-    run_ranks(
-        world_size,
-        lambda rank, gather: step(
-            text, images[rank_slice(16, rank, world_size)], labels[rank_slice(16, rank, world_size)], labels, rank,
-            world_size, gather,
-        ),
-    )  # fmt: skip
+
+    def one_rank(peers):
+        own = rank_slice(16, peers.rank, world_size)
+        return step(text, images[own], labels[own], labels, peers)
+
+    run_ranks(world_size, one_rank)
     distinct = set(labels.tolist())
     share = -(-len(distinct) // world_size)
     assert sorted(map(len, text.asked)) == [share] * world_size
@@ -115,10 +114,7 @@ def test_each_distinct_identity_is_encoded_once(world_size):
 def test_all_text_features_are_those_of_every_identity():
     text = CountingText()
     for world_size in (1, 2, 4):
-        results = run_ranks(
-            world_size, lambda r, g, n=world_size: all_text_features(text, IDENTITIES, r, n, g, batch=4)
-        )
-        for result in results:
+        for result in run_ranks(world_size, lambda peers: all_text_features(text, IDENTITIES, peers, batch_size=4)):
             assert torch.equal(result, text.weight) and not result.requires_grad
 
 

@@ -14,9 +14,11 @@ import torch
 
 from clipreid.model.arch import check_arch
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel, build_models
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from tests.golden.seeded import seeded_images, seeded_tensor
+from tests.helpers.settings import model_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROOT_CONFIGS = Path(__file__).parents[2] / "configs" / "models"
@@ -64,9 +66,8 @@ def _folder() -> tempfile.TemporaryDirectory:
 def case_spec(case: dict, net: str, noun: str = "person") -> ModelSpec:
     """The ModelSpec of a reference file's parameters."""
     rows, views = case.get("cv_rows", 0), case.get("n_views", 1)
-    return ModelSpec(
-        arch=ARCH[net],
-        arch_config=check_arch(ARCH[net]),
+    return model_spec(
+        ARCH[net],
         image_size=(case.get("height", 256), case.get("width", 128)),
         stride=case.get("stride"),
         sie="none" if not rows else "camera+view" if views > 1 else "camera",

@@ -4,8 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cluster.training.engine
-from clipreid.model.reid import build_models
 from clipreid.optim import adam
+from clipreid.weights.initial import build_models
 from cluster.errors import TrainingError
 from cluster.run.manifest import Position
 from cluster.run.storage import Storage

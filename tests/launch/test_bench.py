@@ -1,19 +1,17 @@
 """Benchmarks: each runs in a tiny form and gives the figures it promises."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
-from clipreid.model.spec import ModelSpec
 from clipreid.retrieval.metrics import retrieve
+from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from launch.bench import main, names
 from launch.benchmarks import evaluate, loader, pack, rerank, stage1, stage2
 from tests.helpers.runs import launch
+from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import within
 
 TINY = "configs/models/tiny_vit.json"
@@ -39,7 +37,7 @@ def test_stage2_gives_speed_flops_share_and_memory_of_each_loop():
 
 
 def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
-    spec = ModelSpec(TINY, check_arch(TINY), (32, 32), identities=10)
+    spec = model_spec(TINY, image_size=(32, 32), identities=10)
     model, _ = build_models(spec)
     width, hidden, tokens, images, pixels, projected = 32, 64, 17, 3, 3 * 64, 16
     per_token = 4 * width * width + 2 * width * hidden
@@ -77,7 +75,7 @@ def test_evaluate_gives_time_and_memory_and_finds_a_sample_that_is_wrong(monkeyp
     assert result["sample_equals_plain"] and result["sample"] == 60 and 0 < result["metrics"]["mAP"] < 1
     assert min(result[key] for key in ("seconds", "product_s", "times_product", "peak_memory_mb")) > 0
     assert result["memory_above_features_mb"] >= 0
-    monkeypatch.setattr(evaluate, "retrieve", partial(retrieve, rule="none"))
+    monkeypatch.setattr(evaluate, "retrieve", lambda *sides, rule: retrieve(*sides, rule="none"))
     assert not evaluate.run([*sizes, "--device", "cpu"])["sample_equals_plain"]
 
 

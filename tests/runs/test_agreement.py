@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipreid import stage1 as method
-from clipreid.model.reid import build_models
+from clipreid.weights.initial import build_models
 from cluster.run.manifest import Position
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
@@ -75,7 +75,7 @@ def losses_of_both_stages(team, shards, arch, dtype, epochs):
     model, text = (part.to(dtype) for part in build_models(spec, seed=0))
     bank = torch.randn(len(train), spec.arch_config["embed_dim"], generator=torch.Generator().manual_seed(1)).to(dtype)
     follow(Stage1(config, team, text.eval(), bank.numpy(), train), team, log, dtype)
-    texts = method.all_text_features(text, spec.identities, team.rank, team.world_size, team.all_gather, team.device)
+    texts = method.all_text_features(text, spec.identities, team, team.device)
     stage2 = Stage2(config, team, model, text, texts, index)
     stage2.engine.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     follow(stage2, team, log, dtype)

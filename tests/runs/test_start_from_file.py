@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipreid.model.reid import build_models
 from clipreid.weights.file import ModelCard, load_model, load_text, save_model
+from clipreid.weights.initial import build_models
 from clipreid.weights.official import save_official
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
@@ -41,7 +41,7 @@ def start(tmp_path_factory):
     save_official(folder / "official.pth", model, text, spec)
     (folder / "official.pth").with_suffix(".bin").write_bytes((folder / "official.pth").read_bytes())
     save_official(folder / "baseline.pth", model, None, spec)
-    save_model(folder / "model.safetensors", model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3), text)
+    save_model(folder / "model.safetensors", model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")), text)
     return folder, text
 
 

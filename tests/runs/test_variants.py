@@ -11,8 +11,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from clipreid.model.reid import build_models
 from clipreid.weights.file import load_model, load_text, read_card
+from clipreid.weights.initial import build_models
 from cluster.settings.yaml_file import parse_config
 from cluster.training.worker import train
 from tests.helpers.processes import on_processes

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipreid.gather import alone
 from clipreid.model.batchnorm import GlobalBatchNorm, globalize_batchnorm
+from clipreid.peers import ALONE, Alone
 from tests.helpers.rank_threads import run_ranks
 from tests.helpers.tolerances import close
 
@@ -37,9 +37,9 @@ def test_outputs_gradients_and_running_statistics_equal_one_process(sizes, two_d
     x_parts = [part.requires_grad_() for part in x.clone().split(list(sizes))]
     holders = [nn.Sequential(plain_layer(channels, two_dimensional)) for _ in sizes]
 
-    def rank_output(rank, gather):
-        globalize_batchnorm(holders[rank], gather)
-        return holders[rank](x_parts[rank])
+    def rank_output(peers):
+        globalize_batchnorm(holders[peers.rank], peers)
+        return holders[peers.rank](x_parts[peers.rank])
 
     outputs = run_ranks(len(sizes), rank_output)
     torch.testing.assert_close(torch.cat(outputs), expected, rtol=0, atol=1e-12)
@@ -56,7 +56,7 @@ def test_outputs_gradients_and_running_statistics_equal_one_process(sizes, two_d
 def test_float32_statistics_survive_a_mean_far_from_zero():
     x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 1000
     holder = nn.Sequential(nn.BatchNorm2d(3))
-    globalize_batchnorm(holder, alone)
+    globalize_batchnorm(holder, ALONE)
     exact = nn.BatchNorm2d(3).double()(x.double())
     close(holder(x), exact, atol=1e-3)
 
@@ -64,7 +64,7 @@ def test_float32_statistics_survive_a_mean_far_from_zero():
 def test_bfloat16_input_uses_float32_statistics():
     x = torch.randn(512, 4, generator=torch.Generator().manual_seed(0)).bfloat16() + 3
     holder = nn.Sequential(nn.BatchNorm1d(4))
-    globalize_batchnorm(holder, alone)
+    globalize_batchnorm(holder, ALONE)
     y = holder(x)
     assert y.dtype == torch.bfloat16
     close(holder[0].running_mean / 0.1, x.double().mean(0), atol=1e-5)
@@ -76,7 +76,7 @@ def test_names_parameters_and_evaluation_are_those_of_the_plain_layer():
     before = {name: tensor.data_ptr() for name, tensor in plain.state_dict(keep_vars=True).items()}
     x = torch.randn(2, 3, 5, 5)
     expected = plain.eval()(x)
-    globalize_batchnorm(plain, alone)
+    globalize_batchnorm(plain, ALONE)
     after = {name: tensor.data_ptr() for name, tensor in plain.state_dict(keep_vars=True).items()}
     assert isinstance(plain[1][0], GlobalBatchNorm) and before == after
     assert torch.equal(plain(x), expected)
@@ -84,7 +84,13 @@ def test_names_parameters_and_evaluation_are_those_of_the_plain_layer():
 
 def test_one_gather_per_layer():
     calls = []
+
+    class Counting(Alone):
+        def all_gather(self, tensor):
+            calls.append(tensor.shape)
+            return tensor
+
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
-    globalize_batchnorm(model, lambda part: calls.append(part.shape) or part)
+    globalize_batchnorm(model, Counting())
     model(torch.randn(4, 3))
     assert calls == [(1, 7), (1, 5)]

@@ -13,9 +13,11 @@ import torch
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
 from clipreid.model.encoders import resize_positions
-from clipreid.model.reid import build_models, descriptor, empty_models
+from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models, empty_models
 from tests.helpers.golden_models import ROOT_CONFIGS, case_images, case_models, case_spec, read_case, scaled_error
+from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import close, within
 
 VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.json")
@@ -23,7 +25,7 @@ VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.j
 
 def tiny_spec(arch=VIT, **changes) -> ModelSpec:
     fields = {"image_size": (48, 32), "identities": 5, **changes}
-    return ModelSpec(arch=arch, arch_config=check_arch(arch), **fields)
+    return model_spec(arch, **fields)
 
 
 def random_images(count=4, size=(48, 32), seed=0):
@@ -75,7 +77,7 @@ def check_output(golden, prefix, output, scores):
 def descriptor_unnormalised(features):
     """The reference's descriptor is stored before its normalisation: undo ours by its own length."""
     length = torch.cat([features.img, features.proj], dim=1).norm(dim=1, keepdim=True)
-    return descriptor(features) * length
+    return descriptor(features, ("img", "proj")) * length
 
 
 def test_position_resize_equals_a_plain_loop_over_cells():
@@ -232,7 +234,7 @@ def test_descriptor_is_normalised_as_one_vector():
     model, _ = build_models(tiny_spec())
     features = model.features(random_images())
     joined = torch.cat([features.img, features.proj], dim=1)
-    close(descriptor(features), joined / joined.norm(dim=1, keepdim=True), rtol=1.3e-6, atol=1e-5)
+    close(descriptor(features, ("img", "proj")), joined / joined.norm(dim=1, keepdim=True), rtol=1.3e-6, atol=1e-5)
     assert descriptor(features, ("proj", "pre")).shape == (4, 16 + 32)
 
 
@@ -344,7 +346,7 @@ def test_every_clip_with_a_causal_text_tower_is_supported_by_name():
     for name in sorted(names):
         config = check_arch(name)
         size = config["vision_cfg"]["image_size"]
-        spec = ModelSpec(arch=name, arch_config=config, image_size=(size // 32 * 32, size // 64 * 32))
+        spec = model_spec(name, image_size=(size // 32 * 32, size // 64 * 32))
         if size <= 256 and not {"H", "g", "e", "bigG"} & set(name.split("-")):  # billions of parameters
             model, _ = empty_models(spec)
             features = model.to("meta").eval().image_encoder(torch.empty(2, 3, *spec.image_size, device="meta"))
@@ -375,9 +377,10 @@ def test_specification_survives_json():
 
 
 def test_checking_a_model_name_imports_neither_torch_nor_open_clip():
+    fields = {name: value for name, value in model_spec("RN50").to_dict().items() if name != "arch_config"}
     code = (
         "import sys; from clipreid.model.arch import check_arch; from clipreid.model.spec import ModelSpec;"
-        "ModelSpec(arch='RN50', arch_config=check_arch('RN50'), image_size=(256, 128));"
+        f"ModelSpec(arch_config=check_arch('RN50'), **{fields!r});"
         "sys.exit(bool({'torch', 'open_clip'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

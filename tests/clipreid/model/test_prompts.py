@@ -9,9 +9,9 @@ import torch
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
 from clipreid.model.prompts import template_ids
-from clipreid.model.reid import build_models
-from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
 from tests.helpers.golden_models import ROOT_CONFIGS, case_models, case_spec, clip_state, read_case, scaled_error
+from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import close, within
 
 TINY = str(ROOT_CONFIGS / "tiny_vit.json")
@@ -20,7 +20,7 @@ TEXT_CASES = {"text_person_512": "vit", "text_vehicle_512": "vit", "text_person_
 
 def tiny_text(**changes):
     fields = {"image_size": (32, 32), "identities": 6, **changes}
-    spec = ModelSpec(arch=TINY, arch_config=check_arch(TINY), **fields)
+    spec = model_spec(TINY, **fields)
     return build_models(spec, seed=2)[1], spec
 
 
@@ -145,7 +145,7 @@ def test_an_impossible_prompt_is_refused():
 def test_words_around_the_tokens_are_the_towers_own_embeddings(tmp_path):
     state = clip_state(check_arch(TINY))
     torch.save(state, tmp_path / "clip.pt")
-    spec = ModelSpec(arch=TINY, arch_config=check_arch(TINY), image_size=(32, 32), noun="red car")
+    spec = model_spec(TINY, image_size=(32, 32), noun="red car")
     _, text = build_models(spec, str(tmp_path / "clip.pt"))
     ids, _ = template_ids("red car", 4, 77)
     uncut = text.prompt_learner.uncut(torch.tensor([0]))[0]

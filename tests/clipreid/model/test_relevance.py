@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.model.relevance import _attended, relevance_maps
-from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import build_models
+from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import close
 
 ARCHS = {"vit": "configs/models/small_vit.json", "rn": "configs/models/small_rn.json"}
 
 
 def encoder_of(kind):
-    spec = ModelSpec(ARCHS[kind], check_arch(ARCHS[kind]), (64, 32), identities=4)
+    spec = model_spec(ARCHS[kind], image_size=(64, 32), identities=4)
     model, _ = build_models(spec, seed=1)
     return model.eval().image_encoder
 

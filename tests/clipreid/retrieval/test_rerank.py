@@ -6,7 +6,8 @@ import torch
 
 from clipreid.errors import ModelError
 from clipreid.retrieval import rerank as module
-from clipreid.retrieval.metrics import Labels, retrieve, retrieve_by_distance
+from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked, rerank, reranked
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
@@ -34,10 +35,9 @@ def test_distances_match_the_reference_figures(dtype, tolerance, device):
 def test_measures_match_the_reference_figures(device):
     golden, case = read_case("rerank_k20_6")
     query, gallery = (torch.from_numpy(golden[f"{side}_feat"]).to(device) for side in "qg")
-    metrics = evaluate_reranked(
-        query, Labels(golden["q_pid"]), gallery, Labels(golden["g_pid"]), rule="none", k1=case["k1"], k2=case["k2"],
-        lam=case["lam"],
-    )  # fmt: skip
+    labels = Labels(golden["q_pid"]), Labels(golden["g_pid"])
+    settings = {name: case[name] for name in ("k1", "k2", "lam")}
+    metrics = evaluate_reranked(query, labels[0], gallery, labels[1], rule="none", **settings)
     close(metrics["mAP"], golden["mAP"], atol=1e-6)
     close([metrics[f"R{r}"] for r in (1, 5, 10)], golden["cmc_1_5_10"], atol=1e-6)
 
@@ -100,14 +100,12 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size, monke
     monkeypatch.setattr(module, "BLOCK", 16)
     query, query_labels, gallery, gallery_labels = sides = clusters()
     settings = {"k1": 9, "k2": 4, "lam": 0.3}
-    alone, measured = rerank(query, gallery, **settings), evaluate_reranked(*sides, **settings)
+    alone, measured = rerank(query, gallery, **settings), evaluate_reranked(*sides, rule="camera", **settings)
 
-    def one_rank(rank, gather):
-        own = settings | {
-            "part": (rank, world_size), "reduce_sum": lambda tensor: gather(tensor[None]).sum(0, dtype=tensor.dtype)
-        }  # fmt: skip
-        blocks = list(reranked(query, gallery.numpy(), **own))
-        return blocks, evaluate_reranked(query, query_labels, gallery.numpy(), gallery_labels, **own)
+    def one_rank(peers):
+        mapped, options = gallery.numpy(), settings | {"peers": peers}
+        metrics = evaluate_reranked(query, query_labels, mapped, gallery_labels, rule="camera", **options)
+        return list(reranked(query, mapped, **options)), metrics
 
     seen = []
     for blocks, metrics in run_ranks(world_size, one_rank):
@@ -116,14 +114,14 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size, monke
             assert torch.equal(distances, alone[rows])
             seen += range(len(query))[rows]
     assert sorted(seen) == list(range(len(query)))
-    expected = retrieve_by_distance(alone, query_labels, gallery_labels).metrics()
-    assert measured == expected != retrieve(*sides).metrics()
+    expected = retrieve_by_distance(alone, query_labels, gallery_labels, rule="camera").metrics()
+    assert measured == expected != retrieve(*sides, rule="camera").metrics()
 
 
 def test_images_that_are_all_the_same_are_ranked_without_a_crash():
-    metrics = evaluate_reranked(
-        torch.ones(3, 4), Labels(np.arange(3)), torch.ones(9, 4), Labels(np.arange(9) % 3), rule="none", k1=4, k2=2
-    )
+    query, gallery = Labels(np.arange(3)), Labels(np.arange(9) % 3)
+    settings = {"rule": "none", "k1": 4, "k2": 2, "lam": 0.3}
+    metrics = evaluate_reranked(torch.ones(3, 4), query, torch.ones(9, 4), gallery, **settings)
     assert 0 < metrics["mAP"] <= 1 and metrics["valid_queries"] == 3
 
 
@@ -131,17 +129,17 @@ def test_features_that_are_not_finite_are_refused():
     gallery = torch.randn(30, 4)
     gallery[7, 2] = torch.nan
     with pytest.raises(ModelError, match="not finite: extract them again"):
-        rerank(torch.randn(5, 4), gallery, 5, 2)
+        rerank(torch.randn(5, 4), gallery, 5, 2, 0.3)
 
 
 def test_half_precision_features_are_computed_in_float32():
     generator = torch.Generator().manual_seed(0)
     query, gallery = (torch.randn(n, 8, generator=generator).bfloat16() for n in (6, 40))
-    distances = rerank(query, gallery, 5, 3)
+    distances = rerank(query, gallery, 5, 3, 0.3)
     assert distances.dtype == torch.float32
-    close(distances, rerank(query.double(), gallery.double(), 5, 3), atol=1e-5)
+    close(distances, rerank(query.double(), gallery.double(), 5, 3, 0.3), atol=1e-5)
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(ModelError, match="k1 20, k2 6 needs 1 <= k1 < 12"):
-        rerank(torch.randn(2, 3), torch.randn(10, 3))
+        rerank(torch.randn(2, 3), torch.randn(10, 3), 20, 6, 0.3)

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from clipreid.errors import ModelError
-from clipreid.retrieval import distance_blocks as products
-from clipreid.retrieval import metrics as retrieval
+from clipreid.retrieval import distance_blocks, metrics
 from clipreid.retrieval.distance_blocks import gallery_rows
 from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
-from clipreid.retrieval.positives import RULES, Labels
+from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.rules import RULES
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid, vehicleid_draw
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
@@ -40,6 +40,7 @@ def test_measures_match_the_reference_figures(name, normalised, junk, device):
         Labels(golden["q_pid"], golden["q_cam"]),
         gallery[kept].to(device),
         Labels(golden["g_pid"][kept], golden["g_cam"][kept]),
+        rule="camera",
     )
     close(result.mAP, golden[f"{name}__mAP"], atol=1e-6)
     close(result.cmc[[0, 4, 9]], golden[f"{name}__cmc_1_5_10"], atol=1e-6)
@@ -88,15 +89,15 @@ def exact_distances(query, gallery):
 @pytest.fixture
 def ranks_seen(monkeypatch):
     """{query: [ranks of its positives, for each call or rank of a team]}, filled by `retrieve`."""
-    seen, measure = {}, retrieval._measure
+    seen, measures = {}, metrics._measures
 
-    def watched(block):
-        row, rank = block.ranks()
-        for place, query in enumerate(block.rows):
+    def watched(ranks):
+        row, rank = ranks.ranks()
+        for place, query in enumerate(ranks.rows):
             seen.setdefault(int(query), []).append(rank[row == place].tolist())
-        return measure(block)
+        return measures(ranks)
 
-    monkeypatch.setattr(retrieval, "_measure", watched)
+    monkeypatch.setattr(metrics, "_measures", watched)
     return seen
 
 
@@ -125,8 +126,8 @@ def check_against_slow(result, query, query_labels, gallery, gallery_labels, rul
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks much smaller than the data."""
-    monkeypatch.setattr(products, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(products, "GALLERY_BLOCK", 32)
+    monkeypatch.setattr(distance_blocks, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(distance_blocks, "GALLERY_BLOCK", 32)
 
 
 def moved(case, device):
@@ -184,14 +185,11 @@ def test_equal_rows_are_equally_far_wherever_they_lie():
 def on_ranks(world_size, query, query_labels, gallery, gallery_labels, **options):
     """Results of `retrieve` on ranks that have nothing but the gallery rows that are theirs."""
 
-    def one_rank(rank, gather):
+    def one_rank(peers):
         own = np.full_like(gallery, np.nan)
-        rows = gallery_rows(gallery_labels, rank, world_size)
+        rows = gallery_rows(gallery_labels, peers)
         own[rows] = gallery[rows]
-        return retrieve(
-            query, query_labels, own, gallery_labels, part=(rank, world_size),
-            reduce_sum=lambda x: gather(x[None]).sum(0).to(x.dtype), **options,
-        )  # fmt: skip
+        return retrieve(query, query_labels, own, gallery_labels, rule="camera", peers=peers, **options)
 
     return run_ranks(world_size, one_rank)
 
@@ -217,7 +215,7 @@ def test_the_result_is_bitwise_the_same_on_any_number_of_ranks(world_size):
         Labels(rng.integers(0, 50, 300), rng.integers(0, 3, 300)),
         Labels(rng.integers(0, 50, 4000), rng.integers(0, 3, 4000)),
     )
-    alone = retrieve(query, labels[0], gallery, labels[1], top_k=7)
+    alone = retrieve(query, labels[0], gallery, labels[1], rule="camera", top_k=7)
     for result in on_ranks(world_size, query, labels[0], gallery, labels[1], top_k=7):
         assert_same(result, alone)
 
@@ -236,11 +234,11 @@ def test_ranks_share_small_galleries_as_well(small_blocks, ranks_seen, world_siz
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
     case = random_case(1100, 3000, 80, seed=3)
-    alone = retrieve(*case, top_k=5)
+    alone = retrieve(*case, rule="camera", top_k=5)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert_same(retrieve(*case, top_k=5), alone)
+        assert_same(retrieve(*case, rule="camera", top_k=5), alone)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -269,7 +267,7 @@ def slow_rates(query, query_labels, gallery, gallery_labels):
 def test_rates_of_accepted_pairs_equal_sorting_all_pairs(small_blocks, monkeypatch, world_size, misled):
     """Whole numbers, so that distances are exact and some tie. Also where the sample of distances is misleading."""
     if misled:
-        monkeypatch.setattr(products.Products, "sample_distance", lambda self, rate, reduce_sum: torch.tensor(30.0))
+        monkeypatch.setattr(distance_blocks.DistanceBlocks, "sample_distance", lambda self, rate: torch.tensor(30.0))
     for seed in range(3):
         rng = np.random.default_rng(seed)
         centres = rng.integers(-20, 20, (9, 8))
@@ -313,7 +311,8 @@ def test_ranked_lists_are_the_head_of_the_sorted_gallery(small_blocks, world_siz
 def test_every_gallery_row_belongs_to_one_rank():
     for size in (0, 1, 1024, 1025, 10_000):
         for world_size in (1, 2, 5):
-            rows = [gallery_rows(Labels(np.arange(size) % 7), rank, world_size) for rank in range(world_size)]
+            gallery = Labels(np.arange(size) % 7)
+            rows = run_ranks(world_size, lambda peers, gallery=gallery: gallery_rows(gallery, peers))
             assert sorted(np.concatenate(rows).tolist()) == list(range(size))
 
 
@@ -335,16 +334,16 @@ def test_a_memory_mapped_gallery_is_read_a_block_at_a_time(tmp_path):
             asked.append(len(self.rows[rows]))
             return self.rows[rows]
 
-    result = retrieve(query, query_labels, Watched(), gallery_labels)
-    assert result.metrics() == retrieve(query, query_labels, gallery, gallery_labels).metrics()
+    result = retrieve(query, query_labels, Watched(), gallery_labels, rule="camera")
+    assert result.metrics() == retrieve(query, query_labels, gallery, gallery_labels, rule="camera").metrics()
     assert max(asked) == 1024
 
 
 def test_a_given_matrix_is_ranked_like_the_features_it_came_from():
     query, query_labels, gallery, gallery_labels = random_case(30, 80, 6, seed=2)
     distances = torch.cdist(query, gallery)
-    by_matrix = retrieve_by_distance(distances, query_labels, gallery_labels)
-    by_features = retrieve(query, query_labels, gallery, gallery_labels)
+    by_matrix = retrieve_by_distance(distances, query_labels, gallery_labels, rule="camera")
+    by_features = retrieve(query, query_labels, gallery, gallery_labels, rule="camera")
     assert by_matrix.metrics() | {"TPR@FPR": by_features.tpr_at_fpr} == by_features.metrics()
 
 
@@ -353,7 +352,7 @@ def test_string_identities_and_unknown_cameras():
     query, gallery = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.1], [1.2]])
     query_labels = Labels(np.array(["a", "b"]), np.array([-1, 0]))
     gallery_labels = Labels(np.array(["a", "b"]), np.array([-1, 0]))
-    result = retrieve(query, query_labels, gallery, gallery_labels)
+    result = retrieve(query, query_labels, gallery, gallery_labels, rule="camera")
     assert (result.valid_queries, result.queries, result.mAP) == (1, 2, 1.0)
 
 
@@ -362,19 +361,19 @@ def test_a_feature_that_is_not_finite_is_named(bad):
     query, query_labels, gallery, gallery_labels = random_case(5, 3000, 3, seed=0)
     gallery[2345, 1] = bad
     with pytest.raises(ModelError, match="gallery feature of row 2345"):
-        retrieve(query, query_labels, gallery, gallery_labels)
+        retrieve(query, query_labels, gallery, gallery_labels, rule="camera")
 
 
 def test_mistakes_are_refused_with_their_remedy():
     features, labels = torch.zeros(2, 3), Labels(np.array([0, 1]), np.array([0, 1]))
     with pytest.raises(ModelError, match="none of 2 queries.*'camera'"):
-        retrieve(features, labels, features, labels)
+        retrieve(features, labels, features, labels, rule="camera")
     with pytest.raises(ModelError, match="rule is 'cam'; known: camera, none, camera_time"):
         retrieve(features, labels, features, labels, rule="cam")
     with pytest.raises(ModelError, match="needs times"):
         retrieve(features, labels, features, labels, rule="camera_time")
     with pytest.raises(ModelError, match="no test image is in a list named 800, 1600, 2400"):
-        vehicleid(features, labels.identities, np.array(["3200", ""]))
+        vehicleid(features, labels.identities, np.array(["3200", ""]), draws=10, seed=0)
 
 
 def test_a_draw_takes_one_image_of_every_identity_and_follows_from_the_seed():

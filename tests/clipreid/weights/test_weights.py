@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch, check_pretrained
 from clipreid.model.prompts import template_ids
-from clipreid.model.reid import build_models, descriptor
+from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.file import ModelCard, load_model, load_text, read_card, save_model, weights_file
+from clipreid.weights.initial import build_models
 from clipreid.weights.official import holds_prompts, official_shapes, save_official
 from launch import cli, export
 from shards import storage
@@ -31,6 +32,7 @@ from tests.helpers.golden_models import (
     scaled_error,
     seeded,
 )
+from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import close, within
 
 VIT, RESNET = str(ROOT_CONFIGS / "tiny_vit.json"), str(ROOT_CONFIGS / "tiny_rn.json")
@@ -39,7 +41,7 @@ OPENAI_MARKS = {"input_resolution": 32, "context_length": 77, "vocab_size": 4940
 
 def tiny_spec(arch=VIT, **changes) -> ModelSpec:
     fields = {"image_size": (48, 32), "identities": 5, "noun": "vehicle", **changes}
-    return ModelSpec(arch=arch, arch_config=check_arch(arch), **fields)
+    return model_spec(arch, **fields)
 
 
 def tiny_images(count=4):
@@ -187,7 +189,7 @@ def test_a_download_without_network_is_one_line(monkeypatch):
         raise OSError("Name or service not known\nand a long story")
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", offline)
-    spec = ModelSpec(arch=ARCH["rn50"], arch_config=check_arch(ARCH["rn50"]), image_size=(256, 128))
+    spec = model_spec(ARCH["rn50"])
     check_pretrained("openai", spec.arch, spec.arch_config)
     with pytest.raises(ModelError, match="could not be downloaded .*; without a network give") as caught:
         build_models(spec, "openai")
@@ -322,7 +324,7 @@ def test_an_official_checkpoint_gives_the_reference_descriptors(name, net, prefi
         output = model.eval()(images, cameras)
     joined = torch.cat([output.features.img, output.features.proj], dim=1)
     within(scaled_error(joined[:2], golden["eval_descriptor"]), 2e-5)
-    within(scaled_error(descriptor(output.features), F.normalize(joined).numpy()), 1e-6)
+    within(scaled_error(descriptor(output.features, ("img", "proj")), F.normalize(joined).numpy()), 1e-6)
     within(scaled_error(output.logits[0], golden["eval_score_img"]), 2e-5)
     within(scaled_error(output.logits[1], golden["eval_score_proj"]), 2e-5)
     texts, text_case = read_case("text_person_512" if net == "vit" else "text_person_1024")
@@ -496,7 +498,7 @@ def test_a_file_of_ours_says_itself_what_it_computes(tmp_path):
 def test_official_weights_need_quickgelu(tmp_path):
     """ViT-B-16 computes GELU, the authors' model QuickGELU: neither way is passed in silence."""
     arch = "ViT-B-16"
-    spec = ModelSpec(arch=arch, arch_config=check_arch(arch), image_size=(256, 128))
+    spec = model_spec(arch)
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
         save_official(tmp_path / "out.pth", nn.Linear(1, 1), None, spec)
     torch.save({"image_encoder.proj": torch.zeros(1)}, tmp_path / "in.pth")

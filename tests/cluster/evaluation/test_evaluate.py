@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
 from clipreid.retrieval import vehicleid as protocols
-from clipreid.retrieval.metrics import Labels, retrieve
+from clipreid.retrieval.metrics import retrieve
+from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
 from clipreid.weights.file import read_card
+from clipreid.weights.initial import build_models
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
@@ -437,9 +438,8 @@ def test_each_query_is_listed_on_request(tmp_path):
     assert judged("--features", *files, "--no-normalize", "--per-query", table, "--top-k", 4, out=out) == plain
     lines = list(csv.DictReader(table.open()))
     labels = [Labels(arrays[f"{side}_identities"], arrays[f"{side}_cameras"]) for side in ("query", "gallery")]
-    result = retrieve(
-        torch.from_numpy(arrays["query_features"]), labels[0], arrays["gallery_features"], labels[1], top_k=4
-    )
+    query, gallery = torch.from_numpy(arrays["query_features"]), arrays["gallery_features"]
+    result = retrieve(query, labels[0], gallery, labels[1], rule="camera", top_k=4)
     assert [line["query"] for line in lines] == [f"query/{row}.jpg" for row in range(30)]
     valid = [line for line in lines if line["AP"]]
     assert np.mean([float(line["AP"]) for line in valid]) == pytest.approx(plain["mAP"], abs=1e-12)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clipreid.augment import normalise
 from clipreid.model.arch import check_arch
-from clipreid.model.reid import build_models
+from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from cluster.evaluation import feature_parts, features
 from cluster.evaluation.evaluate import encode_split

@@ -45,6 +45,21 @@ def test_gather_is_in_rank_order_and_its_gradient_sums_over_ranks(tiny_shards):
         assert (rank[2][:, 0] == np.arange(len(rank[2]))).all()
 
 
+def patient_collectives(team):
+    peers = team.patiently("merge")
+    own = torch.full((2,), float(team.rank + 1), requires_grad=True)
+    gathered = peers.all_gather(own)
+    (gathered * torch.arange(4.0)).sum().backward()
+    return peers.rank, peers.world_size, gathered.tolist(), own.grad.tolist(), peers.all_reduce_sum(own).tolist()
+
+
+def test_a_patient_team_gathers_and_sums_as_the_team_does():
+    assert on_processes(2, patient_collectives) == [
+        (0, 2, [1, 1, 2, 2], [0, 2], [3, 3]),
+        (1, 2, [1, 1, 2, 2], [4, 6], [3, 3]),
+    ]
+
+
 def leave(team):
     """Threads of the watchdog that are left when the process group is."""
     team.watchdog = Watchdog(team.rank, team.world_size, TIMEOUT_S)
@@ -118,6 +133,7 @@ def test_one_process_needs_no_group():
         team.all_gather(tensor) is tensor
         and team.all_gather_objects(3, "x") == [3]
         and team.all_reduce_sum(tensor).tolist() == [1, 1]
+        and team.patiently("x").all_reduce_sum(tensor).tolist() == [1, 1]
     )
 
 

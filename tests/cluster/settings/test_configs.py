@@ -13,8 +13,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from clipreid.model.reid import empty_models
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.initial import empty_models
 from cluster.settings.config import Config, flatten
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import load_config

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from clipreid.optim import parameter_groups
-from clipreid.schedules import stage1_lr, stage2_lr
+from clipreid.optim import parameter_groups, stage1_lr, stage2_lr
 from tests.helpers.golden_models import read_case
 
 GOLDEN, CASE = read_case("schedules")
@@ -21,17 +20,17 @@ def test_stage1_learning_rates_match_the_reference_figures(setting):
 @pytest.mark.parametrize("setting", CASE)
 def test_stage2_learning_rates_match_the_reference_figures(setting):
     s = CASE[setting]["s2"]
-    rates = [stage2_lr(e, s["base"], s["steps"], s["warm"], s["factor"]) for e in range(1, s["epochs"] + 1)]
+    rates = [stage2_lr(e, s["base"], s["steps"], s["warm"], s["factor"], 0.1) for e in range(1, s["epochs"] + 1)]
     np.testing.assert_allclose(rates, GOLDEN[f"{setting}__stage2"], rtol=1e-12)
 
 
 def test_a_milestone_inside_the_warmup_multiplies():
-    assert stage2_lr(5, 1.0, [3, 5, 30], warmup_epochs=10, warmup_factor=0.1) == pytest.approx(0.55 * 0.01)
+    assert stage2_lr(5, 1.0, [3, 5, 30], warmup_epochs=10, warmup_factor=0.1, gamma=0.1) == pytest.approx(0.55 * 0.01)
 
 
 def test_no_warmup_starts_on_the_curve():
-    assert stage2_lr(1, 2.0, [30], warmup_epochs=0) == 2.0
-    assert stage1_lr(10, 10, warmup_epochs=0) == pytest.approx(1e-6)
+    assert stage2_lr(1, 2.0, [30], warmup_epochs=0, warmup_factor=0.1, gamma=0.1) == 2.0
+    assert stage1_lr(10, 10, lr=1e-3, warmup_epochs=0, warmup_lr=1e-5, min_lr=1e-6) == pytest.approx(1e-6)
 
 
 def test_groups_hold_every_trainable_parameter_once_and_double_the_biases():

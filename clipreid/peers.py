@@ -1,0 +1,71 @@
+"""The processes that share one computation, as far as the method knows of them.
+
+    one rank's tensors ──▶ [peers] ──▶ those of all ranks ──▶ losses, BatchNorm, retrieval
+
+Everything else in this package computes on the tensors it is handed. Who the peers are, and how a tensor travels,
+is the caller's business: in a run they are `cluster.ranks.team.Team`, which fits by its shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Peers(Protocol):
+    """This process's place among those that compute together, and what can cross between them.
+
+    Every rank makes the same calls in the same order.
+    """
+
+    @property
+    def rank(self) -> int:
+        """From 0."""
+
+    @property
+    def world_size(self) -> int:
+        """R, number of ranks."""
+
+    def all_gather(self, tensor: Tensor, /) -> Tensor:
+        """Local [n, ...] of any dtype, the same n on every rank -> [R * n, ...], in rank order.
+
+        For floating tensors it is differentiable, and its backward *sums* over ranks the gradients that arrive for a
+        rank's rows. With that, and with parameter gradients averaged over ranks by the caller's engine, the gradient
+        is that of the mean over ranks of the losses.
+        """
+
+    def all_reduce_sum(self, tensor: Tensor, /) -> Tensor:
+        """The sum over ranks, of the tensor's dtype and on its device, without gradient. Alone: the tensor itself."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A single process."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def all_gather(self, tensor: Tensor, /) -> Tensor:
+        return tensor
+
+    def all_reduce_sum(self, tensor: Tensor, /) -> Tensor:
+        return tensor
+
+
+ALONE = Alone()
+
+
+def all_gather_unequal(tensor: Tensor, sizes: Sequence[int], peers: Peers) -> Tensor:
+    """Gather what is of unequal length, possibly empty: padded with zeros to the largest, and cut again afterwards.
+
+    tensor: [n, ...], where n is this rank's entry of `sizes` [R]; every rank passes the same `sizes`.
+    Returns [sum(sizes), ...] in rank order.
+    """
+    largest = max(sizes)
+    padding = tensor.new_zeros((largest - len(tensor), *tensor.shape[1:]))
+    padded = peers.all_gather(torch.cat([tensor, padding]) if len(padding) else tensor)
+    if min(sizes) == largest:
+        return padded
+    return torch.cat([padded[r * largest : r * largest + size] for r, size in enumerate(sizes)])
