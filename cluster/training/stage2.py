@@ -135,7 +135,7 @@ class Stage2:
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
         images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.epoch_step,
             settings=self.augment_settings,
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):

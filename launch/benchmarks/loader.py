@@ -155,7 +155,7 @@ def to_float(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple
     """(c)"""
     loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=workers)
     return lambda: (
-        augment(batch.images, batch.positions, seed=0, epoch=1, step=batch.step, settings=AUGMENT)
+        augment(batch.images, batch.positions, seed=0, epoch=1, step=batch.epoch_step, settings=AUGMENT)
         for batch in loader.epoch(1)
     )
 

@@ -42,8 +42,9 @@ class PKBatch:
     rows: Tensor
     """int64 [b], row in the training split"""
     epoch: int
-    step: int
-    """1-based, within the epoch."""
+    """From 1."""
+    epoch_step: int
+    """From 1, within the epoch."""
 
 
 class PKLoader:
@@ -93,16 +94,16 @@ class PKLoader:
     def steps_per_epoch(self, epoch: int) -> int:
         return len(self._plan(epoch))
 
-    def epoch(self, epoch: int, start_step: int = 1) -> Iterator[PKBatch]:
-        """Batches `start_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
-        part = self._part(epoch)[start_step - 1 :]
+    def epoch(self, epoch: int, first_step: int = 1) -> Iterator[PKBatch]:
+        """Batches `first_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
+        part = self._part(epoch)[first_step - 1 :]
         if self._prefetcher:
             coming = [*shards_needed(self.split, part), *shards_needed(self.split, self._part(epoch + 1))]
             self._prefetcher.start([self.split.shard_names[shard] for shard in dict.fromkeys(coming)])
         results = self._pool.run((epoch, rows) for rows in part)
-        for step, ((rows, skipped), slot) in enumerate(results, start_step):
+        for epoch_step, ((rows, skipped), slot) in enumerate(results, first_step):
             self._count_skipped(skipped)
-            yield self._batch_of(rows, slot, epoch, step)
+            yield self._batch_of(rows, slot, epoch, epoch_step)
 
     @property
     def num_skipped(self) -> int:
@@ -124,15 +125,23 @@ class PKLoader:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
 
-    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, step: int) -> PKBatch:
+    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, epoch_step: int) -> PKBatch:
         images = torch.empty(slot.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         images.copy_(torch.from_numpy(slot))
-        columns = [column[rows] for column in (self.split.labels, self.split.cameras, self.split.views)]
-        positions = np.arange(len(rows)) + self.rank * len(rows)
-        numbers = [torch.from_numpy(column) for column in (*columns, positions, rows)]
-        if self.pin_memory:
-            numbers = [column.pin_memory() for column in numbers]
-        return PKBatch(images, *numbers, epoch=epoch, step=step)
+
+        def tensor(column: np.ndarray) -> Tensor:
+            return torch.from_numpy(column).pin_memory() if self.pin_memory else torch.from_numpy(column)
+
+        return PKBatch(
+            images=images,
+            labels=tensor(self.split.labels[rows]),
+            cameras=tensor(self.split.cameras[rows]),
+            views=tensor(self.split.views[rows]),
+            positions=tensor(np.arange(len(rows)) + self.rank * len(rows)),
+            rows=tensor(rows),
+            epoch=epoch,
+            epoch_step=epoch_step,
+        )
 
     def _count_skipped(self, skipped: list[tuple[int, str]]) -> None:
         for row, message in skipped:

@@ -65,7 +65,7 @@ def test_batches_hold_the_images_the_plan_names(folder):
     batches = list(loader_of(folder).epoch(2))
     assert len(batches) == len(plan)
     for step, (batch, rows) in enumerate(zip(batches, plan, strict=True), 1):
-        assert (batch.epoch, batch.step) == (2, step)
+        assert (batch.epoch, batch.epoch_step) == (2, step)
         assert batch.images.shape == (12, 3, *SIZE)
         assert batch.images.dtype == torch.uint8
         rows = rows.reshape(-1)
@@ -106,7 +106,7 @@ def test_an_epoch_can_start_at_every_step_and_be_left_at_any(folder, num_loaders
         left = loader.epoch(2)  # begun and never finished
         next(left)
         rest = list(loader.epoch(1, start))
-        assert [batch.step for batch in rest] == list(range(start, len(batches) + 1))
+        assert [batch.epoch_step for batch in rest] == list(range(start, len(batches) + 1))
         for ours, expected in zip(stacked(rest), batches[start - 1 :], strict=True):
             assert ours[0] == expected[0]
             assert torch.equal(ours[1], expected[1])
