@@ -25,6 +25,31 @@ DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 TAR_BLOCK = 512
 TAR_END = bytes(2 * TAR_BLOCK)
+IMAGE_FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
+"""PIL's formats that are read, and the endings of their files; the first one is that of a file in a shard."""
+EXTENSIONS = {name: endings[0].removeprefix(".") for name, endings in IMAGE_FORMATS.items()} | {"MPO": "jpg"}
+"""PIL's format -> EXT. MPO is a JPEG with further pictures behind the first."""
+IMAGE_ENDINGS = tuple(ending for endings in IMAGE_FORMATS.values() for ending in endings)
+"""File names that are images, in lower case."""
+INDEX_COLUMNS = {
+    "split": "string",
+    "shard": "string",
+    "key": "string",
+    "offset": "int64",  # of the image's bytes in the tar
+    "size": "int64",
+    "crc32": "uint32",
+    "identity": "string",
+    "label": "int64",
+    "camera": "int32",
+    "view": "int32",
+    "time": "string",
+    "lists": "string",
+    "width": "int32",
+    "height": "int32",
+}
+"""Columns of index.parquet and their Arrow types: one row an image, in the order of the tars."""
+JSON_COLUMNS = ("identity", "label", "camera", "view", "time")
+"""Those that KEY.json repeats; it has `lists` too where that is not empty."""
 
 
 def make_key(path: str) -> str:
@@ -40,19 +65,13 @@ def shard_name(split: str, number: int) -> str:
 
 def metadata(record: ImageRecord, label: int) -> dict[str, Any]:
     """What KEY.json says. `path` is the source path below its root."""
-    fields: dict[str, Any] = {
-        "identity": record.identity,
-        "label": label,
-        "camera": record.camera,
-        "view": record.view,
-        "time": record.time,
-        "path": record.path,
-    }
+    facts: dict[str, Any] = {name: label if name == "label" else getattr(record, name) for name in JSON_COLUMNS}
+    facts["path"] = record.path
     if record.lists:
-        fields["lists"] = record.lists
+        facts["lists"] = record.lists
     if record.attributes:
-        fields["attributes"] = dict(record.attributes)
-    return fields
+        facts["attributes"] = dict(record.attributes)
+    return facts
 
 
 def tar_header(name: str, num_bytes: int) -> bytes:
@@ -68,32 +87,17 @@ def tar_padding(num_bytes: int) -> bytes:
 
 
 def index_schema() -> "pyarrow.Schema":
-    """Columns of index.parquet: one row an image, in the order of the tars."""
+    """INDEX_COLUMNS as pyarrow takes them."""
     import pyarrow as pa
 
-    text, int32, int64 = pa.string(), pa.int32(), pa.int64()
-    return pa.schema(
-        [
-            ("split", text),
-            ("shard", text),
-            ("key", text),
-            ("offset", int64),  # of the image's bytes in the tar
-            ("size", int64),
-            ("crc32", pa.uint32()),
-            ("identity", text),
-            ("label", int64),
-            ("camera", int32),
-            ("view", int32),
-            ("time", text),
-            ("lists", text),
-            ("width", int32),
-            ("height", int32),
-        ]
-    )
+    return pa.schema([pa.field(name, kind) for name, kind in INDEX_COLUMNS.items()])
 
 
 def read_index_table(url: str, dataset: dict[str, Any] | None = None) -> "pyarrow.Table":
-    """index.parquet as it is written. Raises as `parse_index`, and DamagedError when it is missing."""
+    """index.parquet as it is written. dataset: dataset.json, which lists its checksum; without it none is compared.
+
+    Raises as `parse_index`, and DamagedError when it is missing.
+    """
     where = storage.join(url, INDEX_FILE)
     try:
         data = storage.read_bytes(where)

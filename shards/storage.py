@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +143,9 @@ def write_atomic(url: str, work: str | None = None) -> Iterator[IO[bytes]]:
             raise
         file.commit()
         return
-    working = (local_path(work) if work else target.parent) / f".{target.name}.{os.getpid()}"
+    folder = (local_path(work) if work else None) or target.parent
+    # containers that share a folder have the same process ids
+    working = folder / f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     try:
         with working.open("wb") as file:
             yield file

@@ -27,6 +27,7 @@ from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from cluster.settings.yaml_file import dump_config
 from shards.errors import DataError
+from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.reader import RowReader, shard_cache
 
@@ -137,7 +138,7 @@ def _read_data(config: Config, facts: WorkerFacts) -> None:
         index = ShardIndex.open(config.data.shards, config.data.cache_dir)
         facts.dataset = index.fingerprint
         train = index.split("train")
-        cache = shard_cache(index, config.data.cache_dir, int(config.data.cache_gb * 1e9))
+        cache = shard_cache(index, CacheSettings(config.data.cache_dir, int(config.data.cache_gb * 1e9)))
         (record,) = RowReader(train, cache, fetch=False).read([facts.rank % len(train)])
         if isinstance(record, DataError):
             raise record

@@ -21,8 +21,10 @@ from torch import Tensor
 from clipreid.threads import in_threads
 from cluster.ranks.team import PATIENCE, Team
 from shards.errors import DataError
+from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.sequential import ImageBatch, SequentialLoader
+from shards.loading.tar_images import TarImages
 
 ROUND_IMAGES = 4096
 """Images of each worker that are encoded between two exchanges."""
@@ -60,11 +62,9 @@ def extract(
     Raises:
         DataError: an image cannot be read; its shard and key are named. On every rank, whoever found it.
     """
-    loader = SequentialLoader(
-        index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
-        workers=loaders, cache_dir=cache_dir, cache_bytes=int(cache_gb * 1e9),
-    )  # fmt: skip
-    return extract_batches(encode, loader, len(index.split(split).labels), batch, team, cache_dir, on_images)
+    images = TarImages(index, split, image_size, CacheSettings(cache_dir, int(cache_gb * 1e9)))
+    loader = SequentialLoader(images, rank=team.rank, world_size=team.world_size, batch_size=batch, num_loaders=loaders)
+    return extract_batches(encode, loader, len(images), batch, team, cache_dir, on_images)
 
 
 def extract_batches(

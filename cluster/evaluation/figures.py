@@ -31,8 +31,8 @@ from cluster.evaluation.evaluate import labels_of
 from cluster.evaluation.inference import Applied, Progress
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
+from shards.loading.decode import pick_images
 from shards.loading.index import ShardIndex, SplitIndex
-from shards.loading.pick import pick_images
 from shards.storage import write_atomic
 
 TSNE_IDENTITIES, TSNE_IMAGES = 10, 40

@@ -25,8 +25,9 @@ from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team, choose_device
 from cluster.settings.config import Config
 from cluster.settings.model_spec import configured_spec, model_spec
-from shards.loading.folder import FolderLoader
+from shards.loading.folder_images import FolderImages
 from shards.loading.index import ShardIndex
+from shards.loading.sequential import SequentialLoader
 
 
 class Applied:
@@ -66,10 +67,13 @@ class Applied:
     def extract_images(self, folder: str, names: list[str], progress: Progress) -> dict[str, np.ndarray]:
         """The same for the images `names` of a plain folder: keys are the names, all else is unknown."""
         team, batch = self.team, self.config.eval.batch
-        loader = FolderLoader(
-            folder, names, image_size=self.config.model.image_size, rank=team.rank, world_size=team.world_size,
-            batch_size=batch, workers=self.config.data.loaders,
-        )  # fmt: skip
+        loader = SequentialLoader(
+            FolderImages(folder, names, self.config.model.image_size),
+            rank=team.rank,
+            world_size=team.world_size,
+            batch_size=batch,
+            num_loaders=self.config.data.loaders,
+        )
 
         def encode(images: Tensor, rows: Tensor) -> Tensor:
             return describe(self.model, self.config, images)

@@ -20,6 +20,7 @@ from clipreid.optim import parameter_groups, stage2_lr
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
+from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKBatch, PKLoader
 from shards.loading.pk_sampler import PKSettings
@@ -106,10 +107,17 @@ class Stage2:
     def _loader(self, index: ShardIndex) -> PKLoader:
         data, config, team = self.config.data, self.config, self.team
         return PKLoader(
-            index, settings=sampler_settings(config), image_size=config.model.image_size, rank=team.rank,
-            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, skip_limit=data.skip_limit,
-            cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
-        )  # fmt: skip
+            index,
+            settings=sampler_settings(config),
+            image_size=config.model.image_size,
+            rank=team.rank,
+            world_size=team.world_size,
+            num_loaders=data.loaders,
+            on_error=data.on_error,
+            skip_limit=data.skip_limit,
+            cache=CacheSettings(data.cache_dir, int(data.cache_gb * 1e9)),
+            pin_memory=team.device.type == "cuda",
+        )
 
     def lr(self, epoch: int) -> float:
         s = self.config.stage2
@@ -127,7 +135,7 @@ class Stage2:
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
         images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, epoch_step=batch.step,
+            images, positions, seed=self.config.run.seed, epoch=batch.epoch, epoch_step=batch.epoch_step,
             settings=self.augment_settings,
         ).contiguous(memory_format=self.memory_format)  # fmt: skip
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):

@@ -147,15 +147,15 @@ class _Files(Dataset):
 
 def to_uint8(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], workers: int) -> Batches:
     """(b)"""
-    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, workers=workers)
+    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=workers)
     return lambda: (batch.images for batch in loader.epoch(1))
 
 
 def to_float(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], workers: int) -> Batches:
     """(c)"""
-    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, workers=workers)
+    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=workers)
     return lambda: (
-        augment(batch.images, batch.positions, seed=0, epoch=1, epoch_step=batch.step, settings=AUGMENT)
+        augment(batch.images, batch.positions, seed=0, epoch=1, epoch_step=batch.epoch_step, settings=AUGMENT)
         for batch in loader.epoch(1)
     )
 

@@ -4,10 +4,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from shards.errors import DataError
+from shards.format import IMAGE_ENDINGS
 from shards.storage import Source, join
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-"""File names that are images, in lower case."""
 
 
 def find_base(source: Source, candidates: Iterable[str], needed: Iterable[str]) -> str:

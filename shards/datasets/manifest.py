@@ -14,8 +14,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from shards import storage
-from shards.datasets.layout import IMAGE_ENDINGS
 from shards.errors import DataError, StoreError
+from shards.format import IMAGE_ENDINGS
 from shards.records import ImageRecord
 from shards.storage import Source
 

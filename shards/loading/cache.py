@@ -17,6 +17,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +30,18 @@ DOWNLOADS = 2
 """A shard whose checksum is wrong this often is wrong at its source. It is kept: its records name what is damaged."""
 RETRY_S = 0.2
 """Between two looks at shards that could not be fetched ahead."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where a node keeps remote shards, and how much of them."""
+
+    folder: str | None = None
+    """None: where the index has its own."""
+    limit_bytes: int = 50_000_000_000
+
+
+DEFAULT_CACHE = CacheSettings()
 
 
 def node_cache_dir(cache_dir: str | None) -> Path:

@@ -1,12 +1,13 @@
 """Image bytes as a file holds them -> RGB pixels of the size the encoder takes.
 
-    reader -> [decode] -> uint8 batch of the PK loader and of the sequential passes
+    reader ──▶ [decode] ──▶ uint8 batch of the PK loader and of the sequential loader, pictures
 
 torchvision decodes and resizes: its antialiased resize of uint8 works as Pillow's does (within 2 grey levels, the
 mean within 0.5) and several times as fast. What it can't decode goes to Pillow, which knows every odd file.
 """
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
+
+from shards.errors import DataError
+from shards.loading.index import ShardIndex, SplitIndex
+from shards.loading.reader import RowReader
 
 JPEG_START = b"\xff\xd8\xff"
 
@@ -53,3 +58,40 @@ def resize_into(out: np.ndarray, image: Tensor, interpolation: str) -> None:
     for size in sizes if (height, width) != sizes[-1] else ():
         batch = interpolate(batch, size, mode=interpolation, antialias=True)
     np.copyto(out, batch[0].numpy())  # to planes, which numpy does twice as fast as torch
+
+
+def decode_row(
+    split: SplitIndex,
+    row: int,
+    data: np.ndarray | DataError,
+    out: np.ndarray,
+    interpolation: str,
+    remedy: str = "repair or drop the source image and re-pack",
+) -> None:
+    """Decode and resize what was read for a row into `out`, uint8 [3, H, W].
+
+    Raises the error that was read, and DataError that names shard and key where the bytes are no whole image.
+    """
+    if isinstance(data, DataError):
+        raise data
+    try:
+        image = decode(data)
+    except ValueError as error:
+        raise DataError(f"{split.where(row)}: can't be decoded ({error}); {remedy}") from error
+    resize_into(out, image, interpolation)
+
+
+def pick_images(index: ShardIndex, split: str, rows: Sequence[int], image_size: tuple[int, int]) -> Tensor:
+    """A few images for pictures: uint8 [n, 3, H, W] of these rows of the split, in their order.
+
+    They are decoded as sequential passes decode them. Raises DataError naming shard and key.
+    """
+    rows_of = index.split(split)
+    reader = RowReader(rows_of, cache=None, fetch=False)
+    images = torch.empty(len(rows), 3, *image_size, dtype=torch.uint8)
+    try:
+        for row, data, out in zip(rows, reader.read(rows), images.numpy(), strict=True):
+            decode_row(rows_of, row, data, out, "bilinear")
+    finally:
+        reader.release()
+    return images

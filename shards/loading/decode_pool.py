@@ -1,15 +1,14 @@
 """Processes that fill image batches: the loaders' other half.
 
-    loader / sequential ── jobs ──▶ [pool: decoding processes] ── pixels in shared memory ──▶ loader / sequential
+    loaders ── jobs ──▶ [decode pool: decoding processes] ── pixels in shared memory ──▶ loaders
 
 Job i goes to process i mod n and into slot i mod s of the shared memory, so results come back in order without any
-bookkeeping. One host process (`pool_host.py`) imports the libraries once and forks all decoding processes of the
-caller; none of them runs the caller's main script again. When the caller dies, its ends of the sockets close, and
-they exit.
+bookkeeping. One process (`forkserver.py`) imports the libraries once and forks all decoding processes of the caller;
+none of them runs the caller's main script again. When the caller dies, its ends of the sockets close, and they exit.
 """
 
 import contextlib
-import mmap
+import math
 import os
 import pickle
 import socket
@@ -22,48 +21,54 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DataError
-from shards.loading import forkserver as pool_host
+from shards.loading import forkserver
 
 Fill = Callable[[Any, np.ndarray], Any]
-"""fill(job, slot) writes pixels to the slot, uint8 [slot_bytes], and returns a small picklable result."""
+"""fill(job, slot) writes pixels to the slot, uint8 of the pool's slot_shape, and returns a small picklable result."""
 
 
-class Pool:
-    """Runs `fill` over jobs, in order. With no workers it runs in this process, when a result is asked for."""
+class DecodePool:
+    """Runs `fill` over jobs, in order. Without loaders it runs in this process, when a result is asked for."""
 
-    def __init__(self, fill: Fill, workers: int, slots: int, slot_bytes: int):
-        """slots: jobs that the workers may be ahead; at least two for each, so that none waits for the caller."""
-        self._fill, self._workers, self._slot_bytes = fill, workers, slot_bytes
-        self._slots = max(slots, 2 * workers)
+    def __init__(self, fill: Fill, preload: str, slot_shape: tuple[int, ...], num_loaders: int, num_slots: int):
+        """
+        Args:
+            preload: the module that `fill` needs, imported once for all decoding processes.
+            slot_shape: of the pixels of one job, uint8.
+            num_loaders: decoding processes.
+            num_slots: jobs that they may be ahead; at least two for each, so that none waits for the caller.
+        """
+        self._fill, self._slot_shape, self._num_loaders = fill, slot_shape, num_loaders
+        self._num_slots = max(num_slots, 2 * num_loaders)
         self._connections: list[Connection] = []
-        self._memory: np.ndarray | None = None
+        self._slots: np.ndarray | None = None
         self._sent = self._received = 0
-        if workers:
-            pool_host.start()  # its imports run beside what the caller does next
+        if num_loaders:
+            forkserver.start(preload)  # its imports run beside what the caller does next
 
     def run(self, jobs: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
         """(result, slot) of each job, in order; the slot may be overwritten once the next one is asked for.
 
         Raises what `fill` raised. An earlier run that was left unfinished is dropped.
         """
-        if not self._workers:
-            slot = np.empty(self._slot_bytes, np.uint8)
+        if not self._num_loaders:
+            slot = np.empty(self._slot_shape, np.uint8)
             for job in jobs:
                 yield self._fill(job, slot), slot
             return
-        if not self._connections:
-            self._start()
+        if self._slots is None:
+            self._slots = self._start()
         while self._received < self._sent:
             self._receive()
-        jobs = iter(jobs)
-        for job in islice(jobs, self._slots):
+        jobs, slots = iter(jobs), self._slots
+        for job in islice(jobs, self._num_slots):
             self._send(job)
         while self._received < self._sent:
-            slot = self._received % self._slots * self._slot_bytes
+            slot = slots[self._received % self._num_slots]
             result = self._receive()
             if isinstance(result, Exception):
                 raise result
-            yield result, self._memory[slot : slot + self._slot_bytes]
+            yield result, slot
             for job in islice(jobs, 1):
                 self._send(job)
 
@@ -73,35 +78,37 @@ class Pool:
             connection.close()
         self._connections.clear()
         self._sent = self._received = 0
-        self._memory = None
+        self._slots = None
 
-    def __del__(self):
+    def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
 
-    def _start(self) -> None:
-        descriptor = _memory_file(self._slots * self._slot_bytes)
-        ends = [socket.socketpair() for _ in range(self._workers)]
-        pool_host.fork(descriptor, [theirs.fileno() for _, theirs in ends])
-        self._memory = shared_memory(descriptor)
+    def _start(self) -> np.ndarray:
+        """Start the processes; returns the slots, uint8 [num_slots, *slot_shape]."""
+        descriptor = _memory_file(self._num_slots * math.prod(self._slot_shape))
+        ends = [socket.socketpair() for _ in range(self._num_loaders)]
+        forkserver.fork(descriptor, [theirs.fileno() for _, theirs in ends])
+        memory = forkserver.shared_memory(descriptor)
         os.close(descriptor)
         for ours, theirs in ends:
             theirs.close()
             self._connections.append(Connection(ours.detach()))
-        for number in range(self._workers):
-            self._tell(number, (dict(os.environ), pickle.dumps(self._fill), self._slot_bytes))
+        for number in range(self._num_loaders):
+            self._send_to(number, (dict(os.environ), pickle.dumps(self._fill), self._slot_shape))
+        return memory.reshape(-1, *self._slot_shape)
 
     def _send(self, job: Any) -> None:
-        self._tell(self._sent % self._workers, (self._sent % self._slots, job))
+        self._send_to(self._sent % self._num_loaders, (self._sent % self._num_slots, job))
         self._sent += 1
 
-    def _tell(self, worker: int, message: Any) -> None:
+    def _send_to(self, loader: int, message: Any) -> None:
         with self._death_explained():
-            self._connections[worker].send(message)
+            self._connections[loader].send(message)
 
     def _receive(self) -> Any:
         with self._death_explained():
-            result = self._connections[self._received % self._workers].recv()
+            result = self._connections[self._received % self._num_loaders].recv()
         self._received += 1
         return result
 
@@ -126,8 +133,3 @@ def _memory_file(num_bytes: int) -> int:
             descriptor = os.dup(file.fileno())
     os.truncate(descriptor, num_bytes)
     return descriptor
-
-
-def shared_memory(descriptor: int) -> np.ndarray:
-    """uint8, the whole file, shared with every process that maps it."""
-    return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)

@@ -10,26 +10,30 @@ import contextlib
 import hashlib
 import json
 import time
-import uuid
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import DamagedError, DataError
-from shards.format import DATASET_FILE, INDEX_FILE, parse_index
+from shards.format import DATASET_FILE, INDEX_FILE, index_schema, parse_index
 from shards.source import ShardSource
+from shards.storage import write_atomic
 
 KEPT_DAYS = 30
 CHECKSUM_BYTES = 4
 CODED = ("split", "shard", "identity")  # strings that repeat: kept as int32 codes into a sorted dictionary
-COLUMNS = {
-    **dict.fromkeys(("split", "shard", "key", "identity", "time", "lists"), pa.string()),
-    **dict.fromkeys(("offset", "size", "label", "camera", "view"), pa.int64()),
-    "crc32": pa.uint32(),
-}
+NOT_LOADED = ("width", "height")
+COLUMNS = pa.schema(
+    [
+        field.with_type(pa.int64()) if field.type == pa.int32() else field  # so that torch takes them as they are
+        for field in index_schema()
+        if field.name not in NOT_LOADED
+    ]
+)
 
 
 def address(source: ShardSource, facts: dict) -> str:
@@ -56,9 +60,8 @@ def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     table = _decode(source, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        working = path.with_suffix(f".{uuid.uuid4().hex}")
-        _write(working, table)
-        working.replace(path)
+        with write_atomic(str(path)) as file:
+            _write(file, table)
         _remove_unused(path.parent)
     except OSError as error:
         raise DataError(f"data.cache_dir: can't write {path.parent} ({error}); give another folder") from error
@@ -73,14 +76,14 @@ def _remove_unused(folder: Path) -> None:
                 path.unlink()
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(file: IO[bytes], table: pa.Table) -> None:
     """An Arrow file with its CRC-32 behind it."""
-    with pa.ipc.new_file(str(path), table.schema) as writer:
+    with pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    with pa.memory_map(str(path)) as file:
-        checksum = zlib.crc32(file.read_buffer())
-    with path.open("ab") as file:
-        file.write(checksum.to_bytes(CHECKSUM_BYTES))
+    file.flush()
+    with pa.memory_map(file.name) as written:
+        checksum = zlib.crc32(written.read_buffer())
+    file.write(checksum.to_bytes(CHECKSUM_BYTES))
 
 
 def _map(path: Path) -> pa.Table:
@@ -99,7 +102,7 @@ def _decode(source: ShardSource, facts: dict) -> pa.Table:
     table = parse_index(where, source.read(INDEX_FILE), facts)
     if not table.num_rows:
         raise DamagedError(f"{where}: lists no images; pack the dataset again")
-    table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
+    table = table.select(COLUMNS.names).cast(COLUMNS)
     _check_counts(where, facts, table)
     for name in CODED:
         table = table.set_column(table.column_names.index(name), name, _coded(single(table.column(name))))

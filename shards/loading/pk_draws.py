@@ -1,142 +1,156 @@
-"""Random choices of the sampler: identities for batches, and images cut into groups of K.
+"""Random choices of the PK sampler: identities for batches, and images cut into groups of K.
 
-    index -> sampler [draws] -> loader
+    index ──▶ pk_sampler [draws] ──▶ PK loader
 
-Vectorised, and pure functions of their generator. Only `Generator.random` is drawn from: numpy may change what its
-other methods make of the same bits, and a resumed run would then see other batches. Lines "sorted by identity"
-list the images of identity 0 first; identities are numbered without gaps.
+Pure functions of their generator. Only `Generator.random` is drawn from: numpy may change what its other methods make
+of the same bits, and a resumed run would then see other batches. All numbers that a function needs are drawn at once,
+so that its loops may be written in any way without changing what they mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-Cut = Callable[[np.ndarray, np.ndarray, int, np.random.Generator], np.ndarray]
-"""cut(positions [n], number [n], K, rng) -> int64 [groups, K], numbers into the n images, sorted by identity;
-an identity with c images gets max(c // K, 1) groups. `number` is each image's identity, numbered without gaps,
-`positions` its place in the caller's columns."""
+Images = dict[int, list[int]]
+"""The rows of each identity's images, ascending; identities ascending too."""
+Groups = dict[int, list[list[int]]]
+"""Groups of K rows of each identity."""
+Cut = Callable[[Images, int, np.random.Generator], Groups]
+"""cut(images, K, rng): an identity with c images gets max(c // K, 1) groups."""
+UNKNOWN_CAMERA = 1 << 40
+"""Above every camera's number."""
 
 
-def draw_until_used(groups: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `batch` different identities per step among those with groups left, until fewer are left.
+def num_groups(num_images: int, size: int) -> int:
+    """Groups of K that an identity's images are cut into; one with fewer than K images fills one group."""
+    return max(num_images // size, 1)
 
-    groups: int [identities]. Returns int64 [steps, batch]. A step is the start of a Fisher-Yates shuffle of the
-    identities that are left: every choice and order of `batch` of them is equally likely, at a cost that does not
-    depend on their number. Plain lists, because a step changes what the next one may draw.
+
+def draw_until_used(groups: list[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """Draw `batch_size` different identities per step among those with groups left, until fewer are left.
+
+    groups: of each identity. Returns the numbers of the identities of each step. A step is the start of a Fisher-Yates
+    shuffle of the identities that are left: every choice and order of them is equally likely, at a cost that does not
+    depend on their number.
     """
-    left, remaining = list(range(len(groups))), groups.tolist()
+    left, remaining = list(range(len(groups))), list(groups)
     steps = []
-    for numbers in rng.random((int(groups.sum()) // batch, batch)).tolist():
+    for numbers in rng.random((sum(groups) // batch_size, batch_size)).tolist():
         num_left = len(left)
-        if num_left < batch:
+        if num_left < batch_size:
             break
         for place, number in enumerate(numbers):
             chosen = place + int(number * (num_left - place))
             left[place], left[chosen] = left[chosen], left[place]
-        steps.append(left[:batch])
-        for place in range(batch - 1, -1, -1):
+        steps.append(left[:batch_size])
+        for place in range(batch_size - 1, -1, -1):
             identity = left[place]
             remaining[identity] -= 1
             if not remaining[identity]:
                 left[place] = left[-1]
                 left.pop()
-    return np.array(steps, np.int64).reshape(-1, batch)
+    return steps
 
 
-def draw_weighted(weights: np.ndarray, batch: int, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `batch` different identities per step, one after another with probability proportional to weights.
+def draw_weighted(weights: np.ndarray, batch_size: int, num_steps: int, rng: np.random.Generator) -> list[list[int]]:
+    """Draw `batch_size` different identities per step, one after another with probability proportional to weights.
 
-    weights: float [identities], positive. Returns int64 [steps, batch]. Drawing with replacement and passing over
-    repeats is drawing without replacement; where too few different ones came, exponential clocks, which have no
-    memory, tell which of the others come next.
+    weights: float [identities], positive. Returns the numbers of the identities of each step. Drawing with replacement
+    and passing over repeats is drawing without replacement; where too few different ones came, exponential clocks,
+    which have no memory, tell which of the others come next.
     """
-    if not steps:
-        return np.empty((0, batch), np.int64)
+    if not num_steps:
+        return []
     ends = np.cumsum(weights)
-    tries = np.searchsorted(ends / ends[-1], rng.random((steps, 2 * batch)), side="right")
-    new = occurrence((tries + np.arange(steps)[:, None] * len(weights)).reshape(-1)).reshape(tries.shape) == 0
-    rank = np.cumsum(new, axis=1) - 1
-    drawn = np.full((steps, batch), -1)
-    step, place = np.nonzero(new & (rank < batch))
-    drawn[step, rank[step, place]] = tries[step, place]
-    for step in np.flatnonzero(drawn[:, -1] < 0):
-        have = rank[step, -1] + 1
-        clocks = -np.log1p(-rng.random(len(weights))) / weights
-        clocks[drawn[step, :have]] = np.inf
-        drawn[step, have:] = np.argsort(clocks, kind="stable")[: batch - have]
-    return drawn
+    tries = np.searchsorted(ends / ends[-1], rng.random((num_steps, 2 * batch_size)), side="right")
+    steps = []
+    for numbers in tries.tolist():
+        drawn = list(dict.fromkeys(numbers))[:batch_size]
+        if missing := batch_size - len(drawn):
+            clocks = -np.log1p(-rng.random(len(weights))) / weights
+            clocks[drawn] = np.inf
+            drawn += np.argsort(clocks, kind="stable")[:missing].tolist()
+        steps.append(drawn)
+    return steps
 
 
-def identity_groups(_, number: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def identity_groups(images: Images, size: int, rng: np.random.Generator) -> Groups:
     """Shuffle each identity's images and cut them into groups of K; a `Cut`.
 
     A remainder is dropped; an identity with fewer than K images is sampled with replacement to K.
     """
-    order = np.lexsort((rng.random(len(number)), number))
-    images = np.bincount(number)
-    few = images < size
-    with_replacement = (rng.random((int(few.sum()), size)) * images[few, None]).astype(np.int64)
-    return _cut(order, images, size, with_replacement)
+    order = _image_order(images, rng)
+    replacements = _numbers_for_few(images, size, rng)
+    groups = {}
+    for identity, rows in images.items():
+        rows = sorted(rows, key=order.__getitem__)
+        if len(rows) < size:
+            rows = [rows[int(number * len(rows))] for number in next(replacements)]
+        groups[identity] = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    return groups
 
 
-def camera_groups(
-    cameras: np.ndarray, positions: np.ndarray, number: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def camera_groups(cameras: list[int], images: Images, size: int, rng: np.random.Generator) -> Groups:
     """Cut each identity's images into groups of K that hold as many of its cameras as they can; a `Cut`.
 
-    cameras: int64, the caller's column; an unknown camera (-1) is unlike any other. Each image is used at most
-    once. A remainder is dropped from the cameras with the most images. The kept images are dealt to the groups in
-    turn, camera after camera: a camera with m images then is in min(m, groups) groups, which is the most it can
-    be. Cameras with as many images as there are groups go first, so that the others fill the groups evenly. An
-    identity with fewer than K images gives all of them, and the rest again, with replacement.
+    cameras: of each row of the split; an unknown camera (-1) is unlike any other. Each image is used at most once. A
+    remainder is dropped from the cameras with the most images. The kept images are dealt to the groups in turn, camera
+    after camera: a camera with m images then is in min(m, groups) groups, which is the most it can be. An identity
+    with fewer than K images gives all of them, and the rest again, with replacement.
     """
-    images = np.bincount(number)
-    groups = np.maximum(images // size, 1)
-    kept = np.where(images < size, images, groups * size)
-    pair = _camera_of_identity(cameras[positions], number)
-    pair_order = rng.random(int(pair.max()) + 1)[pair]  # cameras of an identity come in random order
-    shuffled = np.lexsort((rng.random(len(pair)), pair))
-    turn = np.empty(len(pair), np.int64)  # number of the image among those of its identity and camera
-    turn[shuffled] = occurrence(pair[shuffled])
-
-    dealt = np.lexsort((pair_order, turn, number))  # one image of each camera, then the second of each, ...
-    dealt = dealt[occurrence(number[dealt]) < kept[number[dealt]]]
-    in_all = np.bincount(pair[dealt], minlength=len(pair))[pair] >= groups[number]
-    dealt = dealt[np.lexsort((turn[dealt], pair_order[dealt], ~in_all[dealt], number[dealt]))]
-    group = occurrence(number[dealt]) % groups[number[dealt]]
-    first = np.cumsum(groups) - groups
-    group_order = rng.random(int(groups.sum()))[first[number[dealt]] + group]
-    order = dealt[np.lexsort((group, group_order, number[dealt]))]
-
-    few = images < size
-    again = (rng.random((int(few.sum()), size)) * images[few, None]).astype(np.int64)
-    once = np.arange(size)
-    return _cut(order, kept, size, np.where(once < images[few, None], once, again))
+    by_camera = {identity: _by_camera(rows, cameras) for identity, rows in images.items()}
+    camera_order = iter(rng.random(sum(map(len, by_camera.values()))).tolist())
+    order = _image_order(images, rng)
+    group_order = iter(rng.random(sum(num_groups(len(rows), size) for rows in images.values())).tolist())
+    replacements = _numbers_for_few(images, size, rng)
+    groups = {}
+    for identity, rows in images.items():
+        shuffled = _in_order([sorted(own, key=order.__getitem__) for own in by_camera[identity]], camera_order)
+        if len(rows) < size:
+            dealt = _dealt(shuffled, len(rows), 1)
+            again = [dealt[int(number * len(rows))] for number in next(replacements)]
+            groups[identity] = _in_order([dealt + again[len(rows) :]], group_order)
+        else:
+            count = len(rows) // size
+            dealt = _dealt(shuffled, count * size, count)
+            groups[identity] = _in_order([dealt[group::count] for group in range(count)], group_order)
+    return groups
 
 
-def occurrence(values: np.ndarray) -> np.ndarray:
-    """How often each value came before: [a, b, a, a] -> [0, 0, 1, 2]."""
-    order = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.diff(values[order], prepend=-1))
-    result = np.empty(len(values), np.int64)
-    result[order] = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
-    return result
+def _dealt(shuffled: list[list[int]], num_kept: int, count: int) -> list[int]:
+    """The rows of an identity's cameras in the order in which they are dealt to `count` groups in turn.
 
-
-def _camera_of_identity(camera: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """A number without gaps for each identity and camera that occur together."""
-    known = int(camera.max()) + 1
-    camera = np.where(camera >= 0, camera, known + np.arange(len(camera)))
-    return np.unique(number * (known + len(camera)) + camera, return_inverse=True)[1]
-
-
-def _cut(order: np.ndarray, images: np.ndarray, size: int, few_places: np.ndarray) -> np.ndarray:
-    """Groups of neighbours in `order`, which lists images[i] images of each identity i.
-
-    few_places: int64 [identities with fewer than K images, K], which of its images such an identity gives.
+    Cameras with as many images as there are groups go first, so that the others fill the groups evenly.
     """
-    groups = np.maximum(images // size, 1)
-    first, start = np.cumsum(groups) - groups, np.cumsum(images) - images
-    places = np.arange(size) + size * (np.arange(groups.sum()) - np.repeat(first, groups))[:, None]
-    places[first[images < size]] = few_places
-    return order[np.repeat(start, groups)[:, None] + places]
+    if num_kept < sum(map(len, shuffled)):
+        turns = (row for turn in zip_longest(*shuffled) for row in turn if row is not None)
+        kept = set(islice(turns, num_kept))
+        shuffled = [[row for row in rows if row in kept] for rows in shuffled]
+    return [*chain.from_iterable(sorted(shuffled, key=lambda rows: len(rows) < count))]
+
+
+def _by_camera(rows: list[int], cameras: list[int]) -> list[list[int]]:
+    """The rows of each camera, by its number; then those of unknown cameras, each by itself."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        camera = cameras[row]
+        found.setdefault(camera if camera >= 0 else UNKNOWN_CAMERA + row, []).append(row)
+    return [found[camera] for camera in sorted(found)]
+
+
+def _image_order(images: Images, rng: np.random.Generator) -> dict[int, float]:
+    """A random number for each row, drawn in the order of the rows."""
+    rows = sorted(chain.from_iterable(images.values()))
+    return dict(zip(rows, rng.random(len(rows)).tolist(), strict=True))
+
+
+def _numbers_for_few(images: Images, size: int, rng: np.random.Generator) -> Iterator[list[float]]:
+    """K random numbers for each identity with fewer than K images, in their order."""
+    num_few = sum(len(rows) < size for rows in images.values())
+    return iter(rng.random((num_few, size)).tolist())
+
+
+def _in_order(lists: list[list[int]], numbers: Iterator[float]) -> list[list[int]]:
+    """Sorted by the next of the random numbers, one for each."""
+    return [rows for _, rows in sorted(zip(islice(numbers, len(lists)), lists, strict=True))]

@@ -1,6 +1,6 @@
 """PK batches: the sampler's plan as pixels.
 
-    sampler (rows) + reader (bytes) + decode (pixels) -> [loader] -> stage 2 (augmentation, encoder, losses)
+    pk_sampler (rows) + reader (bytes) + decode (pixels) ──▶ [PK loader] ──▶ stage 2 (augmentation, encoder, losses)
 
 In:  a packed dataset, PKSettings, and which rank of how many this is.
 Out: this rank's whole identities of every global batch, uint8. Augmentation is done later, on the device.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import DataError
-from shards.loading.cache import Prefetcher
-from shards.loading.decode import decode, resize_into
-from shards.loading.decode_pool import Pool
+from shards.loading.cache import DEFAULT_CACHE, CacheSettings, Prefetcher
+from shards.loading.decode import decode_row
+from shards.loading.decode_pool import DecodePool
 from shards.loading.index import ShardIndex
 from shards.loading.pk_sampler import PKSettings, epoch_plan, rank_part, shards_needed
 from shards.loading.reader import RowReader, shard_cache
@@ -42,8 +42,9 @@ class PKBatch:
     rows: Tensor
     """int64 [b], row in the training split"""
     epoch: int
-    step: int
-    """1-based, within the epoch."""
+    """From 1."""
+    epoch_step: int
+    """From 1, within the epoch."""
 
 
 class PKLoader:
@@ -57,21 +58,20 @@ class PKLoader:
         image_size: tuple[int, int],
         rank: int,
         world_size: int,
-        workers: int = 0,
+        num_loaders: int = 0,
         on_error: str = "raise",
         skip_limit: int = 100,
-        cache_dir: str | None = None,
-        cache_bytes: int = 50_000_000_000,
+        cache: CacheSettings = DEFAULT_CACHE,
         pin_memory: bool = False,
         prefetch: int = 4,
     ):
         """
         Args:
             image_size: (H, W), pixels.
-            workers: decoding processes; 0 decodes in this process.
+            num_loaders: decoding processes; 0 decodes in this process.
             on_error: what an image that can't be read does: "raise", or "skip": the next readable image of its
                 identity, in index order, takes the place. After `skip_limit` different ones it is an error too.
-            cache_dir, cache_bytes: the node's cache for remote shards; by default where the index has its own.
+            cache: the node's, for remote shards.
             pin_memory: batches lie in page-locked memory, for copies to the GPU beside its work.
             prefetch: batches that the decoding processes are ahead.
 
@@ -81,28 +81,29 @@ class PKLoader:
             raise DataError(f"data.on_error is {on_error!r}; known: raise, skip")
         self.split = index.split("train")
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.image_size, self.pin_memory = image_size, pin_memory
-        self._skip_limit, self._skipped = skip_limit, set()
+        self.pin_memory = pin_memory
+        self._skip_limit = skip_limit
+        self._skipped: set[int] = set()
         self._plans: dict[int, np.ndarray] = {}
-        self._batch = rank_part(self._plan(1), rank, world_size)[0].size
-        cache = shard_cache(index, cache_dir, cache_bytes)
-        self._prefetcher = Prefetcher(cache) if cache else None
-        fill = FillBatch(RowReader(self.split, cache, fetch=False), image_size, on_error)
-        self._pool = Pool(fill, workers, prefetch, self._batch * 3 * image_size[0] * image_size[1])
+        batch_size = rank_part(self._plan(1), rank, world_size)[0].size
+        shards = shard_cache(index, cache)
+        self._prefetcher = Prefetcher(shards) if shards else None
+        fill = FillBatch(RowReader(self.split, shards, fetch=False), on_error)
+        self._pool = DecodePool(fill, __name__, (batch_size, 3, *image_size), num_loaders, prefetch)
 
     def steps_per_epoch(self, epoch: int) -> int:
         return len(self._plan(epoch))
 
-    def epoch(self, epoch: int, start_step: int = 1) -> Iterator[PKBatch]:
-        """Batches `start_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
-        part = self._part(epoch)[start_step - 1 :]
+    def epoch(self, epoch: int, first_step: int = 1) -> Iterator[PKBatch]:
+        """Batches `first_step` ... of an epoch, both counted from 1. Raises DataError for an unreadable image."""
+        part = self._part(epoch)[first_step - 1 :]
         if self._prefetcher:
             coming = [*shards_needed(self.split, part), *shards_needed(self.split, self._part(epoch + 1))]
             self._prefetcher.start([self.split.shard_names[shard] for shard in dict.fromkeys(coming)])
         results = self._pool.run((epoch, rows) for rows in part)
-        for step, ((rows, skipped), slot) in enumerate(results, start_step):
+        for epoch_step, ((rows, skipped), slot) in enumerate(results, first_step):
             self._count_skipped(skipped)
-            yield self._batch_of(rows, slot, epoch, step)
+            yield self._batch_of(rows, slot, epoch, epoch_step)
 
     @property
     def num_skipped(self) -> int:
@@ -124,15 +125,23 @@ class PKLoader:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
 
-    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, step: int) -> PKBatch:
-        images = torch.empty(len(rows), 3, *self.image_size, dtype=torch.uint8, pin_memory=self.pin_memory)
-        images.view(-1).copy_(torch.from_numpy(slot))
-        columns = [column[rows] for column in (self.split.labels, self.split.cameras, self.split.views)]
-        positions = np.arange(len(rows)) + self.rank * len(rows)
-        numbers = [torch.from_numpy(column) for column in (*columns, positions, rows)]
-        if self.pin_memory:
-            numbers = [column.pin_memory() for column in numbers]
-        return PKBatch(images, *numbers, epoch=epoch, step=step)
+    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, epoch_step: int) -> PKBatch:
+        images = torch.empty(slot.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        images.copy_(torch.from_numpy(slot))
+
+        def tensor(column: np.ndarray) -> Tensor:
+            return torch.from_numpy(column).pin_memory() if self.pin_memory else torch.from_numpy(column)
+
+        return PKBatch(
+            images=images,
+            labels=tensor(self.split.labels[rows]),
+            cameras=tensor(self.split.cameras[rows]),
+            views=tensor(self.split.views[rows]),
+            positions=tensor(np.arange(len(rows)) + self.rank * len(rows)),
+            rows=tensor(rows),
+            epoch=epoch,
+            epoch_step=epoch_step,
+        )
 
     def _count_skipped(self, skipped: list[tuple[int, str]]) -> None:
         for row, message in skipped:
@@ -148,8 +157,8 @@ class PKLoader:
 class FillBatch:
     """Reads, decodes and resizes the images of one job; runs in the decoding processes."""
 
-    def __init__(self, reader: RowReader, image_size: tuple[int, int], on_error: str):
-        self.reader, self.split, self.image_size, self.on_error = reader, reader.split, image_size, on_error
+    def __init__(self, reader: RowReader, on_error: str):
+        self.reader, self.split, self.on_error = reader, reader.split, on_error
         self._epoch = 0
 
     def __call__(self, job: tuple[int, np.ndarray], slot: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
@@ -161,28 +170,25 @@ class FillBatch:
         if epoch != self._epoch:  # the shards of the last one may make room in the cache
             self.reader.release()
             self._epoch = epoch
-        used, skipped = rows.reshape(-1).copy(), []
-        out = slot.reshape(len(used), 3, *self.image_size)
+        used = rows.reshape(-1).copy()
+        skipped: list[tuple[int, str]] = []
         for place, data in enumerate(self.reader.read(used)):
             row = int(used[place])
-            error = self._decode(row, data, out[place])
+            error = self._decode(row, data, slot[place])
             if error is not None:
                 if self.on_error == "raise":
                     raise error
                 skipped.append((row, str(error)))
-                used[place] = self._substitute(row, out[place], skipped)
+                used[place] = self._substitute(row, slot[place], skipped)
         return used, skipped
 
     def _decode(self, row: int, data: np.ndarray | DataError, out: np.ndarray) -> DataError | None:
-        if isinstance(data, DataError):
-            return data
+        """Fill the place of a row; returns why that can't be done."""
+        remedy = "repair or drop the source image and re-pack, or set data.on_error=skip"
         try:
-            resize_into(out, decode(data), "bicubic")
-        except ValueError as error:
-            return DataError(
-                f"{self.split.where(row)}: can't be decoded ({error}); repair or drop the source image and re-pack, "
-                "or set data.on_error=skip"
-            )
+            decode_row(self.split, row, data, out, "bicubic", remedy)
+        except DataError as error:
+            return error
         return None
 
     def _substitute(self, row: int, out: np.ndarray, skipped: list[tuple[int, str]]) -> int:

@@ -1,13 +1,13 @@
 """Choose the identities and images of every identity-balanced (PK) batch of an epoch.
 
-    pack -> index -> [sampler] -> loader -> stage 2
+    build ──▶ index ──▶ [pk_sampler] ──▶ PK loader ──▶ stage 2
 
 In:  the labels (and cameras, shards) of the training split, but no pixels.
 Out: int64 [steps, P, K], row numbers of the split: P identities a batch, K images each.
 
 A plan depends on the dataset, the settings and the epoch alone, so every rank computes the same one and takes its
-part of every batch, on any number of ranks; state is (epoch, step). How identities are drawn and images are cut
-into groups of K is in `draws.py`.
+part of every batch, on any number of ranks; state is (epoch, epoch_step). How identities are drawn and images are cut
+into groups of K is in `pk_draws.py`.
 """
 
 import heapq
@@ -18,7 +18,15 @@ import numpy as np
 
 from shards.errors import DataError
 from shards.loading.index import SplitIndex
-from shards.loading.pk_draws import Cut, camera_groups, draw_until_used, draw_weighted, identity_groups, occurrence
+from shards.loading.pk_draws import (
+    Cut,
+    Images,
+    camera_groups,
+    draw_until_used,
+    draw_weighted,
+    identity_groups,
+    num_groups,
+)
 
 STRATEGIES = ("identity", "camera_aware", "balanced")
 
@@ -49,9 +57,9 @@ class PKSettings:
 def epoch_plan(split: SplitIndex, settings: PKSettings, epoch: int) -> np.ndarray:
     """All batches of one epoch, int64 [steps, P, K]: row numbers of `split`. Epochs count from 1.
 
-    Epoch rule of the released code (METHOD section 4): every identity's images are shuffled and cut into groups of
-    K; one with fewer than K is sampled with replacement to K; a remainder is dropped. P identities are drawn
-    without replacement among those with groups left, until fewer than P are left.
+    The rule of CLIP-ReID's released code: every identity's images are shuffled and cut into groups of K; one with
+    fewer than K is sampled with replacement to K; a remainder is dropped. P identities are drawn without replacement
+    among those with groups left, until fewer than P are left.
 
     With virtual nodes, the training shards are dealt to them anew, each follows that rule with P / V identities
     and its own shards, and the epoch ends with the first node that can't fill its part. Node v has identities
@@ -133,39 +141,46 @@ def _generator(settings: PKSettings, epoch: int, *part: int) -> np.random.Genera
 
 
 def _plan(
-    split: SplitIndex, rows: np.ndarray, settings: PKSettings, batch: int, rng: np.random.Generator
+    split: SplitIndex, rows: np.ndarray, settings: PKSettings, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Batches of `batch` identities from some rows of the split; int64 [steps, batch, K]."""
-    _, identity, images = np.unique(split.labels[rows], return_inverse=True, return_counts=True)
-    groups = np.maximum(images // settings.images_per_identity, 1)
+    """Batches of `batch_size` identities from some rows of the split, ascending; int64 [steps, batch_size, K]."""
+    images: Images = {label: [] for label in np.unique(split.labels[rows]).tolist()}
+    for row, label in zip(rows.tolist(), split.labels[rows].tolist(), strict=True):
+        images[label].append(row)
+    size = settings.images_per_identity
+    groups = [num_groups(len(own), size) for own in images.values()]
     if settings.strategy == "balanced":
-        steps = int(groups.sum()) // batch if len(groups) >= batch else 0
-        drawn = draw_weighted(images**settings.balance_alpha, batch, steps, rng)
+        num_steps = sum(groups) // batch_size if len(groups) >= batch_size else 0
+        weights = np.array([len(own) for own in images.values()]) ** settings.balance_alpha
+        steps = draw_weighted(weights, batch_size, num_steps, rng)
     else:
-        drawn = draw_until_used(groups, batch, rng)
+        steps = draw_until_used(groups, batch_size, rng)
     cut: Cut = identity_groups
     if settings.strategy == "camera_aware":
-        cut = partial(camera_groups, split.cameras[rows])
-    return rows[_images_of(drawn, identity, groups, settings.images_per_identity, cut, rng)]
+        cut = partial(camera_groups, split.cameras.tolist())
+    labels = list(images)
+    drawn = [labels[number] for step in steps for number in step]
+    return np.array(_groups_of(drawn, images, size, cut, rng), np.int64).reshape(-1, batch_size, size)
 
 
-def _images_of(
-    drawn: np.ndarray, identity: np.ndarray, groups: np.ndarray, size: int, cut: Cut, rng: np.random.Generator
-) -> np.ndarray:
-    """Give every drawn identity its next group; cut its images anew when it has used them all (`balanced`)."""
-    flat = drawn.reshape(-1)
-    turn = occurrence(flat)
-    result = np.empty((len(flat), size), np.int64)
-    for number in range(int((turn // groups[flat]).max(initial=-1)) + 1):
-        places = np.flatnonzero(turn // groups[flat] == number)
-        used = np.zeros(len(groups), bool)
-        used[flat[places]] = True
-        among = np.flatnonzero(used[identity])
-        first = np.cumsum(groups * used) - groups * used
-        number = (np.cumsum(used) - 1)[identity[among]]
-        cut_rows = among[cut(among, number, size, rng)]
-        result[places] = cut_rows[first[flat[places]] + turn[places] % groups[flat[places]]]
-    return result.reshape(*drawn.shape, size)
+def _groups_of(drawn: list[int], images: Images, size: int, cut: Cut, rng: np.random.Generator) -> list[list[int]]:
+    """The rows of every drawn identity: its next group, and its images are cut anew when it has used all of them."""
+    counts = {identity: num_groups(len(rows), size) for identity, rows in images.items()}
+    times_drawn = dict.fromkeys(images, 0)
+    rounds: list[list[tuple[int, int, int]]] = []  # (place in `drawn`, identity, group), of each cutting
+    for place, identity in enumerate(drawn):
+        number, group = divmod(times_drawn[identity], counts[identity])
+        times_drawn[identity] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append((place, identity, group))
+    found: list[list[int]] = [[]] * len(drawn)
+    for uses in rounds:
+        used = sorted({identity for _, identity, _ in uses})
+        groups = cut({identity: images[identity] for identity in used}, size, rng)
+        for place, identity, group in uses:
+            found[place] = groups[identity][group]
+    return found
 
 
 def _deal_shards(split: SplitIndex, settings: PKSettings, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The bytes of images, by row of a split: checked, and read in as few pieces as possible.
 
-    index + shards (+ the node's cache) -> [reader] -> decode
+    index + shards (+ the node's cache) ──▶ [reader] ──▶ decode
 
 Local and cached shards are memory-mapped. Of other remote ones only the bytes that are needed are read: one
 request where the images lie together, as those of one identity do, and several requests at a time.
@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from shards.errors import DataError
-from shards.loading.cache import ShardCache, node_cache_dir
+from shards.loading.cache import CacheSettings, ShardCache, node_cache_dir
 from shards.loading.index import ShardIndex, SplitIndex
 from shards.source import ShardSource
 
@@ -27,7 +27,7 @@ MAX_MAPS = 256
 """Shards that one process holds open, well below the usual limit of open files."""
 
 
-def shard_cache(index: ShardIndex, cache_dir: str | None, limit_bytes: int) -> ShardCache | None:
+def shard_cache(index: ShardIndex, settings: CacheSettings) -> ShardCache | None:
     """The node's cache for a remote dataset; None for a local one."""
     if index.source.local_root is not None:
         return None
@@ -35,7 +35,8 @@ def shard_cache(index: ShardIndex, cache_dir: str | None, limit_bytes: int) -> S
         name: {"bytes": index.shard_bytes(name), "crc32": index.files.get(name, {}).get("crc32")}
         for name in index.shard_names
     }
-    return ShardCache(index.source, files, index.address, node_cache_dir(cache_dir or index.cache_dir), limit_bytes)
+    folder = node_cache_dir(settings.folder or index.cache_dir)
+    return ShardCache(index.source, files, index.address, folder, settings.limit_bytes)
 
 
 class RowReader:

@@ -24,7 +24,10 @@ from shards.dataset_file import read_dataset_json, unknown_keys
 from shards.errors import AccessError, DamagedError
 from shards.format import (
     DATASET_FILE,
+    EXTENSIONS,
+    IMAGE_FORMATS,
     INDEX_FILE,
+    JSON_COLUMNS,
     fingerprint,
     make_key,
     read_index_table,
@@ -32,14 +35,12 @@ from shards.format import (
     tar_padding,
 )
 from shards.packing.processes import Advance, choose_processes, run_tasks
-from shards.packing.writer import EXTENSIONS, READ_FORMATS, REPORT_EVERY
+from shards.packing.writer import REPORT_EVERY
 from shards.storage import join
 
 log = logging.getLogger(__name__)
 DECODE_EVERY = 50
 """Without --all, one of so many images is decoded (and the first of each shard)."""
-JSON_FIELDS = ("identity", "label", "camera", "view", "time")
-"""Facts that KEY.json and the index both hold."""
 COPY_BYTES = 1 << 20
 
 
@@ -271,7 +272,7 @@ def _json_fault(content: bytes, row: dict[str, Any]) -> str:
         return "is not readable"
     if not isinstance(facts, dict) or make_key(str(facts.get("path"))) != row["key"]:
         return "names another source path"
-    different = [name for name in JSON_FIELDS if facts.get(name) != row[name]]
+    different = [name for name in JSON_COLUMNS if facts.get(name) != row[name]]
     if facts.get("lists", "") != row["lists"]:
         different.append("lists")
     return f"differs from the index in {', '.join(different)}" if different else ""
@@ -279,7 +280,7 @@ def _json_fault(content: bytes, row: dict[str, Any]) -> str:
 
 def _decode_fault(data: bytes, row: dict[str, Any]) -> str:
     try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
             image.load()
     except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
         return f"the image cannot be decoded ({error})"

@@ -16,14 +16,11 @@ from PIL import Image
 from shards import storage
 from shards.datasets.joint import locate
 from shards.errors import StoreError
-from shards.format import TAR_END, make_key, metadata, tar_header, tar_padding
+from shards.format import EXTENSIONS, IMAGE_FORMATS, TAR_END, make_key, metadata, tar_header, tar_padding
 from shards.packing.processes import Advance
 from shards.packing.shard_plan import PlannedShard
 from shards.storage import Source
 
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""PIL's format -> EXT. MPO is a JPEG with further pictures behind the first."""
-READ_FORMATS = ("JPEG", "PNG", "WEBP")
 REPORT_EVERY = 64
 """Images between two reports of progress."""
 
@@ -141,7 +138,7 @@ def encode(data: bytes, resize: tuple[int, int] | None, quality: int) -> Encoded
     Without resize only the header is read, and the whole image where its end looks cut off.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
             if not resize:
                 if not _ends_properly(data, image.format):
                     image.load()

@@ -18,12 +18,13 @@ import torch
 
 from shards import remote
 from shards.errors import DataError
-from shards.loading.cache import Busy, Prefetcher, ShardCache, node_cache_dir
+from shards.loading.cache import Busy, CacheSettings, Prefetcher, ShardCache, node_cache_dir
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKLoader
 from shards.loading.pk_sampler import PKSettings, epoch_plan, rank_part, shards_needed
 from shards.loading.reader import RowReader, shard_cache
 from shards.loading.sequential import SequentialLoader
+from shards.loading.tar_images import TarImages
 from shards.source import ShardSource
 from tests.helpers.http_server import Handler, serving
 from tests.helpers.object_store import s3_server
@@ -45,18 +46,19 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
 
 
-def pk_batches(url, cache, epochs=(1,), **options):
-    index = ShardIndex.open(str(url), str(cache))
-    loader = PKLoader(index, settings=SETTINGS, image_size=SIZE, **{"rank": 0, "world_size": 1} | options)
+def pk_batches(url, cache, epochs=(1,), cache_bytes=10**9, **options):
+    index, settings = ShardIndex.open(str(url), str(cache)), CacheSettings(limit_bytes=cache_bytes)
+    loader = PKLoader(index, settings=SETTINGS, image_size=SIZE, rank=0, world_size=1, cache=settings, **options)
     try:
         return [batch for epoch in epochs for batch in loader.epoch(epoch)]
     finally:
         loader.close()
 
 
-def gallery(url, cache, **options):
-    index = ShardIndex.open(str(url), str(cache))
-    return list(SequentialLoader(index, "gallery", image_size=SIZE, rank=0, world_size=1, batch_size=5, **options))
+def gallery(url, cache, cache_bytes=10**9, num_loaders=0):
+    index, settings = ShardIndex.open(str(url), str(cache)), CacheSettings(limit_bytes=cache_bytes)
+    images = TarImages(index, "gallery", SIZE, settings)
+    return list(SequentialLoader(images, rank=0, world_size=1, batch_size=5, num_loaders=num_loaders))
 
 
 def assert_same(batches, expected):
@@ -72,12 +74,12 @@ def test_http_gives_the_same_batches_as_the_folder(folder, tmp_path):
         assert_same(gallery(server.url, tmp_path), gallery(folder, tmp_path))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_server_that_fails_a_third_of_the_requests_costs_only_time(folder, tmp_path, workers):
+@pytest.mark.parametrize("num_loaders", [0, 2])
+def test_a_server_that_fails_a_third_of_the_requests_costs_only_time(folder, tmp_path, num_loaders):
     with serving(folder, fail=lambda number: number % 3 == 0) as server:
-        batches = pk_batches(server.url, tmp_path, (1, 2), workers=workers)
+        batches = pk_batches(server.url, tmp_path, (1, 2), num_loaders=num_loaders)
         assert_same(batches, pk_batches(folder, tmp_path, (1, 2)))
-        assert_same(gallery(server.url, tmp_path, workers=workers), gallery(folder, tmp_path))
+        assert_same(gallery(server.url, tmp_path, num_loaders=num_loaders), gallery(folder, tmp_path))
         assert len(server.requests) > 10
 
 
@@ -123,7 +125,7 @@ def test_the_images_of_an_identity_are_read_with_one_request(folder, tmp_path):
         split = ShardIndex.open(server.url, str(tmp_path)).split("train")
         plan = epoch_plan(split, SETTINGS, 1)
         del server.requests[:]
-        reader = RowReader(split, shard_cache(split.index, None, 0), fetch=False)
+        reader = RowReader(split, shard_cache(split.index, CacheSettings(limit_bytes=0)), fetch=False)
         assert all(isinstance(data, np.ndarray) for data in reader.read(plan[0].reshape(-1)))
         assert 0 < len(server.requests) <= SETTINGS.identities
         assert all(asked for _, asked in server.requests)
@@ -187,8 +189,8 @@ def test_every_epoch_is_fetched_ahead_though_the_last_one_fills_the_cache(folder
             return {train.shard_names[shard] for shard in shards}
 
         part_bytes = max(sum(map(index.shard_bytes, needed(epoch))) for epoch in (1, 2, 3, 4))
-        options = {"settings": settings, "image_size": SIZE, "rank": 0, "world_size": 2, "workers": 1}
-        loader = PKLoader(index, **options, cache_bytes=int(1.3 * part_bytes))
+        options = {"settings": settings, "image_size": SIZE, "rank": 0, "world_size": 2, "num_loaders": 1}
+        loader = PKLoader(index, **options, cache=CacheSettings(limit_bytes=int(1.3 * part_bytes)))
         for epoch in (1, 2, 3, 4):
             reader = cache_of(server.url, tmp_path)  # another process still reads what there is
             slow = [file for name in cached(tmp_path) if (file := reader.open(name))]
@@ -199,13 +201,13 @@ def test_every_epoch_is_fetched_ahead_though_the_last_one_fills_the_cache(folder
                 file.close()
             wait_for(lambda epoch=epoch: needed(epoch) <= set(cached(tmp_path)))
             found += batches
-            local = PKLoader(ShardIndex.open(folder, str(tmp_path)), **options | {"workers": 0})
+            local = PKLoader(ShardIndex.open(folder, str(tmp_path)), **options | {"num_loaders": 0})
             assert_same(found, list(local.epoch(epoch)))
         loader.close()
 
 
 def cache_of(url, tmp_path, limit_bytes=10**9):
-    return shard_cache(ShardIndex.open(url, str(tmp_path)), None, limit_bytes)
+    return shard_cache(ShardIndex.open(url, str(tmp_path)), CacheSettings(limit_bytes=limit_bytes))
 
 
 def test_the_cache_evicts_what_was_opened_longest_ago_and_keeps_to_its_limit(folder, tmp_path):
@@ -260,11 +262,12 @@ def test_a_cache_smaller_than_a_shard_or_of_no_size_is_passed_by(folder, tmp_pat
 
 FETCH = """
 import sys
+from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.reader import shard_cache
 index = ShardIndex.open(sys.argv[1], sys.argv[2])
 for name in index.shard_names:
-    data = shard_cache(index, None, 10**9).fetch(name).read()
+    data = shard_cache(index, CacheSettings(limit_bytes=10**9)).fetch(name).read()
     assert data == open(sys.argv[3] + "/" + name, "rb").read(), name
 """
 
@@ -407,10 +410,10 @@ def s3(folder):
         yield f"{bucket}/tiny"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_s3_gives_the_same_batches_as_the_folder(folder, s3, tmp_path, workers):
-    assert_same(pk_batches(s3, tmp_path, (1, 2), workers=workers), pk_batches(folder, tmp_path, (1, 2)))
-    assert_same(gallery(s3, tmp_path, workers=workers), gallery(folder, tmp_path))
+@pytest.mark.parametrize("num_loaders", [0, 2])
+def test_s3_gives_the_same_batches_as_the_folder(folder, s3, tmp_path, num_loaders):
+    assert_same(pk_batches(s3, tmp_path, (1, 2), num_loaders=num_loaders), pk_batches(folder, tmp_path, (1, 2)))
+    assert_same(gallery(s3, tmp_path, num_loaders=num_loaders), gallery(folder, tmp_path))
     assert "gallery-000001.tar" in cached(tmp_path)
 
 

@@ -30,9 +30,10 @@ from cluster.settings.yaml_file import load_config
 from cluster.training.worker import Run
 from launch import evaluate, extract
 from shards.errors import DataError
-from shards.loading.folder import FolderLoader
+from shards.loading.folder_images import FolderImages
 from shards.loading.index import ShardIndex
 from shards.loading.sequential import SequentialLoader
+from shards.loading.tar_images import TarImages
 from tests.helpers.golden_models import ROOT_CONFIGS, clip_state
 from tests.helpers.processes import on_processes
 from tests.helpers.runs import BIN, ROOT, config_file, environment, overrides
@@ -225,7 +226,7 @@ def test_flip_describes_an_image_by_the_mean_with_its_mirror_image(parts, argume
     config = load_config(arguments[1], arguments[4:])
     index = ShardIndex.open(config.data.shards)
     model = build_models(model_spec(config, index), arguments[3], config.run.seed)[0].eval()
-    loader = SequentialLoader(index, "gallery", image_size=(32, 32), rank=0, world_size=1, batch_size=1000)
+    loader = SequentialLoader(TarImages(index, "gallery", (32, 32)), rank=0, world_size=1, batch_size=1000)
     pixels = normalise(next(iter(loader)).images, config.data.pixel_mean, config.data.pixel_std)
     with torch.no_grad():
         plain, mirrored = (model.features(images, None, None) for images in (pixels, pixels.flip(3)))
@@ -281,9 +282,8 @@ def one_image_and_a_broken_one(team, folder, shards):
             raise DataError("shard x, key y: can't be decoded")
         return images.float().mean((2, 3))
 
-    loader = FolderLoader(
-        folder, ["red.png"], image_size=(8, 8), rank=team.rank, world_size=team.world_size, batch_size=3
-    )
+    images = FolderImages(folder, ["red.png"], (8, 8))
+    loader = SequentialLoader(images, rank=team.rank, world_size=team.world_size, batch_size=3)
     rows = features.extract_batches(encode, loader, 1, 3, team)
     try:
         features.extract(encode, ShardIndex.open(shards), "train", team, image_size=(8, 8), batch=5)

@@ -65,7 +65,7 @@ def test_batches_hold_the_images_the_plan_names(folder):
     batches = list(loader_of(folder).epoch(2))
     assert len(batches) == len(plan)
     for step, (batch, rows) in enumerate(zip(batches, plan, strict=True), 1):
-        assert (batch.epoch, batch.step) == (2, step)
+        assert (batch.epoch, batch.epoch_step) == (2, step)
         assert batch.images.shape == (12, 3, *SIZE)
         assert batch.images.dtype == torch.uint8
         rows = rows.reshape(-1)
@@ -89,7 +89,7 @@ def stacked(batches):
 
 def test_decoding_processes_give_the_same_batches_and_survive_many_epochs(folder):
     alone = loader_of(folder)
-    loader = loader_of(folder, workers=2, prefetch=3)
+    loader = loader_of(folder, num_loaders=2, prefetch=3)
     for epoch in (1, 2, 3):
         for ours, expected in zip(stacked(loader.epoch(epoch)), stacked(alone.epoch(epoch)), strict=True):
             assert ours[0] == expected[0]
@@ -97,16 +97,16 @@ def test_decoding_processes_give_the_same_batches_and_survive_many_epochs(folder
     loader.close()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_start_at_every_step_and_be_left_at_any(folder, workers):
-    loader = loader_of(folder, workers=workers)
+@pytest.mark.parametrize("num_loaders", [0, 2])
+def test_an_epoch_can_start_at_every_step_and_be_left_at_any(folder, num_loaders):
+    loader = loader_of(folder, num_loaders=num_loaders)
     batches = stacked(loader.epoch(1))
     assert loader.steps_per_epoch(1) == len(batches)
     for start in range(1, len(batches) + 2):
         left = loader.epoch(2)  # begun and never finished
         next(left)
         rest = list(loader.epoch(1, start))
-        assert [batch.step for batch in rest] == list(range(start, len(batches) + 1))
+        assert [batch.epoch_step for batch in rest] == list(range(start, len(batches) + 1))
         for ours, expected in zip(stacked(rest), batches[start - 1 :], strict=True):
             assert ours[0] == expected[0]
             assert torch.equal(ours[1], expected[1])
@@ -124,7 +124,7 @@ def test_ranks_hold_the_parts_of_one_global_batch(folder):
 
 
 def test_a_batch_stays_as_it_is_when_the_next_ones_come(folder):
-    loader = loader_of(folder, workers=1, prefetch=2)
+    loader = loader_of(folder, num_loaders=1, prefetch=2)
     batches = list(loader.epoch(1))
     for batch, again in zip(batches, loader.epoch(1), strict=True):
         assert torch.equal(batch.images, again.images)
@@ -150,11 +150,11 @@ def write_copy(tmp_path, make=picture):
     return write_shards(tmp_path / "copy", {"train": {f"{n:02d}": 6 for n in range(8)}}, images_per_shard=20, make=make)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_flipped_byte_is_found_when_the_record_is_read(tmp_path, workers):
+@pytest.mark.parametrize("num_loaders", [0, 1])
+def test_a_flipped_byte_is_found_when_the_record_is_read(tmp_path, num_loaders):
     copy = write_copy(tmp_path)
     where = flip_byte(copy, 17)
-    loader = loader_of(copy, workers=workers)
+    loader = loader_of(copy, num_loaders=num_loaders)
     with pytest.raises(DataError) as error:
         list(loader.epoch(1))
     assert str(error.value).startswith(where)
@@ -174,13 +174,13 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, broken):
     assert "data.on_error=skip" in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_with_skip_the_next_readable_image_of_the_identity_takes_the_place(tmp_path, workers, caplog):
+@pytest.mark.parametrize("num_loaders", [0, 2])
+def test_with_skip_the_next_readable_image_of_the_identity_takes_the_place(tmp_path, num_loaders, caplog):
     """Rows 12-17 are one identity: 13 and 14 are broken, so 15 stands in for both; 17 is, so 12 does."""
     copy = write_copy(tmp_path, lambda number, kind: b"broken" if number in (14, 17) else picture(number))
     where = flip_byte(copy, 13)
     split = index_of(copy).split("train")
-    loader = loader_of(copy, workers=workers, on_error="skip")
+    loader = loader_of(copy, num_loaders=num_loaders, on_error="skip")
     with caplog.at_level(logging.WARNING):
         batches = [*loader.epoch(1), *loader.epoch(2)]
     plan = np.concatenate([epoch_plan(split, SETTINGS, epoch) for epoch in (1, 2)]).reshape(len(batches), -1)
@@ -258,7 +258,7 @@ def test_resize_is_within_two_grey_levels_of_pillow(interpolation):
 
 
 def test_a_dataset_packed_anew_is_noticed_by_the_decoding_processes(tmp_path):
-    loader = loader_of(write_copy(tmp_path), workers=1)
+    loader = loader_of(write_copy(tmp_path), num_loaders=1)
     write_copy(tmp_path, lambda number, kind: picture(number + 1))
     with pytest.raises(DataError, match="packed anew while it was in use"):
         list(loader.epoch(1))
@@ -317,7 +317,7 @@ def gone(pids, within_s):
 
 
 def test_a_killed_decoding_process_is_an_error_and_not_a_hang(folder, capfd):
-    loader = loader_of(folder, workers=1)
+    loader = loader_of(folder, num_loaders=1)
     list(loader.epoch(1))
     (decoder,) = [pid for host in children(os.getpid(), 1) for pid in children(host, 1)]
     os.kill(decoder, signal.SIGKILL)
@@ -332,8 +332,8 @@ def test_a_killed_decoding_process_is_an_error_and_not_a_hang(folder, capfd):
 
 def test_no_process_outlives_its_killed_caller():
     code = (
-        "import os, signal, sys; from functools import partial; from shards.loading.decode_pool import Pool\n"
-        "pool = Pool(partial(dict.get, {'job': 'done'}), workers=2, slots=2, slot_bytes=64)\n"
+        "import os, signal, sys; from functools import partial; from shards.loading.decode_pool import DecodePool\n"
+        "pool = DecodePool(partial(dict.get, {'job': 'done'}), 'os', (64,), num_loaders=2, num_slots=2)\n"
         "print(*(result for result, _ in pool.run(['job'] * 3)), flush=True)\n"
         "sys.stdin.read()"
     )

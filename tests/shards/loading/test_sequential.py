@@ -14,6 +14,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
 from shards.loading.sequential import SequentialLoader
+from shards.loading.tar_images import TarImages
 from tests.helpers.shards import picture, write_shards
 
 SPLITS = {"query": {f"{n}": 1 + n % 3 for n in range(9)}, "gallery": {f"{n:02d}": 1 + n % 7 for n in range(15)}}
@@ -32,9 +33,8 @@ def index_of(folder):
 
 
 def loader_of(folder, split="gallery", rank=0, world_size=1, batch_size=8, **options):
-    return SequentialLoader(
-        index_of(folder), split, image_size=SIZE, rank=rank, world_size=world_size, batch_size=batch_size, **options
-    )
+    images = TarImages(index_of(folder), split, SIZE)
+    return SequentialLoader(images, rank=rank, world_size=world_size, batch_size=batch_size, **options)
 
 
 def rows_of(loader):
@@ -52,12 +52,12 @@ def test_every_image_once_and_in_order_for_any_ranks_and_batch_sizes(folder):
                 assert max(map(len, per_rank)) - min(map(len, per_rank)) <= 1
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_decoding_processes_give_the_same_batches(folder, workers):
+@pytest.mark.parametrize("num_loaders", [1, 3])
+def test_decoding_processes_give_the_same_batches(folder, num_loaders):
     for world_size in (1, 2):
         for rank in range(world_size):
             alone = list(loader_of(folder, rank=rank, world_size=world_size))
-            shared = list(loader_of(folder, rank=rank, world_size=world_size, workers=workers))
+            shared = list(loader_of(folder, rank=rank, world_size=world_size, num_loaders=num_loaders))
             assert len(alone) == len(shared) > 0
             for one, other in zip(alone, shared, strict=True):
                 assert torch.equal(one.rows, other.rows)
@@ -65,8 +65,8 @@ def test_decoding_processes_give_the_same_batches(folder, workers):
 
 
 def test_more_processes_than_images_are_no_problem(folder):
-    assert rows_of(loader_of(folder, "query", workers=5, batch_size=100)) == list(range(18))
-    parts = [rows_of(loader_of(folder, "query", rank, 40, workers=2)) for rank in (0, 1, 2, 3)]
+    assert rows_of(loader_of(folder, "query", num_loaders=5, batch_size=100)) == list(range(18))
+    parts = [rows_of(loader_of(folder, "query", rank, 40, num_loaders=2)) for rank in (0, 1, 2, 3)]
     assert parts == [[], [], [0], []]
 
 
@@ -114,13 +114,13 @@ def damage(path, place):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_flipped_byte_of_an_image_is_an_error_with_shard_and_key(tmp_path, workers):
+@pytest.mark.parametrize("num_loaders", [0, 2])
+def test_a_flipped_byte_of_an_image_is_an_error_with_shard_and_key(tmp_path, num_loaders):
     copy = copy_of(tmp_path)
     split = index_of(copy).split("gallery")
     damage(Path(copy) / split.shard_names[split.shard[10]], split.offsets[10] + 50)
     with pytest.raises(DataError) as error:
-        rows_of(loader_of(copy, batch_size=5, workers=workers))
+        rows_of(loader_of(copy, batch_size=5, num_loaders=num_loaders))
     assert str(error.value).startswith(f"{split.where(10)}: its bytes don't fit the checksum")
     assert "\n" not in str(error.value)
 

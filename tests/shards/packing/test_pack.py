@@ -226,12 +226,15 @@ def note_and_sleep(folder, advance):
 
 def test_workers_die_with_the_process_that_started_them(tmp_path):
     script = f"""
-import test_pack, shards.packing.processes
+import shards.packing.processes
+from tests.shards.packing.test_pack import note_and_sleep
 if __name__ == "__main__":
-    list(shards.packing.processes.run_tasks(test_pack.note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
+    list(shards.packing.processes.run_tasks(note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
 """
     write(tmp_path / "script" / "main.py", script)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script" / "main.py")], stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(tmp_path / "script" / "main.py")]
+    root = str(Path(__file__).resolve().parents[3])
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root})
     pids = wait_for(lambda: [int(p.name) for p in tmp_path.glob("[0-9]*")], until=lambda pids: len(pids) == 2)
     process.kill()
     process.wait()
