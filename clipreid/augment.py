@@ -1,12 +1,11 @@
-"""Augmentation of a batch on the worker's device: decoded uint8 pixels in, what the encoder eats out.
+"""Augmentation of a batch on the device it is trained on: flip, crop, normalisation, random erasing.
 
-    loader (uint8, resized) -> [augment: flip, pad and crop, normalise, erase] -> ReIDModel      training
-    loader (uint8, resized) -> [normalise]                                     -> ReIDModel      features,
-    tests
+    loader (uint8, resized) ──▶ [augment: flip, pad and crop, normalise, erase] ──▶ ReIDModel in training
+    loader (uint8, resized) ──▶ [augment: normalise] ──▶ ReIDModel in evaluation
 
-Every random choice is a hash of (seed, epoch, step, the image's position in the global batch), so the
-pixels do not depend on how many workers share the batch, and there is no generator whose state would have
-to be saved. `draw` makes the choices, `apply` carries them out; neither halts a GPU.
+Every random choice is a hash of (seed, epoch, step of the epoch, the image's position in the global batch), so the
+pixels do not depend on how many ranks share the batch, and there is no generator whose state would have to be saved.
+`draw` makes the choices, `carry_out` does what they say; neither makes the host wait for a GPU.
 
 b = images, T = attempts to place a rectangle
 """
@@ -58,18 +57,19 @@ class Choices:
     noise: Tensor
     """Where in `noise_table` the image's 3 * H * W values begin."""
 
-    def part(self, rows: slice) -> "Choices":
+    def of(self, rows: slice) -> "Choices":
         return Choices(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def augment(
     images: Tensor, positions: Tensor, *, seed: int, epoch: int, epoch_step: int, settings: AugmentSettings
 ) -> Tensor:
-    """uint8 [b, 3, H, W] and their places in the global batch, int64 [b] -> float32 [b, 3, H, W],
-    normalised."""
-    size = images.shape[2:]
-    choices = draw(positions.to(images.device), size, seed=seed, epoch=epoch, epoch_step=epoch_step, settings=settings)
-    return apply(images, choices, settings)
+    """uint8 [b, 3, H, W] and their places in the global batch, int64 [b] -> float32 [b, 3, H, W], normalised."""
+    height, width = images.shape[2:]
+    choices = draw(
+        positions.to(images.device), (height, width), seed=seed, epoch=epoch, epoch_step=epoch_step, settings=settings
+    )
+    return carry_out(choices, images, settings)
 
 
 def draw(
@@ -93,16 +93,16 @@ def draw(
     )
 
 
-def apply(images: Tensor, choices: Choices, settings: AugmentSettings) -> Tensor:
-    """Carry out the choices: uint8 [b, 3, H, W] -> float32 [b, 3, H, W]."""
+def carry_out(choices: Choices, images: Tensor, settings: AugmentSettings) -> Tensor:
+    """What was chosen, done to the images: uint8 [b, 3, H, W] -> float32 [b, 3, H, W]."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), chunk):
         rows = slice(start, start + chunk)
-        part = choices.part(rows)
-        out[rows] = _flip_and_crop(images[rows], part, settings.pad)
+        own = choices.of(rows)
+        out[rows] = _flip_and_crop(images[rows], own, settings.pad)
         _normalise_(out[rows], settings.mean, settings.std)
-        _erase_(out[rows], part)
+        _erase_(out[rows], own)
     return out
 
 
@@ -115,16 +115,15 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def noise_table(pixels: int, device: torch.device) -> Tensor:
     """Fixed N(0, 1) values, NOISE_WINDOWS + pixels of them: an image's noise is the window at its offset.
 
-    A window is copied ten times faster than fresh noise is made on a CPU. Windows of two images that
-    overlap show the same values at other places, so pixels at the same place stay independent.
+    A window is copied ten times faster than fresh noise is made on a CPU. Windows of two images that overlap show the
+    same values at other places, so pixels at the same place stay independent.
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(NOISE_WINDOWS + pixels, generator=generator).to(device)
 
 
 def _flip_and_crop(images: Tensor, choices: Choices, pad: int) -> Tensor:
-    """Each image and its mirror image are laid side by side with black margins; a crop is a window into
-    one of them.
+    """Each image and its mirror image are laid side by side with black margins; a crop is a window into one of them.
 
     One strided copy per crop, on any device, where indexing pixel by pixel would need an index per pixel.
     """
@@ -147,9 +146,8 @@ def _normalise_(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 @functools.lru_cache(maxsize=8)
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(pixel / 255 - mean) / std as one product and one sum. Kept: a copy to a GPU in each step would
-    halt it."""
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(pixel / 255 - mean) / std as one product and one sum. Kept, since each copy to a GPU is a synchronisation."""
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
     return scale[:, None, None].to(device), shift[:, None, None].to(device)

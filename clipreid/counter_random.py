@@ -42,7 +42,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Shift without the sign bit, which `>>` would draw in."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    mask: int = 2 ** (64 - bits) - 1
+    return (x >> bits) & mask
 
 
 def _signed(x: int) -> int:

@@ -22,9 +22,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: those without "bias" in their name and those with, in model order.
 
-    Each group has `params`, `names`, `weight_decay` and `lr_factor`, by which the scheduled learning rate
-    is multiplied: `lr_factor`, for biases times `bias_lr_factor`. Frozen parameters and empty groups are
-    left out. The one-stage method adds the groups of its tokens, whose lr_factor is stage1.lr / stage2.lr.
+    Each group has `params`, `names`, `weight_decay` and `lr_factor`, by which the scheduled learning rate is
+    multiplied: `lr_factor`, for biases times `bias_lr_factor`. Frozen parameters and empty groups are left out. The
+    one-stage method adds the groups of its tokens, whose lr_factor is stage1.lr / stage2.lr.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay, "lr_factor": factor}
@@ -55,10 +55,9 @@ def stage1_lr(
     warmup_lr: float,
     min_lr: float,
 ) -> float:
-    """Linear from warmup_lr (at 0) towards lr (at warmup_epochs), then the cosine from lr (at 0) to
-    min_lr (at epochs).
+    """Linear from warmup_lr (at 0) towards lr (at warmup_epochs), then the cosine from lr (at 0) to min_lr (at epochs).
 
-    The cosine's clock starts at 0 and not after the warm-up, so `lr` itself is never reached (METHOD §3).
+    The cosine's clock starts at 0 and not after the warm-up, so `lr` itself is never reached.
     """
     if epoch < warmup_epochs:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
@@ -73,7 +72,7 @@ def stage2_lr(
     warmup_factor: float,
     gamma: float,
 ) -> float:
-    """Linear warm-up from warmup_factor to 1, times gamma for every milestone reached; the two multiply
-    (METHOD §5)."""
+    """Linear warm-up from warmup_factor to 1, times gamma for every milestone reached; the two multiply."""
     warmup = warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs if epoch < warmup_epochs else 1.0
-    return lr * warmup * gamma ** sum(milestone <= epoch for milestone in milestones)
+    reached = sum(milestone <= epoch for milestone in milestones)
+    return lr * warmup * gamma**reached

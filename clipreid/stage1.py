@@ -1,14 +1,12 @@
 """Stage 1: only the identities' prompt tokens learn, against image features computed once.
 
-    feature bank -> batches -> [step: texts of the batch, contrastive losses] -> prompt tokens
-                                            prompt tokens -> [all_text_features] -> stage 2
+    feature bank ──▶ batches ──▶ [step] ──▶ prompt tokens ──▶ [all_text_features] ──▶ stage 2
 
-A step works on identities: each of the batch's U distinct ones is encoded once over all ranks. Images are
-split over ranks in contiguous parts that may be unequal or empty; every rank joins every gather all the
-same.
+A step works on identities: each of the batch's U distinct ones is encoded once over all ranks. Images are split over
+ranks in contiguous slices that may be unequal or empty; every rank joins every all_gather all the same.
 
-b = images of this rank, B = images of the global batch, U = distinct identities of the batch, N = all
-identities, D = feature width
+b = images of this rank, B = images of the global batch, R = ranks, D = feature width
+U = distinct identities of the batch, N = all identities
 """
 
 import numpy as np
@@ -31,8 +29,7 @@ def batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[np.
 
 
 def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
-    """This rank's contiguous part of a batch; sizes differ by at most one, and are 0 where ranks
-    outnumber images."""
+    """A rank's contiguous slice of a batch; sizes differ by at most one, and are 0 where ranks outnumber images."""
     return slice(num_images * rank // world_size, num_images * (rank + 1) // world_size)
 
 
@@ -47,7 +44,8 @@ def step(
 
     text: int64 labels [n] -> text features [n, D], differentiable in the tokens.
     images_local: float [b, D], the rows `rank_slice(B, rank, R)` of the batch; b may be 0.
-    labels_global: int64 [B]; may stay on the CPU, where finding the distinct ones does not halt a GPU.
+    labels_global: int64 [B]; may stay on the CPU, where finding the distinct ones makes no host wait for a
+    GPU.
     Returns scalars `i2t`, `t2i` and their sum `loss`: local sum x ranks / B.
     """
     slices = [rank_slice(len(labels_global), rank, peers.world_size) for rank in range(peers.world_size)]
@@ -66,11 +64,10 @@ def step(
 
 
 def encode_identities(text: nn.Module, identities: Tensor, peers: Peers = ALONE) -> Tensor:
-    """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64)
-    [U, D].
+    """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64) [U, D].
 
-    Ranks take contiguous equal parts of ceil(U / R), filled up with repeats of the last identity, which
-    are cut after the gather: so no rank is without a forward pass.
+    Ranks take contiguous equal shares of ceil(U / R), filled up with repeats of the last identity, which are cut
+    again after the all_gather: so no rank is without a forward pass.
     """
     share = -(-len(identities) // peers.world_size)
     first = peers.rank * share
@@ -86,8 +83,7 @@ def all_text_features(
     device: torch.device | str = "cpu",
     batch_size: int = 1024,
 ) -> Tensor:
-    """The bridge to stage 2: text features of identities 0 … N-1, frozen, on every rank. Returns float32
-    [N, D].
+    """The bridge to stage 2: text features of identities 0 … N-1, frozen, on every rank. Returns float32 [N, D].
 
     batch_size: identities encoded at a time over all ranks, which bounds the memory.
     """
@@ -98,8 +94,8 @@ def all_text_features(
 def identity_means(features: np.ndarray, labels: np.ndarray, num_identities: int) -> np.ndarray:
     """The `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
 
-    features: float [n, D], read a few rows at a time, so that a memory-mapped bank is never copied; labels: int64 [n]
-    holding each of 0 … N-1 -> features' dtype [N, D].
+    features: float [n, D], read a few rows at a time, so that a memory-mapped bank is never copied. labels: int64
+    [n], holding each of 0 … N-1. Returns [N, D] of the features' dtype.
     """
     sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64)
     for start in range(0, len(labels), ROWS):

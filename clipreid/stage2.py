@@ -1,14 +1,16 @@
 """Stage 2: the image encoder learns from PK batches; here a batch's features become its loss parts.
 
-    PK batch -> ReIDModel -> [losses] -> engine.backward
+    PK batch ──▶ ReIDModel ──▶ [stage2: losses] ──▶ engine.backward
 
-Local images are the anchors; what they are compared with (features for the triplet, labels, image and
-text features for the contrastive variants) is gathered from all ranks. All ranks hold equally many
-images, so every part is a mean over the local ones, and its mean over ranks is the value of the global
-batch.
+Local images are the anchors; what they are compared with (features for the triplet, labels, image and text features
+for the contrastive variants) is gathered from all ranks. All ranks hold equally many images, so every loss part is a
+mean over the local ones, and its mean over ranks is the value of the global batch.
 
 b = images of this rank, B = images of the global batch, N = identities, D = width of the projected feature
 """
+
+import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +29,23 @@ def losses(
     peers: Peers = ALONE,
     own_texts: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Loss parts of this rank's part of a PK batch; their means over ranks are those of the global batch.
+    """Loss parts of this rank's images of a PK batch; their means over ranks are those of the global batch.
 
-    labels: int64 [b], same b on every rank. text_features: frozen float [N, D]; None where text_loss is
-    none. own_texts: the one-stage method (text_loss i2t+t2i) hands in the text features of the local
-    images' identities, float [b, D] with gradient (`batch_texts`), in place of text_features. Returns
-    scalars: `id_img id_proj`, `tri_pre tri_img tri_proj` and those of `i2tce i2t t2i` in use, then the
-    sums `id triplet text` and the weighted total `loss`.
+    labels: int64 [b], same b on every rank. text_features: frozen float [N, D]; None where no loss needs them.
+    own_texts: the one-stage method (text_loss i2t+t2i) hands in the text features of the local images' identities,
+    float [b, D] with gradient (`batch_texts`), in place of text_features.
+    Returns scalars: `id_img id_proj`, `tri_pre tri_img tri_proj` and those of `i2tce i2t t2i` in use, then the sums
+    `id triplet text` and the weighted total `loss`.
     """
-    wanted = settings.text_loss.split("+")
+    text_losses = settings.text_loss.split("+")
     levels = ("pre", "img", "proj")[3 - settings.triplet_levels :]
     with torch.autocast(labels.device.type, enabled=False):
         local = {level: at_least_float32(getattr(output.features, level)) for level in levels}
-        if "i2t" in wanted or "t2i" in wanted:
-            local["text"] = text_features[labels] if own_texts is None else at_least_float32(own_texts)
+        if own_texts is not None:
+            local["text"] = at_least_float32(own_texts)
+        elif "i2t" in text_losses or "t2i" in text_losses:
+            assert text_features is not None
+            local["text"] = text_features[labels]
         batch = _gather_columns(local, peers)
         labels_batch = peers.all_gather(labels)
 
@@ -52,12 +57,13 @@ def losses(
             parts[f"tri_{level}"] = batch_hard_triplet(
                 local[level], labels, batch[level], labels_batch, settings.margin
             )
-        if "i2tce" in wanted:
+        if "i2tce" in text_losses:
+            assert text_features is not None
             similarity = local["proj"] @ text_features.T
             parts["i2tce"] = smoothed_cross_entropy(similarity, labels, settings.label_smoothing)
-        if "i2t" in wanted:
+        if "i2t" in text_losses:
             parts["i2t"] = image_to_text(local["proj"], local["text"], batch["text"]).mean()
-        if "t2i" in wanted:
+        if "t2i" in text_losses:
             parts["t2i"] = text_to_image(local["text"], labels, batch["proj"], labels_batch).mean()
     return _with_totals(parts, settings)
 
@@ -67,21 +73,26 @@ def batch_texts(text: nn.Module, labels: Tensor, images_per_identity: int) -> Te
 
     labels: int64 [b], the K images of an identity side by side.
     """
-    return text(labels[::images_per_identity]).repeat_interleave(images_per_identity, dim=0)
+    texts: Tensor = text(labels[::images_per_identity])
+    return texts.repeat_interleave(images_per_identity, dim=0)
 
 
 def _gather_columns(local: dict[str, Tensor], peers: Peers) -> dict[str, Tensor]:
-    """{name: [b, D_i]} -> {name: [B, D_i]} in one gather, side by side."""
+    """{name: [b, D_i]} -> {name: [B, D_i]} in one all_gather, side by side."""
     gathered = peers.all_gather(torch.cat(list(local.values()), dim=1))
     return dict(zip(local, gathered.split([x.shape[1] for x in local.values()], dim=1), strict=True))
 
 
 def _with_totals(parts: dict[str, Tensor], settings: LossSettings) -> dict[str, Tensor]:
     identity = parts["id_img"] + parts["id_proj"]
-    triplet = sum(value for name, value in parts.items() if name.startswith("tri_"))
+    triplet = _sum(value for name, value in parts.items() if name.startswith("tri_"))
     loss = settings.id_weight * identity + settings.triplet_weight * triplet
     totals = {"id": identity, "triplet": triplet}
     if settings.text_loss != "none":
-        totals["text"] = sum(parts[name] for name in settings.text_loss.split("+"))
+        totals["text"] = _sum(parts[name] for name in settings.text_loss.split("+"))
         loss = loss + settings.text_weight * totals["text"]
     return {**parts, **totals, "loss": loss}
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)

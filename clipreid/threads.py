@@ -2,13 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 
-def in_threads(work: Callable[..., Any], tasks: Iterable[tuple], device: torch.device) -> Iterator[Any]:
+
+def in_threads(work: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], device: torch.device) -> Iterator[Result]:
     """What work(*task) gives for each task, in order; on a CPU in as many threads as torch has, each using one.
 
     Sums round differently with another number of threads, so each task is left to one. Grad mode is each thread's own:
@@ -19,7 +21,7 @@ def in_threads(work: Callable[..., Any], tasks: Iterable[tuple], device: torch.d
         for task in tasks:
             yield work(*task)
         return
-    pending: deque = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for task in tasks:

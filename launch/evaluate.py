@@ -135,7 +135,8 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     _check_feature_options(parser, options)
     from cluster.evaluation.feature_file import read_pair, read_test
 
-    rule, normalize = options.rule or "camera", options.normalize is not False
+    rule: Rule = options.rule or "camera"
+    normalize = options.normalize is not False
     sets = [read_test(options.features[0])] if options.protocol else read_pair(options.features, rule)
     from cluster.evaluation.metrics import measure_pair, measure_test
     from cluster.ranks.process import this_team

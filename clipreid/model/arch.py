@@ -1,14 +1,13 @@
-"""Which CLIP architectures can be re-identified with, told from their configuration alone.
+"""Which CLIP architectures can be re-identified with, read from their configuration alone.
 
-    configuration -> [arch] -> spec -> model
+    model.arch ──▶ [arch] ──▶ spec ──▶ model
 
 In:  an open_clip model name, or the path of a JSON file in open_clip's model-configuration format.
-Out: that configuration as a dict; nothing is built, and neither torch nor open_clip is imported, so that a
-mistyped
+Out: that configuration as a dict; nothing is built, and neither torch nor open_clip is imported, so that a mistyped
      name shows before any worker starts.
 
-Accepted are models with a class-token ViT or a ModifiedResNet as image tower and CLIP's causal text tower
-with CLIP's tokenizer: prompts are cut at the end token, which only a causal tower permits.
+Accepted are models with a class-token ViT or a ModifiedResNet as image tower and CLIP's causal text tower with CLIP's
+tokenizer: prompts are cut at the end token, which only a causal tower permits.
 """
 
 import difflib
@@ -37,13 +36,8 @@ _VISION_NEUTRAL = {
     **{"output_tokens": False, "pos_embed_type": "learnable"},
 }
 _TEXT_NEUTRAL = {
-    **{
-        "no_causal_mask": False,
-        "embed_cls": False,
-        "output_tokens": False,
-        "proj_type": "linear",
-        "proj_bias": False,
-    },
+    **{"no_causal_mask": False, "embed_cls": False, "output_tokens": False},
+    **{"proj_type": "linear", "proj_bias": False},
 }
 
 
@@ -52,7 +46,7 @@ def check_arch(arch: str) -> dict[str, Any]:
 
     `arch` is an open_clip model name ("ViT-B-16-quickgelu") or the path of a JSON model configuration.
     Returns the configuration: `embed_dim`, `vision_cfg`, `text_cfg` and maybe `quick_gelu`.
-    Raises ModelError, one line, where there is no such model, or where it is of an unsupported kind.
+    Raises ModelError, one line, when there is no such model, or it is of an unsupported kind.
     """
     config = _read_file(Path(arch)) if _is_path(arch) else _read_named(arch)
     check_arch_config(config, arch)
@@ -60,7 +54,7 @@ def check_arch(arch: str) -> dict[str, Any]:
 
 
 def check_arch_config(config: dict[str, Any], arch: str) -> None:
-    """Raise ModelError where the method cannot use the model of this configuration; `arch` names it in the message."""
+    """Raise ModelError when the method cannot use the model of this configuration; `arch` names it in the message."""
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in config:
             raise ModelError(f"model.arch {arch}: the model configuration has no {key!r}")
@@ -106,7 +100,7 @@ def check_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> None
 
 
 def check_activation(pretrained: str, quick_gelu: bool, arch: str, config: dict[str, Any]) -> None:
-    """Raise ModelError unless the model computes the activation its weights were trained with; it is 1e-2 off else."""
+    """Raise ModelError unless the model computes the activation its weights were trained with: else it is 1e-2 off."""
     model = bool(config.get("quick_gelu"))
     if model != quick_gelu:
         kinds = {True: "QuickGELU", False: "GELU"}
@@ -131,11 +125,13 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"model.arch {path}: no such file; give an open_clip model name or a JSON model configuration")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"model.arch {path}: is not valid JSON: {error}") from None
-    parts = (config, config.get("vision_cfg", {}), config.get("text_cfg", {})) if isinstance(config, dict) else (None,)
-    if not all(isinstance(part, dict) for part in parts):
+    tables = [config]
+    if isinstance(config, dict):
+        tables += [config.get("vision_cfg", {}), config.get("text_cfg", {})]
+    if not all(isinstance(table, dict) for table in tables):
         raise ModelError(f"model.arch {path}: is not a model configuration with embed_dim, vision_cfg and text_cfg")
     return config
 
@@ -144,7 +140,8 @@ def _read_named(arch: str) -> dict[str, Any]:
     folder = _open_clip_configs()
     path = folder / f"{arch}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return known
     names = sorted(entry.stem for entry in folder.glob("*.json"))
     near = difflib.get_close_matches(arch, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
@@ -158,7 +155,7 @@ def _open_clip_configs() -> Path:
     return Path(found.submodule_search_locations[0]) / "model_configs"
 
 
-def _check_keys(arch: str, where: str, given: dict, known: set[str], neutral: dict[str, Any]) -> None:
+def _check_keys(arch: str, where: str, given: dict[str, Any], known: set[str], neutral: dict[str, Any]) -> None:
     for key, value in given.items():
         if key in neutral:
             if value != neutral[key]:

@@ -1,12 +1,14 @@
-"""BatchNorm over the images of all ranks, so that the loss is that of the global batch (contract C2).
+"""BatchNorm over the images of all ranks, so that the loss is that of the global batch.
 
-    encoder, necks <- [globalize_batchnorm] <- gather
+    ReIDModel, peers ──▶ [globalize_batchnorm] ──▶ encoder and necks with statistics of all ranks
 
-Works on any device with any differentiable gather (`torch.nn.SyncBatchNorm` refuses CPU tensors). Ranks may
-hold different numbers of values per channel, at least one each. Evaluation mode is untouched.
+Works on any device that the peers' all_gather works on (`torch.nn.SyncBatchNorm` refuses CPU tensors). Ranks may hold
+different numbers of values per channel, at least one each. Evaluation mode is untouched.
 
 C = channels, R = ranks
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,17 @@ def globalize_batchnorm(model: nn.Module, peers: Peers) -> None:
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm1d or 2d whose statistics in training mode come from all ranks, through one gather."""
+    """BatchNorm1d or 2d whose statistics in training mode come from all ranks, through one all_gather."""
 
-    def __init__(self, layer: _BatchNorm, peers: Peers):
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layer: _BatchNorm, peers: Peers) -> None:
+        """`layer` keeps running statistics, of which each batch moves a fixed share (momentum)."""
         super().__init__()
         self.peers = peers
+        assert layer.momentum is not None
         self.eps, self.momentum = layer.eps, layer.momentum
         self.weight, self.bias = layer.weight, layer.bias
         for name, buffer in layer.named_buffers():
@@ -76,7 +84,7 @@ class _Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         others = [d for d in range(x.dim()) if d != 1]
         mean = wide.mean(others)
@@ -85,7 +93,8 @@ class _Moments(torch.autograd.Function):
         return mean, differences.square_().sum(others)
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_squares: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_mean: Tensor, grad_squares: Tensor) -> Tensor:
+        x: Tensor
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         differences = x - _per_channel(mean, x)

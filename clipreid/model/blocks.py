@@ -1,13 +1,18 @@
 """One step through a block of CLIP's transformers for some of the positions only.
 
-[blocks] <- encoders (class token of the last block), prompts (positions behind the constant prefix)
+encoders (class token of the last block), prompts (positions behind the prefix) ──▶ [blocks]
 """
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from open_clip.transformer import ResidualAttentionBlock
 
 
 def attend(
-    block: nn.Module, x_BQW: Tensor, queries_BQW: Tensor, keys_BKW: Tensor, mask_QK: Tensor | None = None
+    block: "ResidualAttentionBlock", x_BQW: Tensor, queries_BQW: Tensor, keys_BKW: Tensor, mask_QK: Tensor | None = None
 ) -> Tensor:
     """A pre-norm block of open_clip's, for the Q positions of `x_BQW` among K that serve as keys and values.
 
@@ -15,4 +20,5 @@ def attend(
     additive. Equals the whole block at those positions; returns [B, Q, W].
     """
     x_BQW = x_BQW + block.ls_1(block.attention(queries_BQW, keys_BKW, keys_BKW, attn_mask=mask_QK))
-    return x_BQW + block.ls_2(block.mlp(block.ln_2(x_BQW)))
+    stepped: Tensor = x_BQW + block.ls_2(block.mlp(block.ln_2(x_BQW)))
+    return stepped

@@ -1,15 +1,20 @@
 """The text side: a learnable prompt per identity, encoded by CLIP's frozen text tower.
 
-    labels -> [prompts] -> text features -> stage 1 (contrastive) and stage 2 (image-to-text cross-entropy)
+    labels ──▶ [prompts] ──▶ text features ──▶ stage 1 (contrastive), stage 2 (image-to-text cross-entropy)
 
 In:  labels, dense 0-based training identities.
 Out: unnormalised text features in the space of the image features' `proj`.
 
-The prompt is "A photo of a X X X X person." (Eq. 2), its X replaced by the identity's tokens. The tower is
-causal, so nothing behind the end token can reach the feature taken there: the prompt is cut at it (12
-positions instead of 77), and the 5 positions before the tokens, equal for all prompts, are encoded once. Only
-the tokens learn; for the tower's weights no gradient is computed (contract C6).
+The prompt is "A photo of a X X X X person." (Eq. 2), its X replaced by the identity's tokens. The tower is causal, so
+nothing behind the end token can reach the feature taken there: the prompt is cut at it (12 positions instead of 77),
+and the 5 positions before the tokens, equal for all prompts, are encoded once. Only the tokens learn; for the tower's
+weights no gradient is computed.
+
+n = prompts, N = identities, M = learnable tokens, P = prefix positions, S = the positions behind it
+W = width of the text tower, D = embed_dim
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +22,9 @@ from torch import Tensor, nn
 from clipreid.errors import ModelError
 from clipreid.model.blocks import attend
 
-# n = prompts, N = identities, M = learnable tokens, P = prefix positions, S = the positions behind it,
-# W = width of the text tower, D = embed_dim
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from open_clip.transformer import ResidualAttentionBlock
 
 PREFIX_POSITIONS = 5
 """Start token and "a photo of a", one vocabulary entry each."""
@@ -27,9 +33,12 @@ PREFIX_POSITIONS = 5
 class PromptLearner(nn.Module):
     """The learnable tokens of every identity, and the embedded words around them.
 
-    `tokens` [N, M, W]; `token_prefix` [1, 5, W] and `token_suffix` [1, context - 5 - M, W] are the constant
-    rest of the template, up to the tower's full context.
+    `tokens` [N, M, W]; `token_prefix` [1, 5, W] and `token_suffix` [1, context - 5 - M, W] are the constant rest of the
+    template, up to the tower's full context.
     """
+
+    token_prefix: Tensor
+    token_suffix: Tensor
 
     def __init__(self, words_LW: Tensor, end: int, identities: int, tokens: int) -> None:
         """`words_LW`: the embedded template with M placeholders, [context, W]; `end`: its end token's place."""
@@ -58,10 +67,10 @@ class PromptLearner(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text tower behind the vocabulary: embedded prompts in, features out. Frozen."""
 
-    def __init__(self, clip: nn.Module) -> None:
-        """`clip` is an open_clip CLIP, whose text layers are adopted (not to be used for text afterwards)."""
+    def __init__(self, clip: "CLIP") -> None:
+        """The text layers of `clip` are adopted: it must not be used for text afterwards."""
         super().__init__()
-        self.positional_embedding = clip.positional_embedding
+        self.positional_embedding: Tensor = clip.positional_embedding
         self.transformer = clip.transformer
         self.ln_final = clip.ln_final
         self.text_projection = clip.text_projection
@@ -70,8 +79,8 @@ class TextEncoder(nn.Module):
     def forward(self, prefix_1PW: Tensor, rest_nSW: Tensor) -> Tensor:
         """Features [n, D] at the last position of n prompts, given as their common prefix and the rest.
 
-        The tower is causal: the prefix does not see the rest, so it is encoded once and serves the n prompts
-        as keys and values. At 64 prompts on a CPU that is 1.5 times faster, backward pass included.
+        The tower is causal: the prefix does not see the rest, so it is encoded once and serves the n prompts as keys
+        and values. At 64 prompts on a CPU that is 1.5 times faster, backward pass included.
         """
         prefix, rest = prefix_1PW.shape[1], rest_nSW.shape[1]
         positions = self.positional_embedding.to(rest_nSW.dtype)
@@ -84,10 +93,11 @@ class TextEncoder(nn.Module):
             x_nSW = attend(block, x_nSW, queries_nSW, keys, mask[prefix:])
         queries_nSW, keys = _normed(last, x_1PW, x_nSW)
         end_nW = attend(last, x_nSW[:, -1:], queries_nSW[:, -1:], keys)[:, 0]
-        return self.ln_final(end_nW) @ self.text_projection
+        features_nD: Tensor = self.ln_final(end_nW) @ self.text_projection
+        return features_nD
 
 
-def _normed(block: nn.Module, x_1PW: Tensor, x_nSW: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(block: "ResidualAttentionBlock", x_1PW: Tensor, x_nSW: Tensor) -> tuple[Tensor, Tensor]:
     """The rest's queries [n, S, W], and keys for all positions [n, P + S, W]."""
     queries_nSW = block.ln_1(x_nSW)
     prefix_nPW = block.ln_1(x_1PW).expand(len(x_nSW), -1, -1)
@@ -112,14 +122,14 @@ class PromptedText(nn.Module):
 
         A repeated label is encoded repeatedly: the caller makes them distinct.
         """
-        return self.text_encoder(*self.prompt_learner(labels))
+        features_nD: Tensor = self.text_encoder(*self.prompt_learner(labels))
+        return features_nD
 
 
 def template_ids(noun: str, tokens: int, context: int) -> tuple[list[int], int]:
     """Vocabulary ids of "A photo of a X … X {noun}." with `tokens` placeholders, and the end token's position.
 
-    The ids are padded with zeros to `context`. Raises ModelError for an empty noun and for a prompt that is
-    too long.
+    The ids are padded with zeros to `context`. Raises ModelError when the noun is empty or the prompt too long.
     """
     from open_clip import SimpleTokenizer  # seconds to import: not before a model is really built
 

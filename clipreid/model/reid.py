@@ -1,11 +1,12 @@
 """The re-identification model: image encoder, side information, necks and classifiers.
 
-    augment -> [model: encoder -> necks -> classifiers] -> losses -> stage 2
-                      encoder -> descriptor -> retrieval
-    labels  -> prompts -> stage 1
+    augment ──▶ [reid: encoder ──▶ necks ──▶ classifiers] ──▶ stage2.losses
+    normalise ──▶ [reid: encoder ──▶ descriptor] ──▶ retrieval
 
 Its weights come from `clipreid.weights`. Names of parameters are those of the checkpoints that the paper's authors
 released (`image_encoder.*`, `bottleneck.*`, `classifier.weight`, `cv_embed`).
+
+B = images, W = width of the image tower, N = training identities
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ from torch.nn import functional as F
 
 from clipreid.model.encoders import Features, ImageEncoder
 from clipreid.model.spec import FeatureName, ModelSpec
-
-# B = images, W = width of the image tower, N = training identities
 
 
 class ReIDOutput(NamedTuple):
@@ -63,17 +62,19 @@ class ReIDModel(nn.Module):
     def side_information(self, cameras: Tensor | None, views: Tensor | None) -> Tensor | None:
         """Vectors [B, W] to add to the tokens (TransReID's SIE), from cameras and views int64 [B].
 
-        A camera or view that is unknown (-1), or that the table has no row for, gives zero. None without a
-        table, or where neither cameras nor views are given.
+        A camera or view that is unknown (-1), or that the table has no row for, gives zero. None without a table, or
+        where neither cameras nor views are given.
         """
         if self.cv_embed is None or (cameras is None and views is None):
             return None
-        row, known = 0, True
+        row: Tensor | int = 0
+        known: Tensor | bool = True
         for used, values, count in (("camera", cameras, self.cameras), ("view", views, self.views)):
             if used in self.sie:
                 assert values is not None, f"model.sie={self.sie} needs the {used}s of the images"
                 row = row * count + values
                 known = known & (values >= 0) & (values < count)
+        assert isinstance(known, Tensor), "a table without rows for cameras and views"
         return self.sie_coefficient * self.cv_embed[row * known] * known.unsqueeze(1)
 
     def _initialise(self) -> None:

@@ -1,6 +1,6 @@
 """Where in an image a feature comes from: relevance maps (Chefer, Gur, Wolf 2021), Figure 3 of the paper.
 
-    images, their identities' text features -> [relevance_maps] -> a weight for every patch
+    images, their identities' text features ──▶ [relevance] ──▶ a weight for every patch
 
 The encoders' forward pass is repeated with attention written out, since the fused one does not give the weights
 that the gradient is taken of.
@@ -9,7 +9,7 @@ B = images, L = tokens (1 + rows * columns), D = width of the text features, N =
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
@@ -49,14 +49,14 @@ def _attended(encoder: ImageEncoder, images: Tensor) -> tuple[Tensor, list[Tenso
 
 
 def _attended_vit(encoder: ViTEncoder, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    x_BLW = encoder.ln_pre(encoder.embed(images))
+    x_BLW: Tensor = encoder.ln_pre(encoder.embed(images))
     attentions = []
     for block in encoder.transformer.resblocks:
         own = block.attn
         weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
         normed = block.ln_1(x_BLW)
-        projected = (F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        attended, attention = _attend(*projected, own.num_heads)
+        queries, keys, values = (F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        attended, attention = _attend(queries, keys, values, own.num_heads)
         attentions.append(attention)
         x_BLW = x_BLW + block.ls_1(own.out_proj(attended))
         x_BLW = x_BLW + block.ls_2(block.mlp(block.ln_2(x_BLW)))
@@ -64,7 +64,7 @@ def _attended_vit(encoder: ViTEncoder, images: Tensor) -> tuple[Tensor, list[Ten
 
 
 def _attended_resnet(encoder: ResNetEncoder, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    pool: nn.Module = encoder.attnpool
+    pool = encoder.attnpool
     _, layer4 = encoder.maps(images)
     x_BLC = encoder.pool_tokens(layer4)
     attended, attention = _attend(pool.q_proj(x_BLC[:, :1]), pool.k_proj(x_BLC), pool.v_proj(x_BLC), pool.num_heads)

@@ -1,9 +1,9 @@
 """What a re-identification model is made of: the sizes and choices from which it can be built again.
 
-    configuration, dataset -> [spec] -> model -> model.safetensors
+    settings, dataset ──▶ [spec] ──▶ model ──▶ model.safetensors
 
-No weights and no torch: the specification is made where the run is planned, travels to the workers, and is
-written beside the final weights so that a file of weights stands alone.
+No weights and no torch: the specification is made where the run is planned, travels to the workers, and is written
+beside the final weights so that a file of weights stands alone.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ RESNET_STRIDE = 16
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that fixes the shapes of a ReIDModel and its prompts. Raises ModelError where it does not fit."""
+    """Everything that fixes the shapes of a ReIDModel and its prompts. Raises ModelError when it does not fit."""
 
     arch: str
     """open_clip model name, or the path of the JSON configuration it came from (for messages; not read again)."""

@@ -2,10 +2,10 @@
 
     descriptors of queries and gallery ──▶ [distance_blocks] ──▶ positives, top_k, tpr_at_fpr
 
-Images are taken by identity, so that the positives lie in few blocks: those are made twice, once to read the positives'
-distances and once to count. All matrix products have one fixed, padded shape, each is made by one thread, and blocks
-do not depend on the number of ranks: so the value of a pair does not depend on ranks or threads, and equal rows get
-equal values.
+Images are taken by identity, so that the positives lie in few blocks: those are made twice, once to read the
+positives' distances and once to count. All matrix products have one fixed, padded shape, each is made by one thread,
+and blocks do not depend on the number of ranks: so the value of a pair does not depend on ranks or threads, and equal
+rows get equal values.
 
 Q, G = query and gallery images, D = feature width; b, w = rows and columns of a block
 """

@@ -72,7 +72,8 @@ class Retrieval:
     def cmc(self) -> np.ndarray:
         """float64 [50]: fraction of valid queries with a positive among the nearest 1, 2, …"""
         first = self.per_query.first_rank[self._valid]
-        return (first[:, None] <= np.arange(1, CMC_RANKS + 1)).mean(0)
+        fractions: np.ndarray = (first[:, None] <= np.arange(1, CMC_RANKS + 1)).mean(0)
+        return fractions
 
     @property
     def _valid(self) -> np.ndarray:

@@ -205,7 +205,9 @@ def _ignored(query: Labels, gallery: Labels, q: np.ndarray, g: np.ndarray, rule:
 
 def count_up(counts: np.ndarray) -> np.ndarray:
     """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
-    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    starts = np.repeat(counts.cumsum() - counts, counts)
+    counted: np.ndarray = np.arange(counts.sum()) - starts
+    return counted
 
 
 def near_keys(distances: Tensor, near: Near) -> Tensor:

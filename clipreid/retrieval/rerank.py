@@ -1,12 +1,12 @@
 """k-reciprocal re-ranking (Zhong et al. 2017) without the matrix of all images against all images.
 
-    descriptors of queries and gallery -> nearest of each image -> weights on its reciprocal neighbours
-        -> [rerank] -> distances of a block of queries at a time -> retrieval
+    descriptors of queries and gallery ──▶ [rerank] ──▶ distances of a block of queries at a time ──▶ metrics
 
-Queries and gallery together are n images. An image's weights on the others are sparse, and everything else is
-made for a block of images at a time. The blocks of rows are shared out among ranks; what all ranks need goes
-through the sum over ranks that is handed in, each entry from one rank and 0 from the others, so the result does
-not depend on their number. Everything is at least float32: half precision moves the result by 2e-3.
+The nearest of each image give weights on its reciprocal neighbours, and these the distances. Queries and gallery
+together are n images. An image's weights on the others are sparse, and everything else is made for a block of images
+at a time. The blocks of rows are shared out among ranks; what all ranks need is summed over them, each entry from one
+rank and 0 from the others, so the result does not depend on their number. Everything is at least float32: half
+precision moves the result by 2e-3.
 
 Q, G = queries and gallery images, n = Q + G, b = images of a block, D = feature width
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from clipreid.errors import ModelError
 from clipreid.losses import at_least_float32
 from clipreid.peers import ALONE, Peers
+from clipreid.retrieval.distance_blocks import FeatureRows
 from clipreid.retrieval.metrics import retrieve_by_blocks
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.progress import Progress, unreported
@@ -38,7 +39,7 @@ Entries = tuple[Tensor, Tensor, Tensor]
 def evaluate_reranked(
     query_features: Tensor,
     query: Labels,
-    gallery_features: Tensor | np.ndarray,
+    gallery_features: Tensor | FeatureRows,
     gallery: Labels,
     *,
     rule: Rule,
@@ -63,7 +64,7 @@ def rerank(query_features: Tensor, gallery_features: Tensor, k1: int, k2: int, l
 
 def reranked(
     query_features: Tensor,
-    gallery_features: Tensor | np.ndarray,
+    gallery_features: Tensor | FeatureRows,
     k1: int,
     k2: int,
     lam: float,
@@ -78,7 +79,7 @@ def reranked(
     is the squared Euclidean one, each image's row over all n divided by its maximum.
     The ranks' blocks are all queries, each once. progress: in images that
     were compared with all others: first for their neighbours, then the queries for their distances.
-    Raises ModelError for k1, k2 below 1, for fewer images than k1 + 1 or k2, and features that are not finite.
+    Raises ModelError when k1 or k2 is below 1, there are fewer images than k1 + 1 or k2, or features are not finite.
     """
     n, num_queries = len(query_features) + len(gallery_features), len(query_features)
     if min(k1, k2) < 1 or max(k1 + 1, k2) > n:
@@ -104,15 +105,14 @@ def reranked(
         yield rows, original.mul_(lam).add_(jaccard, alpha=1 - lam)
 
 
-def _all_features(query: Tensor, gallery: Tensor | np.ndarray) -> Tensor:
+def _all_features(query: Tensor, gallery: Tensor | FeatureRows) -> Tensor:
     """float32 or float64 [n, D], on the queries' device."""
     features = at_least_float32(query).new_empty(len(query) + len(gallery), query.shape[1])
     features[: len(query)] = query
     for start in range(0, len(gallery), BLOCK):
         rows = gallery[start : start + BLOCK]
-        if isinstance(rows, np.ndarray):
-            rows = torch.from_numpy(np.array(rows))  # a copy, since memory maps are read-only
-        features[len(query) + start :][: len(rows)] = rows
+        own = features[len(query) + start :][: len(rows)]
+        own[:] = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows  # a map is read-only
     return features
 
 

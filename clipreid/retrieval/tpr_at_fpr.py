@@ -2,10 +2,10 @@
 
     distance_blocks ──▶ [tpr_at_fpr] ──▶ "TPR@FPR" of the metrics
 
-One distance is the limit for all queries. A positive is accepted at false positive rate f where at most
-f x (number of negative pairs) negatives are at most as far. So each positive needs the number of negatives up to
-it, as long as that is small: negatives are counted between the sorted positives, exactly, and those farther than
-an estimate on the safe side are left out. Where it was not, `suffices` says so, and all have to be counted.
+One distance is the limit for all queries. A positive is accepted at false positive rate f where at most f x (number of
+negative pairs) negatives are at most as far. So each positive needs the number of negatives up to it, as long as that
+is small: negatives are counted between the sorted positives, exactly, and those farther than an estimate on the safe
+side are left out. Where it was not, `suffices` says so, and all have to be counted.
 
 P = positive pairs of all queries
 """

@@ -1,9 +1,9 @@
 """Test protocols that draw their own queries and gallery: VehicleID.
 
-    features of the test split, computed once -> [vehicleid: draws] -> retrieval -> means over draws
+    features of the test split ──▶ [vehicleid: draws] ──▶ metrics of each draw ──▶ [vehicleid: means]
 
-Of every identity of a test list one image, drawn at random, forms the gallery, and all its other images are
-queries. The draws follow from a seed, so every rank makes the same ones.
+Of every identity of a test list one image, drawn at random, forms the gallery, and all its other images are queries.
+The draws follow from a seed, so every rank makes the same ones.
 """
 
 from typing import Any
@@ -31,10 +31,9 @@ def vehicleid(
 ) -> dict[str, dict[str, Any]]:
     """{"small": {"R1": {"mean": …, "std": …}, "R5": …, "mAP": …, "queries": …, "gallery": …}, "medium": …}.
 
-    features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image
-    ("800,1600,2400"); a size whose list holds no image is left out. The deviation is that of the draws
-    themselves (divided by their number).
-    Raises ModelError where no image is in any list.
+    features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image ("800,1600,2400");
+    a size whose list holds no image is left out. The deviation is that of the draws themselves (divided by their
+    number). Raises ModelError when no image is in any list.
     """
     results = {}
     members = [set(entry.split(",")) for entry in lists]
@@ -55,7 +54,8 @@ def draw_gallery(identities: np.ndarray, seed: int, draw: int) -> np.ndarray:
     """One row number for every identity, in sorted order of the identities. int64 [identities]."""
     order = np.argsort(identities, kind="stable")
     _, first, counts = np.unique(identities[order], return_index=True, return_counts=True)
-    return order[first + np.random.default_rng([seed, draw]).integers(counts)]
+    rows: np.ndarray = order[first + np.random.default_rng([seed, draw]).integers(counts)]
+    return rows
 
 
 def vehicleid_draw(

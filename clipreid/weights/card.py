@@ -1,6 +1,6 @@
 """What a file of weights says about itself, read without its weights and without torch.
 
-    model.safetensors -> [card] -> load_model; checks of a configuration before anything heavy is imported
+    model.safetensors ──▶ [card] ──▶ load_model; checks of a configuration before anything heavy is imported
 
 The metadata of the file holds the ModelSpec with the architecture, the normalisation of pixels, and the descriptor.
 """
@@ -45,7 +45,7 @@ class ModelCard:
 
 
 def weights_file(weights: str | Path) -> Path:
-    """The file behind a run folder or a file of weights. Raises ModelError where there is none."""
+    """The file behind a run folder or a file of weights. Raises ModelError when there is none."""
     path = Path(weights)
     if path.is_dir():
         path = path / MODEL_FILE
@@ -57,7 +57,7 @@ def weights_file(weights: str | Path) -> Path:
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """The card of a file written by `save_model`, without its weights. Raises ModelError for any other file."""
+    """The card of a file written by `save_model`, without its weights. Raises ModelError when it is any other file."""
     path = weights_file(path)
     try:
         with safe_open(path, framework="np") as file:

@@ -1,13 +1,14 @@
 """Weights out, and back in: `model.safetensors`, which stands alone.
 
-    stage 2 -> [weights] -> model.safetensors -> evaluate, extract, export
+    stage 2 ──▶ [file] ──▶ model.safetensors ──▶ [file] ──▶ evaluate, extract, export
 
-One file holds the image encoder with necks and classifiers, the text side where there is one, and in its
-metadata the card (`card.py`) with all that is needed to use them. Weights of others come in through
-`pretrained.py` (CLIP) and `official.py` (the paper's authors).
+One file holds the image encoder with necks and classifiers, the text side where there is one, and in its metadata the
+card (`card.py`) with all that is needed to use them. Weights of others come in through `pretrained.py` (CLIP) and
+`official.py` (the paper's authors).
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from clipreid.weights.pretrained import check_fit
 __all__ = ["MODEL_FILE", "ModelCard", "load_model", "load_text", "read_card", "save_model", "weights_file"]
 
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_model(path: str | Path, model: ReIDModel, card: ModelCard, text: PromptedText | None = None) -> None:
@@ -45,7 +47,7 @@ def load_model(path: str | Path) -> tuple[ReIDModel, ModelSpec]:
 
 
 def load_text(path: str | Path) -> PromptedText | None:
-    """The text side of a file written by `save_model`, or None where it was saved without."""
+    """The text side of a file written by `save_model`, or None when it was saved without."""
     spec = read_card(path).spec
     with safe_open(path, framework="pt") as file:
         if not any(name.startswith(_TEXT_PREFIXES) for name in file.keys()):  # noqa: SIM118 (not a dict)
@@ -54,7 +56,7 @@ def load_text(path: str | Path) -> PromptedText | None:
     return _fill(text, path, text=True)
 
 
-def _fill(module: nn.Module, path: str | Path, text: bool) -> nn.Module:
+def _fill(module: Module, path: str | Path, text: bool) -> Module:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(_TEXT_PREFIXES) == text]  # noqa: SIM118
         state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}

@@ -28,10 +28,10 @@ def build_models(
 ) -> tuple[ReIDModel, PromptedText | None]:
     """The image model and the text side of `spec`, on the CPU, float32, in training mode.
 
-    `pretrained`: None (random weights), an open_clip tag, or a local file: CLIP weights, or a checkpoint of
-    the paper's authors (the text side is None where that holds none, as a baseline's does). What it does not
-    hold is drawn from `seed`; the global random state is left alone.
-    Raises ModelError where the weights cannot be had or do not fit.
+    `pretrained`: None (random weights), an open_clip tag, or a local file: CLIP weights, or a checkpoint of the paper's
+    authors (the text side is None when that holds none, as a baseline's does). What it does not hold is drawn from
+    `seed`; the global random state is left alone.
+    Raises ModelError when the weights cannot be had or do not fit.
     """
     if pretrained is None:
         with _seeded(seed, "clip"):
@@ -59,7 +59,7 @@ def _clip_arguments(spec: ModelSpec) -> dict[str, Any]:
     return {key: value for key, value in spec.arch_config.items() if key != "custom_text"}
 
 
-def _rewire(spec: ModelSpec, clip: nn.Module, seed: int) -> tuple[ReIDModel, PromptedText]:
+def _rewire(spec: ModelSpec, clip: open_clip.CLIP, seed: int) -> tuple[ReIDModel, PromptedText]:
     """Take the towers of an open_clip CLIP over into our modules, and add what re-identification needs."""
     context = spec.arch_config["text_cfg"]["context_length"]
     ids, end = template_ids(spec.noun, spec.prompt_tokens, context)
@@ -77,9 +77,9 @@ def _encoder(spec: ModelSpec, visual: nn.Module) -> ImageEncoder:
 
 
 @contextmanager
-def _seeded(seed: int, part: str) -> Iterator[None]:
-    """Draw from (seed, part) instead of the global CPU random state, which is put back afterwards."""
+def _seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Draw from (seed, purpose) instead of the global CPU random state, which is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         # default_generator, because torch.manual_seed would also reseed every CUDA device.
-        torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{part}".encode()))
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
         yield

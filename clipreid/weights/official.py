@@ -1,11 +1,11 @@
 """Checkpoints of CLIP-ReID's authors (`ViT-B-16_60.pth`, `RN50_120.pth`), in and out.
 
-    ViT-B-16_60.pth -> [official] -> model -> evaluation, or stage 2
-    model.safetensors -> load_model -> [official] -> a checkpoint that loads into the authors' model
+    ViT-B-16_60.pth ──▶ [official] ──▶ ReIDModel, PromptedText ──▶ evaluation, or stage 2
+    model.safetensors ──▶ load_model ──▶ [official] ──▶ a checkpoint that loads into the authors' model
 
-A flat state dict. Our names are the same, but for the prompts' tokens, which are `prompt_learner.cls_ctx`
-there. It holds no settings: image size, stride and kind of side information come from the configuration, and
-where its shapes contradict them it is refused.
+A flat state dict. Our names are the same, but for the prompts' tokens, which are `prompt_learner.cls_ctx` there. It
+holds no settings: image size, stride and kind of side information come from the configuration, and where its shapes
+contradict them it is refused.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class OfficialShapes:
 
 
 def official_shapes(path: str | Path) -> OfficialShapes:
-    """Read what the configuration need not know. Raises ModelError where `path` is no such checkpoint."""
+    """Read what the configuration need not know. Raises ModelError when `path` is no such checkpoint."""
     state = read_state_dict(Path(path))
     if "classifier.weight" not in state:
         raise ModelError(f"{path}: has no classifier.weight: not a checkpoint of CLIP-ReID's authors")
@@ -55,8 +55,8 @@ def load_official(
 ) -> PromptedText | None:
     """Fill `model` and `text`, built for `spec`, from a checkpoint's state dict.
 
-    Returns `text`, or None where the checkpoint holds no text side, as a baseline's does. Raises ModelError,
-    one line with both shapes, where position rows, side information, identities or widths do not fit `spec`.
+    Returns `text`, or None when the checkpoint holds no text side, as a baseline's does. Raises ModelError, one line
+    with both shapes, when position rows, side information, identities or widths do not fit `spec`.
     """
     card = _card(source)
     if card is None:

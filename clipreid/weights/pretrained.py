@@ -1,6 +1,6 @@
 """CLIP weights in: an open_clip tag, or a local file, to a state dict in OpenAI's names.
 
-    tag or file -> [pretrained] -> model (towers filled at their native size, then re-wired)
+    tag or file ──▶ [pretrained] ──▶ initial (towers filled at their native size, then re-wired)
 
 In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a local file: a TorchScript archive, a
      pickled `state_dict` (bare, or under "state_dict" or "model", with or without "module." before its names), or
@@ -8,12 +8,13 @@ In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a loca
 Out: {name: Tensor} with names such as `visual.conv1.weight`.
 """
 
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_activation, check_pretrained
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 OFFICIAL_PREFIX = "image_encoder."
 """Begins names in the checkpoints of CLIP-ReID's authors, and in ours; CLIP's own say `visual.`."""
@@ -37,7 +41,7 @@ _READ_ERRORS = (RuntimeError, SafetensorError, pickle.UnpicklingError, OSError, 
 def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict behind `model.pretrained`: a local file, or a tag that open_clip knows for `arch`.
 
-    Raises ModelError, one line, for an unknown tag, a failed download, an unreadable file, and for weights that
+    Raises ModelError, one line, when the tag is unknown, the download fails, the file cannot be read, or the weights
     are known to belong to another activation function than the model of `config` has.
     """
     check_pretrained(pretrained, arch, config)
@@ -61,8 +65,9 @@ def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a TorchScript archive, a pickled state dict or a safetensors file, less any "module." prefix.
 
-    Raises ModelError where the file is none of these. Dtypes are as stored.
+    Raises ModelError when the file is none of these. Dtypes are as stored.
     """
+    loaded: Any
     with _unreadable(path):
         if path.suffix == ".safetensors":
             loaded = load_file(path)
@@ -83,18 +88,16 @@ def is_official(state: dict[str, Tensor]) -> bool:
     return any(name.startswith(OFFICIAL_PREFIX) for name in state)
 
 
-def load_clip(clip: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_clip(clip: "CLIP", state: dict[str, Tensor], source: str) -> None:
     """Fill an open_clip CLIP, at its native size, with `state`; every weight must be there, in its shape.
 
-    A square position embedding of another size is taken over as it is: the encoders resize it once, to their
-    grid. Raises ModelError naming the weight and both shapes, or the names that are missing or unknown.
+    A square position embedding of another size is taken over as it is: the encoders resize it once, to their grid.
+    Raises ModelError when they do not fit; it names the weight and both shapes, or what is missing or unknown.
     """
     state = {name.removeprefix("text."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if name not in (*_OPENAI_MARKS, *_UNUSED)}
-    for module, name in (
-        (clip.visual, "visual."),
-        (getattr(clip.visual, "attnpool", None), "visual.attnpool."),
-    ):
+    pool = getattr(clip.visual, "attnpool", None)
+    for module, name in ((clip.visual, "visual."), (pool, "visual.attnpool.")):
         rows = state.get(f"{name}positional_embedding")
         if module is not None and rows is not None and _is_square_grid(rows):
             module.positional_embedding = nn.Parameter(torch.empty_like(rows, dtype=torch.float32))
@@ -126,7 +129,7 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
 
 
 def _is_square_grid(rows: Tensor) -> bool:
-    return round((len(rows) - 1) ** 0.5) ** 2 == len(rows) - 1
+    return math.isqrt(len(rows) - 1) ** 2 == len(rows) - 1
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -66,7 +66,7 @@ class Stage2:
     number = 2
 
     def __init__(
-        self, config: Config, team: Team, model: ReIDModel, text: PromptedText, text_features: Tensor | None,
+        self, config: Config, team: Team, model: ReIDModel, text: PromptedText | None, text_features: Tensor | None,
         index: ShardIndex,
     ):  # fmt: skip
         s = config.stage2
@@ -96,10 +96,11 @@ class Stage2:
         self.to_device = ToDevice(team.device)
         self.loader = self._loader(index)
 
-    def _groups(self, model: ReIDModel, text: PromptedText) -> list[dict]:
+    def _groups(self, model: ReIDModel, text: PromptedText | None) -> list[dict]:
         s = self.config.stage2
         groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
         if self.config.method == "one_stage":
+            assert text is not None
             stage1 = self.config.stage1
             groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
         return groups

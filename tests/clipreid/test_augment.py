@@ -10,8 +10,8 @@ from PIL import Image
 
 from clipreid.augment import (
     Choices,
-    apply,
     augment,
+    carry_out,
     draw,
     noise_table,
     normalise,
@@ -61,9 +61,9 @@ def test_forced_choices_are_carried_out_to_the_pixel():
     """A mirrored image, moved down by 2 and right by 1 out of the margin, with a 1 x 2 hole."""
     settings = augment_settings(pad=4, mean=(0, 0, 0), std=(1 / 255,) * 3)
     image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4).expand(1, 3, 3, 4)
-    values = {"flip": True, "crop_top": 2, "crop_left": 3, "erase_top": 2, "erase_left": 2, "erase_height": 1,
-              "erase_width": 2, "noise": 7}  # fmt: skip
-    out = apply(image, Choices(**{name: torch.tensor([value]) for name, value in values.items()}), settings)
+    places = {"crop_top": 2, "crop_left": 3, "erase_top": 2, "erase_left": 2, "erase_height": 1, "erase_width": 2}
+    values = {"flip": True, **places, "noise": 7}
+    out = carry_out(Choices(**{name: torch.tensor([value]) for name, value in values.items()}), image, settings)
     noise = noise_table(36, torch.device("cpu"))[7 + 10 : 7 + 12].tolist()
     expected = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 4, *noise]])
     close(out[0, 0], expected, rtol=1.3e-6, atol=1e-5)
@@ -172,7 +172,7 @@ def test_erased_pixels_are_independent_normal_noise():
     choices = draw(torch.arange(64), (128, 64), settings=settings, **STEP)
     whole = torch.zeros_like(choices.noise)
     everything = {"erase_top": whole, "erase_left": whole, "erase_height": whole + 128, "erase_width": whole + 64}
-    noise = apply(black, Choices(**{**vars(choices), **everything}), settings)
+    noise = carry_out(Choices(**{**vars(choices), **everything}), black, settings)
     n = noise.numel()
     assert abs(noise.mean()) < 4 / math.sqrt(n) * 2  # windows may overlap: twice the deviation of fresh noise
     assert abs(noise.var() - 1) < 4 * math.sqrt(2 / n) * 2

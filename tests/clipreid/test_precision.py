@@ -21,9 +21,9 @@ from tests.helpers.precision import (
     compiled_losses,
     failing_run,
     failing_stage1,
-    halts_of_a_step,
     one_rank_fails,
     precision_run,
+    synchronisations,
 )
 from tests.helpers.processes import on_processes
 from tests.helpers.shards import write_shards
@@ -50,7 +50,7 @@ def run_all(team, folder):
     runs = {precision: precision_run(team, folder, precision) for precision in ("float32", "bf16")}
     runs |= {kind: failing_run(team, folder, kind) for kind in ("text", "loss", "parameter")}
     runs["stage 1"] = failing_stage1(team, folder)
-    runs["halts"] = {name: halts_of_a_step(team, folder, changes) for name, changes in VARIANTS.items()}
+    runs["synchronisations"] = {name: synchronisations(team, folder, changes) for name, changes in VARIANTS.items()}
     return runs
 
 
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them_in_the_same_ste
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_operation_of_a_step_makes_the_host_wait(runs, name):
-    assert runs["halts"][name] == []
+    assert runs["synchronisations"][name] == []
 
 
 def test_no_code_of_a_step_moves_values_to_the_host():

@@ -62,7 +62,7 @@ def toy_batch(size, seed=0):
 
 
 def per_image_losses(texts, images, labels):
-    """METHOD §3, word for word: every image with a text of its own, one at a time."""
+    """The contrastive losses (Eq. 2 and 4) word for word: every image with a text of its own, one at a time."""
     rows = [texts[label] for label in labels.tolist()]
     n = len(rows)
     i2t = [torch.stack([image @ row for row in rows]).logsumexp(0) - image @ rows[i] for i, image in enumerate(images)]

@@ -18,10 +18,8 @@ from tests.helpers.settings import loss_settings
 from tests.helpers.tolerances import close, within
 
 # The reference's part -> ours
-PARTS = {
-    "id_img": "id_img", "id_proj": "id_proj", "tri_last": "tri_pre", "tri_img": "tri_img", "tri_proj": "tri_proj",
-    "i2tce": "i2tce", "total": "loss",
-}  # fmt: skip
+PARTS = {name: name for name in ("id_img", "id_proj", "tri_img", "tri_proj", "i2tce")}
+PARTS |= {"tri_last": "tri_pre", "total": "loss"}
 
 
 def our_name(name):
@@ -144,7 +142,7 @@ def slow_triplet(features, labels, margin):
 
 
 def slow_losses(output, labels, texts, settings):
-    """METHOD §4 and §6, one part after the other."""
+    """The weighted sum of ID, triplet and text losses (Eq. 6 to 9), one part after the other."""
     smoothing = settings.label_smoothing
     parts = {
         f"id_{n}": F.cross_entropy(s, labels, label_smoothing=smoothing)

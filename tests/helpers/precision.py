@@ -21,10 +21,18 @@ from shards.loading.index import ShardIndex
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}
 BASE = {
-    "data.loaders": 0, "model.arch": "configs/models/tiny_vit.json", "model.pretrained": None,
-    "model.image_size": [32, 16], "stage2.epochs": 1, "stage2.lr": LR, "stage2.identities": 4,
-    "stage2.images_per_identity": 2, "stage2.warmup_epochs": 0, "stage2.milestones": [], "augment.pad": 2,
-}  # fmt: skip
+    "data.loaders": 0,
+    "model.arch": "configs/models/tiny_vit.json",
+    "model.pretrained": None,
+    "model.image_size": [32, 16],
+    "stage2.epochs": 1,
+    "stage2.lr": LR,
+    "stage2.identities": 4,
+    "stage2.images_per_identity": 2,
+    "stage2.warmup_epochs": 0,
+    "stage2.milestones": [],
+    "augment.pad": 2,
+}
 
 
 def make_parts(folder, **changes):
@@ -42,9 +50,8 @@ def make_parts(folder, **changes):
 def make_stage(team, folder, **changes):
     """Stage 2 on the shards in `folder`, with random text features."""
     config, index, spec, model, text = make_parts(folder, **changes)
-    texts = torch.randn(
-        spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1)
-    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randn(spec.identities, model.image_encoder.widths[2], generator=generator)
     return Stage2(config, team, model, text, texts, index)
 
 
@@ -169,7 +176,7 @@ def failing_stage1(team, folder):
 
 
 def one_rank_fails(team, folder):
-    """What each rank of a team is told of a loss that is infinite on the last one alone, in the second step."""
+    """The message on each rank of a team about a loss that is infinite on the last one alone, in the second step."""
     stage = make_stage(team, folder)
     inner, batches = stage.losses, []
 
@@ -187,7 +194,7 @@ def one_rank_fails(team, folder):
     return {"message": message, "identities": batches[-1], "steps": len(log), "position": position}
 
 
-class Halts(TorchDispatchMode):
+class Synchronisations(TorchDispatchMode):
     """Notes every operation that makes the host wait for a GPU: a value read, or a shape that depends on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
@@ -205,24 +212,24 @@ class Halts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def halts_of_a_step(team, folder, changes):
-    """What a warm step would halt a GPU with: operations, and waits that DeepSpeed asks its accelerator for."""
+def synchronisations(team, folder, changes):
+    """What a warm step makes the host wait for a GPU with: operations, and waits that DeepSpeed asks for."""
     cluster.training.engine.make_adam = lambda groups, fused: adam(groups, fused=True)  # As on a GPU.
     stage = make_stage(team, folder, **changes)
     from deepspeed.accelerator import get_accelerator
 
-    waits, halts = [], Halts()
+    waits, watched = [], Synchronisations()
     accelerator = type(get_accelerator())
     kept, accelerator.synchronize = accelerator.synchronize, lambda *_: waits.append("synchronize")
     batches = list(stage.batches(1, 1))
     for batch in batches[:3]:  # DeepSpeed's own timer starts late.
         _step(stage, batch)
     waits.clear()
-    with halts:
+    with watched:
         _step(stage, batches[3])
     accelerator.synchronize = kept
     stage.close()
-    return halts.found + waits
+    return watched.found + waits
 
 
 def _step(stage, batch):
