@@ -58,7 +58,7 @@ class RunFolder:
                     entry = json.loads(line)
                 except ValueError:  # A last line that the kill cut short.
                     continue
-                if (entry["stage"], entry["step"]) <= (position.stage, position.total):
+                if (entry["stage"], entry["step"]) <= (position.stage, position.step):
                     kept.append(line)
         self._lines = kept
         with self.storage.writing(LOG):

@@ -55,4 +55,4 @@ def first_new_step(group: str, position: Position | None) -> int:
     if group == "eval":
         return position.epoch + position.epoch_done if position.stage == 2 else 1
     stage = int(group.removeprefix("stage"))
-    return position.total + 1 if stage == position.stage else 1
+    return position.step + 1 if stage == position.stage else 1

@@ -24,8 +24,8 @@ from cluster.errors import ConfigError, TrainingError
 from cluster.ranks.team import Team
 from cluster.run.manifest import (
     FOLDER,
+    CheckpointManifest,
     Fault,
-    Manifest,
     Position,
     chosen_manifest,
     find_fault,
@@ -59,7 +59,7 @@ class Checkpoints:
         self.settings = settings
         self.fingerprint = fingerprint
         self.encoder = encoder
-        """Of the weights that the run began with, as in `Manifest`."""
+        """Of the weights that the run began with, as in `CheckpointManifest`."""
         self.keep = keep
         self.timeout_s = timeout_s
         self.attempt = team.broadcast_object(f"{time.time_ns() // 1_000_000:x}", "name checkpoints")
@@ -71,7 +71,7 @@ class Checkpoints:
         """Of these the damaged ones go when the next checkpoint is complete (rank 0 only)."""
         self._copy = HostCopy()
         self._writer: threading.Thread | None = None
-        self._writing: Manifest | None = None
+        self._writing: CheckpointManifest | None = None
         self._piece_done = threading.Event()
         self._failure: tuple[str, str] | None = None
         """What is wrong, and the remedy."""
@@ -86,7 +86,7 @@ class Checkpoints:
         self.finish()
         if self._is_saved(position):
             return
-        name = f"stage{position.stage}-{position.total:08d}-{self.attempt}"
+        name = f"stage{position.stage}-{position.step:08d}-{self.attempt}"
         tensors, starts = {}, {}
         for piece in engine.fragments(self.team.rank):
             starts[piece.name] = piece.start
@@ -94,7 +94,7 @@ class Checkpoints:
         if self.team.is_first:
             tensors |= {f"buffer/{n}": b for n, b in _kept_buffers(engine.module)}
         self._copy.take(tensors)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             name, position, self.team.world_size, engine.zero_stage, self.settings, self.fingerprint, {}, mAP,
             self.encoder,
         )  # fmt: skip
@@ -126,7 +126,7 @@ class Checkpoints:
 
     def _is_saved(self, position: Position) -> bool:
         newest = self.newest_position
-        if newest is None or (newest.stage, newest.total) != (position.stage, position.total):
+        if newest is None or (newest.stage, newest.step) != (position.stage, position.step):
             return False
         return newest.epoch_done or not position.epoch_done
 
@@ -152,7 +152,7 @@ class Checkpoints:
             f"({everyone[0][1] or 'none'}) is intact: {remedies}"
         )
 
-    def _write(self, manifest: Manifest, starts: dict[str, int]) -> None:
+    def _write(self, manifest: CheckpointManifest, starts: dict[str, int]) -> None:
         try:
             self._copy.arrive()
             if bad := self._copy.not_finite():
@@ -201,7 +201,7 @@ class Checkpoints:
             if name not in keep:
                 self.run.remove(f"{FOLDER}/{name}")
 
-    def newest(self, chosen: str = "auto") -> Manifest | None:
+    def newest(self, chosen: str = "auto") -> CheckpointManifest | None:
         """The newest complete and undamaged checkpoint; while the run has none, the one whose path is `chosen`. The
         same on every rank.
 
@@ -215,7 +215,7 @@ class Checkpoints:
                 self.newest_position = found.position
         return found
 
-    def _find(self, chosen: str) -> tuple[Manifest | None, str]:
+    def _find(self, chosen: str) -> tuple[CheckpointManifest | None, str]:
         """A checkpoint and its folder."""
         manifests, faults = read_manifests(self.run)
         while manifests:
@@ -238,16 +238,16 @@ class Checkpoints:
             raise ConfigError(f"run.resume: {fault.text}: choose another checkpoint")
         return manifest, chosen
 
-    def load(self, manifest: Manifest, engine: Engine) -> None:
+    def load(self, manifest: CheckpointManifest, engine: Engine) -> None:
         """Put a checkpoint of any world size into this rank's engine: values, moments, step count and buffers.
 
         Raises:
             TrainingError: it is of another model, or its pieces do not cover a parameter.
         """
-        engine.load(self.read(manifest, engine.module), manifest.position.total, self.team.rank)
+        engine.load(self.read(manifest, engine.module), manifest.position.step, self.team.rank)
 
     @torch.no_grad()
-    def read(self, manifest: Manifest, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    def read(self, manifest: CheckpointManifest, module: nn.Module) -> dict[str, dict[str, Tensor]]:
         """All ranks' pieces put together, per trained parameter and key flat float32; buffers go into the module.
 
         Raises:
@@ -303,8 +303,8 @@ class Due:
         self.clock = clock
         self.last_s = clock()
 
-    def by_steps(self, total: int) -> bool:
-        return bool(self.every_steps) and total % self.every_steps == 0
+    def by_steps(self, step: int) -> bool:
+        return bool(self.every_steps) and step % self.every_steps == 0
 
     def by_clock(self) -> bool:
         return bool(self.every_s) and self.clock() - self.last_s > self.every_s

@@ -74,19 +74,21 @@ def run_stage(
         Preempted: a stop was asked for; the checkpoint is complete.
         TrainingError: a loss is not finite, or a checkpoint could not be written.
     """
-    step, total = (0 if start.epoch_done else start.step), start.total
+    epoch_step, step = (0 if start.epoch_done else start.epoch_step), start.step
     for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
         stage.engine.set_lr(stage.lr(epoch))
-        steps = stage.num_steps(epoch)
+        num_steps = stage.num_steps(epoch)
         team.barrier(f"begin stage {stage.number}, epoch {epoch}")  # Patiently: ranks come from very different work.
         meter = _Meter()
-        for batch in stage.batches(epoch, step + 1):
-            here = Position(stage.number, epoch, step + 1, total + 1, False)
+        for batch in stage.batches(epoch, epoch_step + 1):
+            here = Position(stage.number, epoch, epoch_step + 1, step + 1, False)
             entry, wanted = _train_step(stage, team, checkpoints, reporter, due, batch, here)
-            step, total = step + 1, total + 1
+            epoch_step, step = here.epoch_step, here.step
             entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
-            reporter.step(entry, steps_left=steps - step + steps * (stage.epochs - epoch), epochs=stage.epochs)
-            if wanted.stop or (wanted.save and step < steps):  # After a stop the next start ends the epoch.
+            reporter.step(
+                entry, steps_left=num_steps - epoch_step + num_steps * (stage.epochs - epoch), epochs=stage.epochs
+            )
+            if wanted.stop or (wanted.save and epoch_step < num_steps):  # After a stop the next start ends the epoch.
                 _save(checkpoints, stage, reporter, due, here, None)
             if wanted.stop:
                 checkpoints.finish()
@@ -94,8 +96,8 @@ def run_stage(
                 raise kind(f"stopped after {here.words}")
         mAP = reporter.epoch(stage.number, epoch)
         if mAP is not None or epoch == stage.epochs or (every_epochs and epoch % every_epochs == 0):
-            _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, step, total, True), mAP)
-        step = 0
+            _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, epoch_step, step, True), mAP)
+        epoch_step = 0
     checkpoints.finish()
 
 
@@ -103,8 +105,8 @@ def _train_step(
     stage: Stage, team: Team, checkpoints: Checkpoints, reporter: Reporter, due: Due, batch: Any, here: Position
 ) -> tuple[dict[str, Any], "_Wanted"]:
     """One optimizer step. The log entry, and what any rank wants after it."""
-    patience = PATIENCE if here.step == 1 else 1.0  # Compiling and warming up come with a first step.
-    with team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
+    patience = PATIENCE if here.epoch_step == 1 else 1.0  # Compiling and warming up come with a first step.
+    with team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.step}", patience):
         stage.engine.remember_buffers()
         losses = stage.losses(batch)
         wishes = (
@@ -119,9 +121,9 @@ def _train_step(
         if failed:
             checkpoints.finish()
         drain = ask and reporter.drain_notice()
-    entry = {"stage": here.stage, "epoch": here.epoch, "step": here.total, **means, "lr": stage.lr(here.epoch)}
+    entry = {"stage": here.stage, "epoch": here.epoch, "step": here.step, **means, "lr": stage.lr(here.epoch)}
     stop = stop or drain
-    return entry, _Wanted(due.by_steps(here.total) or save or stop, stop, drain)
+    return entry, _Wanted(due.by_steps(here.step) or save or stop, stop, drain)
 
 
 class _Wanted(NamedTuple):
@@ -171,7 +173,7 @@ def _check_finite(
     outcome = "the state before this step is saved" if sound else "the step before left parameters that are not finite"
     try:
         if sound:
-            checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
+            checkpoints.save(here._replace(epoch_step=here.epoch_step - 1, step=here.step - 1), stage.engine)
         checkpoints.finish()
     except TrainingError as error:
         outcome = str(error)

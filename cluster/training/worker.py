@@ -25,7 +25,7 @@ from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import extract
 from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
-from cluster.run.manifest import Manifest, Position
+from cluster.run.manifest import CheckpointManifest, Position
 from cluster.run.reporter import RunReporter
 from cluster.run.storage import Storage
 from cluster.settings.config import Config, results_settings
@@ -87,7 +87,7 @@ class Run:
             self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
             keep=config.checkpoint.keep, timeout_s=PATIENCE / 2 * config.cluster.timeout_s, encoder=self.encoder_hash,
         )  # fmt: skip
-        self.resumed: Manifest | None = self.checkpoints.newest(config.run.resume)
+        self.resumed: CheckpointManifest | None = self.checkpoints.newest(config.run.resume)
         self._check_began_alike()
         if self.text is not None and 1 in config.stages and self.position and self.position.stage == 2:
             team.on_first(self._bring_stage1_result, "find stage 1's result")

@@ -37,18 +37,18 @@ def store(folder, keep=2, fingerprint="f", settings=None):
     return Checkpoints(Storage(str(folder)), Team(), settings=settings, fingerprint=fingerprint, keep=keep, timeout_s=5)
 
 
-def at(total, stage=2):
-    return Position(stage, 1, total, total, False)
+def at(step, stage=2):
+    return Position(stage, 1, step, step, False)
 
 
-def save(checkpoints, *totals, mAP=None):
-    for total in totals:
-        checkpoints.save(at(total), PlainEngine(float(total)), mAP=mAP)
+def save(checkpoints, *steps, mAP=None):
+    for step in steps:
+        checkpoints.save(at(step), PlainEngine(float(step)), mAP=mAP)
     checkpoints.finish()
 
 
 def names(folder):
-    return [m.position.total for m in read_manifests(Storage(str(folder)))[0]]
+    return [m.position.step for m in read_manifests(Storage(str(folder)))[0]]
 
 
 def damage(folder, kind):

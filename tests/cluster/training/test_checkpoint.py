@@ -1,5 +1,6 @@
 """Checkpoints: complete or not counted, damaged ones skipped by name, old ones kept or removed as asked."""
 
+import json
 import logging
 import threading
 
@@ -30,6 +31,16 @@ def test_the_newest_comes_back_with_values_moments_buffers_and_step_count(tmp_pa
     assert (found.position, steps) == (at(7), 7)
     assert [full["0.weight"][k][0].item() for k in ("value", *MOMENTS)] == [7, 8, 9]
     assert engine.module[1].running_mean.tolist() == [7, 7]
+
+
+def test_a_manifest_keeps_the_keys_of_its_format_on_disk(tmp_path):
+    """Checkpoints of earlier versions are read, and earlier versions read ours."""
+    save(store(tmp_path), 7)
+    (path,) = (tmp_path / FOLDER).glob("*/manifest.json")
+    tree = json.loads(path.read_text())
+    assert tree["position"] == {"stage": 2, "epoch": 1, "step": 7, "total": 7, "epoch_done": False}
+    path.write_text(json.dumps(tree | {"position": tree["position"] | {"step": 3}}))
+    assert store(tmp_path).newest().position == Position(2, 1, epoch_step=3, step=7, epoch_done=False)
 
 
 def test_keep_newest_and_best_by_map(tmp_path):
@@ -208,7 +219,7 @@ def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
     assert store(tmp_path).newest().position == Position(2, 1, 9, 9, False) and reporter.evaluated == []
     start(store(tmp_path).newest().position)
     assert (reporter.evaluated, reporter.steps) == ([1, 2], 18)
-    scored = [(m.position.total, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
+    scored = [(m.position.step, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
     assert scored == [(9, 0.25), (18, 0.5)]
 
 
