@@ -145,7 +145,7 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
             metrics = measure_test(*sets, normalize=normalize, draws=draws, seed=seed, team=team)
         else:
             metrics = measure_pair(
-                *sets, normalize=normalize, rule=rule, rerank=options.rerank, team=team, progress=progress_bar,
+                *sets, normalize=normalize, rule=rule, rerank=options.rerank, team=team, show=progress_bar,
                 per_query=_per_query_file(options),
             )  # fmt: skip
         return metrics if team.is_first else None

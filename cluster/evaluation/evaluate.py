@@ -13,8 +13,8 @@ from torch import Tensor
 from clipreid.augment import normalise
 from clipreid.model.reid import Features, ReIDModel, descriptor
 from clipreid.retrieval.metrics import Labels
-from cluster.evaluation.features import extract
-from cluster.evaluation.metrics import Progress, measure_retrieval, measure_vehicleid, silent
+from cluster.evaluation.features import Progress, extract, no_progress
+from cluster.evaluation.metrics import Show, measure_retrieval, measure_vehicleid, silent
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
@@ -26,7 +26,7 @@ def evaluate(
     index: ShardIndex,
     config: Config,
     team: Team,
-    on_images: Callable[[int], None] = lambda n: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Metrics as fractions, the same on every rank: mAP, mINP, R1, R5, R10, queries, valid_queries; for VehicleID
     `small`, `medium`, `large`, each with mean and std over the draws. The model is left in evaluation mode.
@@ -36,7 +36,7 @@ def evaluate(
         ModelError: no query has a valid match in the gallery.
     """
     model.eval()
-    return measure(lambda split: encode_split(model, index, split, config, team, on_images), index, config, team)
+    return measure(lambda split: encode_split(model, index, split, config, team, progress), index, config, team)
 
 
 def measure(
@@ -44,7 +44,7 @@ def measure(
     index: ShardIndex,
     config: Config,
     team: Team,
-    progress: Progress = silent,
+    show: Show = silent,
     per_query: PerQueryFile | None = None,
 ) -> dict[str, Any]:
     """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name.
@@ -60,7 +60,7 @@ def measure(
     query, gallery = index.split("query"), index.split("gallery")
     return measure_retrieval(
         np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
-        rule=config.eval.rule, rerank=config.eval.rerank, team=team, progress=progress,
+        rule=config.eval.rule, rerank=config.eval.rerank, team=team, show=show,
         per_query=per_query, keys=(query.keys, gallery.keys),
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def encode_split(
     split: str,
     config: Config,
     team: Team,
-    on_images: Callable[[int], None],
+    progress: Progress,
 ) -> np.ndarray:
     """Descriptors of a split, float32 [n, D], L2-normalised, with the side information of each image."""
     rows_of = index.split(split)
@@ -84,7 +84,7 @@ def encode_split(
     return extract(
         encode, index, split, team, image_size=config.model.image_size, batch=config.eval.batch,
         loaders=config.data.loaders, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb,
-        on_images=on_images,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -31,6 +31,12 @@ THREAD_IMAGES = 16
 Encode = Callable[[Tensor, Tensor], Tensor]
 """uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width].
 Called in several threads on a CPU, without gradient."""
+Progress = Callable[[int, int], None]
+"""progress(done, total): images done, images in all."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """For passes that nobody looks at."""
 
 
 class Batches(Protocol):
@@ -51,11 +57,11 @@ def extract(
     loaders: int = 0,
     cache_dir: str | None = None,
     cache_gb: float = 50.0,
-    on_images: Callable[[int], None] = lambda count: None,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """float32 [n, width] in the split's row order, memory-mapped and read-only, the same on every rank.
 
-    `on_images` is told how many images this rank has encoded in all.
+    `progress` is told (images done, images in all), over all ranks, which go on alike.
 
     Raises:
         DataError: an image cannot be read; its shard and key are named. On every rank, whoever found it.
@@ -64,7 +70,7 @@ def extract(
         index, split, image_size=image_size, rank=team.rank, world_size=team.world_size, batch_size=batch,
         workers=loaders, cache_dir=cache_dir, cache_bytes=int(cache_gb * 1e9),
     )  # fmt: skip
-    return extract_batches(encode, loader, len(index.split(split).labels), batch, team, cache_dir, on_images)
+    return extract_batches(encode, loader, len(index.split(split).labels), batch, team, cache_dir, progress)
 
 
 def extract_batches(
@@ -74,7 +80,7 @@ def extract_batches(
     batch: int,
     team: Team,
     cache_dir: str | None = None,
-    on_images: Callable[[int], None] = lambda count: None,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """The same for the images 0 … total - 1 of a loader, in batches of up to `batch`."""
     assert total, "splits and folders without images are refused before"
@@ -82,8 +88,12 @@ def extract_batches(
     per_round = -(-ROUND_IMAGES // size)
     parts_here = len(loader) * -(-batch // size)
     rounds = max(team.all_gather_objects(-(-parts_here // per_round), "rounds of features"))
+
+    def tell(done_here: int) -> None:
+        progress(min(done_here * team.world_size, total), total)
+
     bank = None
-    with closing(encode_batches(encode, loader, batch, team.device, on_images)) as encoded:
+    with closing(encode_batches(encode, loader, batch, team.device, tell)) as encoded:
         for _ in range(rounds):
             parts = _encoded_round(islice(encoded, per_round), team)
             bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
@@ -92,10 +102,13 @@ def extract_batches(
 
 
 def encode_batches(
-    encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, on_images: Callable[[int], None]
+    encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, tell: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images, on a
-    CPU of parts of batches: each is encoded by one thread, so that features do not depend on the number of threads."""
+    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images.
+
+    On a CPU they are those of parts of batches: each is encoded by one thread, so that features do not depend on the
+    number of threads. tell: is told how many images are done.
+    """
     size, done = _forward_images(batch, device), 0
 
     def work(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +118,7 @@ def encode_batches(
     with closing(in_threads(work, parts, device)) as encoded:
         for rows, features in encoded:
             done += len(rows)
-            on_images(done)
+            tell(done)
             yield rows, features
 
 

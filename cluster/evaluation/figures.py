@@ -27,7 +27,8 @@ from clipreid.weights.file import load_text
 from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import labels_of
-from cluster.evaluation.inference import Applied, Progress
+from cluster.evaluation.inference import Applied
+from cluster.evaluation.metrics import Show
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.loading.index import ShardIndex, SplitIndex
@@ -50,17 +51,17 @@ class Subject:
     index: ShardIndex
     text: PromptedText | None
     """None where no prompts were learned: the baseline, and CLIP's own weights."""
-    progress: Progress
+    show: Show
 
     @classmethod
-    def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, progress: Progress) -> "Subject":
+    def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: Show) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
         applied, text = Applied(config, path, card, index), None
         if config.method != "baseline" and card:
             text = load_text(path)
         elif config.method != "baseline" and "train" in index.splits and is_official(read_state_dict(path)):
             text = build_models(model_spec(config, index), str(path), config.run.seed)[1]
-        return cls(applied, index, text and text.to(applied.team.device).eval(), progress)
+        return cls(applied, index, text and text.to(applied.team.device).eval(), show)
 
     @property
     def train(self) -> SplitIndex:
@@ -148,7 +149,7 @@ def ranked(subject: Subject) -> Figure:
     (query_split, query_rows), (gallery_split, gallery_rows) = _query_and_gallery(applied.config, index)
     query_rows = query_rows[_spread(len(query_rows), QUERIES)]
     encoded = {
-        name: applied.extract_split(index, name, subject.progress)["features"]
+        name: applied.extract_split(index, name, subject.show)["features"]
         for name in sorted({query_split, gallery_split})
     }
     query, gallery = _labels(index, query_split, query_rows), _labels(index, gallery_split, gallery_rows)
@@ -189,11 +190,11 @@ def _projected(subject: Subject, rows: np.ndarray) -> Tensor:
     """Projected features of training images without side information, as stage 1 has them. float32 [n, D]."""
     size, batch = subject.applied.config.model.image_size, subject.applied.config.eval.batch
     parts = []
-    with subject.progress("encode train") as done:
+    with subject.show("encode train") as progress:
         for start in range(0, len(rows), batch):
             images = pick_images(subject.index, "train", rows[start : start + batch].tolist(), size)
             parts.append(subject.applied.model.features(subject.pixels(images)).proj.float().cpu())
-            done(start + len(images), len(rows))
+            progress(start + len(images), len(rows))
     return torch.cat(parts)
 
 

@@ -18,14 +18,15 @@ from clipreid.retrieval.metrics import Labels, retrieve
 from clipreid.retrieval.rerank import evaluate_reranked
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
+from cluster.evaluation.features import Progress, no_progress
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team
 
 UNIT_TOLERANCE = 1e-6
 """How far the length of a row that was normalised in float32 may be from 1."""
 BLOCK_ROWS = 8192
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""progress(what is done): a block with a function to be told (images done, images in all)."""
+Show = Callable[[str], AbstractContextManager[Progress]]
+"""show(what is done): a block in which progress can be told."""
 
 
 class Rows:
@@ -58,9 +59,9 @@ class Rows:
 
 
 @contextmanager
-def silent(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A Progress that nobody sees."""
-    yield lambda done, total: None
+def silent(doing: str) -> Iterator[Progress]:
+    """Shows nobody anything."""
+    yield no_progress
 
 
 def measure_retrieval(
@@ -72,7 +73,7 @@ def measure_retrieval(
     rule: str,
     rerank: tuple[int, int, float] | None,
     team: Team,
-    progress: Progress = silent,
+    show: Show = silent,
     per_query: PerQueryFile | None = None,
     keys: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> dict[str, Any]:
@@ -81,22 +82,22 @@ def measure_retrieval(
     Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped. per_query: written by the
     first rank, with the keys of queries and gallery; of the plain distances.
     """
-    progress = progress if team.is_first else silent
+    show = show if team.is_first else silent
     on_device = torch.from_numpy(query_features).to(team.device)
-    with progress("compare with the gallery") as on_images:
+    with show("compare with the gallery") as progress:
         result = retrieve(
             on_device, query, gallery_features, gallery, rule=rule, top_k=per_query.top_k if per_query else 0,
-            part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_gallery=on_images,
+            part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_gallery=progress,
         )  # fmt: skip
     if per_query and team.is_first:
         per_query.write(result, *keys)
     metrics = result.metrics()
     if rerank:
         k1, k2, weight = rerank
-        with progress("re-rank") as on_images:
+        with show("re-rank") as progress:
             metrics["rerank"] = evaluate_reranked(
                 on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
-                part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_images=on_images,
+                part=(team.rank, team.world_size), reduce_sum=_summed_by(team), on_images=progress,
             )  # fmt: skip
     return metrics
 
@@ -119,7 +120,7 @@ def measure_pair(
     rule: str,
     rerank: tuple[int, int, float] | None,
     team: Team,
-    progress: Progress = silent,
+    show: Show = silent,
     per_query: PerQueryFile | None = None,
 ) -> dict[str, Any]:
     """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
@@ -128,7 +129,7 @@ def measure_pair(
     """
     return measure_retrieval(
         Rows(query, normalize)[:], _labels(query), Rows(gallery, normalize), _labels(gallery),
-        rule=rule, rerank=rerank, team=team, progress=progress, per_query=per_query,
+        rule=rule, rerank=rerank, team=team, show=show, per_query=per_query,
         keys=(query.keys, gallery.keys),
     )  # fmt: skip
 

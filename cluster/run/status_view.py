@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.run.run_folder import STATUS
+from cluster.run.run_folder import read_status
 from cluster.run.storage import Storage
 
 LINE_EVERY_S = 10.0
@@ -36,14 +36,6 @@ def follow(run_dir: str, images: dict[str, int]):
     finally:
         done.set()
         viewer.join(timeout=5)
-
-
-def read_status(run: Storage) -> dict[str, Any]:
-    """The newest status, or nothing where there is none yet."""
-    try:
-        return run.read_json(STATUS)
-    except (OSError, ValueError):
-        return {}
 
 
 def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, int | None, str]:

@@ -295,16 +295,29 @@ def _metadata(content: bytes) -> dict[str, Any]:
 
 
 class Due:
-    """Says after each step whether a checkpoint is wanted, by steps on every rank and by the clock on rank 0."""
+    """When a checkpoint is due: by steps and epochs on every rank alike, by the clock on the rank that is asked.
 
-    def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float] = time.monotonic):
+    0 as interval: never for this reason.
+    """
+
+    def __init__(
+        self,
+        every_steps: int = 0,
+        every_minutes: float = 0,
+        every_epochs: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.every_steps = every_steps
         self.every_s = every_minutes * 60
+        self.every_epochs = every_epochs
         self.clock = clock
         self.last_s = clock()
 
     def by_steps(self, step: int) -> bool:
         return bool(self.every_steps) and step % self.every_steps == 0
+
+    def by_epochs(self, epoch: int) -> bool:
+        return bool(self.every_epochs) and epoch % self.every_epochs == 0
 
     def by_clock(self) -> bool:
         return bool(self.every_s) and self.clock() - self.last_s > self.every_s

@@ -6,7 +6,6 @@ A run that was interrupted goes on from its newest complete checkpoint; what is 
 """
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import extract
 from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
+from cluster.run.interrupts import Interrupts
 from cluster.run.manifest import CheckpointManifest, Position
-from cluster.run.reporter import RunReporter
+from cluster.run.reporter import Report, open_reporter
+from cluster.run.run_folder import read_metrics
 from cluster.run.storage import Storage
 from cluster.settings.config import Config, results_settings
 from cluster.settings.model_spec import model_spec
 from cluster.training.checkpoint import Checkpoints, Due
-from cluster.training.loop import run_stage
+from cluster.training.loop import Loop
 from cluster.training.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
@@ -39,10 +40,10 @@ from shards.loading.index import ShardIndex
 MODEL = "model.safetensors"
 
 
-def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def train(config: Config, team: Team, report: Report | None = None) -> dict[str, Any]:
     """Train as configured; metrics as in metrics.json, on every rank.
 
-    `report` is told the metrics of every epoch, by all ranks (under Ray Train: `ray.train.report`).
+    `report` is told of every epoch, by all ranks (under Ray Train: `ray.train.report`).
 
     Raises:
         ConfigError, DataError, ModelError: mistakes that only show with weights and data at hand.
@@ -52,7 +53,7 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
     workers = preflight(config, team)
     run = Run(fit_loaders(config, team.cpus), team, report)
     try:
-        run.reporter.show_workers(workers)
+        run.reporter.workers(workers)
         run.start()
         if run.wants_stage(1):
             run.stage1()
@@ -72,7 +73,7 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
 class Run:
     """One worker's view of a run, and the steps of `train` in their order."""
 
-    def __init__(self, config: Config, team: Team, report: Callable | None):
+    def __init__(self, config: Config, team: Team, report: Report | None):
         self.config = config
         self.team = team
         self.storage = Storage(config.run.dir)
@@ -91,8 +92,10 @@ class Run:
         self._check_began_alike()
         if self.text is not None and 1 in config.stages and self.position and self.position.stage == 2:
             team.on_first(self._bring_stage1_result, "find stage 1's result")
-        self.reporter = RunReporter(config, team, self.position, report, self.evaluate)
-        self.due = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+        self.reporter = open_reporter(config, team, self.position, report)
+        self.interrupts = Interrupts(self.storage, is_first=team.is_first, under_ray=report is not None)
+        every = config.checkpoint
+        self.due = Due(every.every_steps, every.every_minutes, every.every_epochs)
         self.metrics: dict[str, Any] = {}
 
     @property
@@ -126,12 +129,15 @@ class Run:
         self.model.to(self.team.device)
         if self.text is not None:
             self.text.to(self.team.device)
-        known = self.team.broadcast_object(self.reporter.known_metrics(), "known metrics")
+        known = self.team.on_first(lambda: read_metrics(self.storage), "read the metrics of an earlier start")
         if 2 not in self.config.stages:
             return
         untrained = known.get("untrained") if self.position else None
         self.metrics["untrained"] = untrained or self.evaluate("evaluate the untrained encoder")
-        self.reporter.write_metrics(self.metrics)
+        self._report_metrics()
+
+    def _report_metrics(self) -> None:
+        self.team.on_first(lambda: self.reporter.metrics(self.metrics), "write the metrics")
 
     def wants_stage(self, number: int) -> bool:
         return number in self.config.stages and (self.position is None or self.position.stage <= number)
@@ -141,7 +147,14 @@ class Run:
         self.model.eval()
         # The encoder compiled for training has static shapes: every size of a batch would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            return evaluate(self.model, self.index, self.config, self.team, on_images=self.reporter.images)
+            return evaluate(self.model, self.index, self.config, self.team, progress=self.reporter.images)
+
+    def _evaluate_epoch(self, epoch: int) -> dict[str, Any] | None:
+        """Metrics after an epoch of stage 2, where they are due; those of the last one belong to the finished run."""
+        every = self.config.eval.every_epochs
+        if not every or epoch % every or epoch == self.config.stage2.epochs:
+            return None
+        return self.evaluate(f"evaluate epoch {epoch}")
 
     def stage1(self) -> None:
         """Learn the prompt tokens and write them with the text features of all identities."""
@@ -153,7 +166,7 @@ class Run:
                 self._encode_frozen, self.index, "train", self.team,
                 image_size=self.spec.image_size, batch=self.config.eval.batch, loaders=self.config.data.loaders,
                 cache_dir=self.config.data.cache_dir, cache_gb=self.config.data.cache_gb,
-                on_images=self.reporter.images,
+                progress=self.reporter.images,
             )  # fmt: skip
             self.text.eval()
             self._run(Stage1(self.config, self.team, self.text, bank, self.train_split), start)
@@ -210,9 +223,11 @@ class Run:
 
     def _run(self, stage: Stage1 | Stage2, start: Position) -> None:
         self._restore(stage.engine, stage.number)
-        every = self.config.checkpoint.every_epochs
+        loop = Loop(self.team, self.checkpoints, self.due, self.reporter, self.interrupts)
+        if stage.number == 2:
+            loop.evaluate = self._evaluate_epoch
         try:
-            run_stage(stage, self.team, self.checkpoints, self.reporter, self.due, start, every)
+            loop.run(stage, start)
         except BaseException:
             with suppress(Exception):  # What went wrong matters more, such as a lost rank: DeepSpeed needs them all.
                 stage.close()
@@ -232,9 +247,9 @@ class Run:
         """Final metrics and weights."""
         if 2 in self.config.stages:
             self.metrics = {**self.evaluate("evaluate"), **self.metrics}
-            self.reporter.write_metrics(self.metrics)
+            self._report_metrics()
             self.team.on_first(self._write_model, "write the model")
-        self.reporter.finished()
+        self.team.on_first(self.reporter.finished, "write the log")
         return self.metrics
 
     def _write_model(self) -> None:

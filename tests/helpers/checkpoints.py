@@ -1,14 +1,39 @@
-"""Checkpoints without DeepSpeed: an engine that stands in for it, and stores to save to, damage and go on from."""
+"""Checkpoints without DeepSpeed: what stands in for it and for all else that the loop needs, and stores to save to,
+damage and go on from."""
 
 import torch
 from torch import nn
 
+from cluster.errors import Preempted
 from cluster.ranks.team import Team
+from cluster.run.interrupts import Pending
 from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
 from cluster.settings.yaml_file import parse_config
 from cluster.training.checkpoint import Checkpoints
 from cluster.training.engine import Fragment
+
+
+class Log(SilentReporter):
+    """Keeps the steps' entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = []
+
+    def step(self, entry, **_):
+        self.entries.append(entry)
+
+
+class NoInterrupts:
+    """Stands where signals and files would ask for a stop."""
+
+    def pending(self):
+        return Pending(stop=False, drain_poll=False)
+
+    def confirm(self, pending):
+        return Preempted if pending.stop else None
 
 
 class PlainEngine:

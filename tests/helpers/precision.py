@@ -13,10 +13,11 @@ from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
 from cluster.training.checkpoint import Checkpoints, Due
 from cluster.training.engine import MOMENTS
-from cluster.training.loop import run_stage
+from cluster.training.loop import Loop
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
+from tests.helpers.checkpoints import Log, NoInterrupts
 
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}
@@ -48,37 +49,16 @@ def make_stage(team, folder, **changes):
     return Stage2(config, team, model, text, texts, index)
 
 
-class Log(list):
-    """A reporter that only keeps the steps' entries."""
-
-    def step(self, entry, **_):
-        self.append(entry)
-
-    def flush(self):
-        pass
-
-    def saved(self, name):
-        pass
-
-    def epoch(self, stage, epoch):
-        return None
-
-    def should_stop(self):
-        return False
-
-    def wants_drain_notice(self):
-        return False
-
-
 def train(team, stage, folder):
     """Run the stage: its log, its checkpoints, and the message it stopped with."""
     checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=30)
     log, message = Log(), ""
     try:
-        run_stage(stage, team, checkpoints, log, Due(0, 0), Position(stage.number, 1, 0, 0, False), 0)
+        loop = Loop(team, checkpoints, Due(), log, NoInterrupts())
+        loop.run(stage, Position(stage.number, 1, 0, 0, False))
     except TrainingError as error:
         message = str(error)
-    return list(log), checkpoints, message
+    return log.entries, checkpoints, message
 
 
 def pieces_of(engine):

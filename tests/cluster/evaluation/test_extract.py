@@ -24,6 +24,7 @@ from cluster.evaluation import feature_parts, features
 from cluster.evaluation.evaluate import encode_split
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
 from cluster.evaluation.feature_file import read_pair, write_features
+from cluster.evaluation.features import no_progress
 from cluster.ranks.team import Team
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import load_config
@@ -133,7 +134,7 @@ def threaded_evaluation(team, threads, arguments):
     """The gallery's features and all metrics on each rank, which has that many threads."""
     torch.set_num_threads(threads)
     model, index, config = applied(arguments)
-    seen = encode_split(model, index, "gallery", config, team, lambda count: None)
+    seen = encode_split(model, index, "gallery", config, team, no_progress)
     return np.array(seen), evaluate_in_team(model, index, config, team)
 
 
@@ -158,7 +159,7 @@ def test_features_and_metrics_do_not_depend_on_ranks_or_threads(arguments):
 def test_threads_evaluate_a_compiled_encoder_as_it_was_written_and_without_gradient(arguments):
     """What compiles for training has static shapes, and neither this choice nor grad mode may end at a thread."""
     model, index, config = applied(arguments)
-    plain = encode_split(model, index, "query", config, Team(), lambda count: None)
+    plain = encode_split(model, index, "query", config, Team(), no_progress)
     model.image_encoder.compile(backend="eager", dynamic=False)
     seen = []
     model.image_encoder.register_forward_hook(lambda *_: seen.append((threading.get_ident(), torch.is_grad_enabled())))
@@ -168,7 +169,7 @@ def test_threads_evaluate_a_compiled_encoder_as_it_was_written_and_without_gradi
     try:
         Run.evaluate(run, "evaluate")
         with torch.compiler.set_stance("force_eager"):
-            compiled = encode_split(model, index, "query", config, Team(), lambda count: None)
+            compiled = encode_split(model, index, "query", config, Team(), no_progress)
     finally:
         torch.set_num_threads(1)
     assert np.array_equal(compiled, plain)

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster.errors import TrainingError
 from cluster.launchers import ray as orchestrate
-from cluster.ranks.team import Team
+from cluster.run.interrupts import Interrupts, request_stop
 from cluster.run.manifest import Position
-from cluster.run.reporter import RunReporter, StopRequest, request_stop
+from cluster.run.reporter import RunReporter
 from cluster.run.run_folder import RunFolder
 from cluster.run.status_view import describe
 from cluster.run.storage import Storage
@@ -91,8 +91,10 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
     cluster = {"launcher": "local", "cpus_per_worker": 1}
     config = parse_config({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}, "cluster": cluster})
     request_stop(config.run.dir)
-    monkeypatch.setattr("cluster.training.worker.train", lambda config, team: StopRequest(config, team).asked())
-    assert orchestrate.run(config) is False
+    monkeypatch.setattr(
+        "cluster.training.worker.train", lambda config, team: Interrupts(Storage(config.run.dir)).pending()
+    )
+    assert orchestrate.run(config).stop is False
 
 
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
@@ -164,7 +166,7 @@ def test_what_a_run_does_again_is_taken_off_its_curves(position, first):
 
 
 def test_the_status_says_how_a_run_ended_and_its_last_checkpoint(place):
-    reporter = RunReporter(config_at(place), Team(), None, None, evaluate=None)
+    reporter = RunReporter(config_at(place), None, {"host": 1})
     reporter.phase("stage 2")
     reporter.saved("stage 2, epoch 1, step 3")
     assert Storage(place).read_json("status.json")["checkpoint"] == "stage 2, epoch 1, step 3"

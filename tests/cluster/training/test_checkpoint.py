@@ -11,13 +11,15 @@ import torch
 
 from cluster.errors import Preempted, TrainingError
 from cluster.ranks.team import Team
+from cluster.run.interrupts import Pending
 from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
 from cluster.training.checkpoint import Checkpoints, Due
 from cluster.training.engine import MOMENTS, Fragment
 from cluster.training.host_copy import HostCopy
-from cluster.training.loop import run_stage
-from tests.helpers.checkpoints import PlainEngine, at, damage, loaded, names, save, store
+from cluster.training.loop import Loop
+from tests.helpers.checkpoints import NoInterrupts, PlainEngine, at, damage, loaded, names, save, store
 from tests.helpers.object_store import s3_server
 from tests.helpers.processes import on_processes
 
@@ -164,16 +166,15 @@ class SpoiltStage:
         return ["0007"]
 
 
-class NoNews:
-    should_stop = wants_drain_notice = flush = saved = step = lambda *_, **__: False
+def loop_over(checkpoints, due, interrupts=None):
+    """Nobody looks on, and nothing interrupts."""
+    return Loop(Team(), checkpoints, due, SilentReporter(), interrupts or NoInterrupts())
 
 
 def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_named(tmp_path):
     checkpoints = store(tmp_path)
     with pytest.raises(TrainingError) as caught:
-        run_stage(
-            SpoiltStage(), Team(), checkpoints, NoNews(), Due(every_steps=1, every_minutes=0), at(0), every_epochs=0
-        )
+        loop_over(checkpoints, Due(every_steps=1)).run(SpoiltStage(), at(0))
     said = str(caught.value)
     assert "step 4: loss is not finite" in said and "identities of the batch: 0007" in said
     assert "value/0.weight and 2 more not finite after stage 2, epoch 1, step 3" in said
@@ -181,22 +182,15 @@ def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_nam
     assert names(tmp_path) == [1, 2]
 
 
-class StopsAtTheEndOfAnEpoch(NoNews):
-    """Asked to stop in the last step of the first epoch, once."""
+class StopInStep(NoInterrupts):
+    """Asked to stop in one step."""
 
-    def __init__(self):
-        self.steps, self.evaluated, self.asked = 0, [], False
+    def __init__(self, step):
+        self.step, self.steps = step, 0
 
-    def step(self, entry, **_):
+    def pending(self):
         self.steps += 1
-
-    def should_stop(self):
-        stop, self.asked = self.steps == 8 and not self.asked, self.asked or self.steps == 8
-        return stop
-
-    def epoch(self, stage, epoch):
-        self.evaluated.append(epoch)
-        return 0.25 * epoch
+        return Pending(stop=self.steps == self.step, drain_poll=False)
 
 
 class SoundStage(SpoiltStage):
@@ -207,18 +201,24 @@ class SoundStage(SpoiltStage):
 
 
 def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
-    reporter = StopsAtTheEndOfAnEpoch()
+    interrupts, evaluated = StopInStep(9), []
+
+    def evaluate(epoch):
+        evaluated.append(epoch)
+        return dict.fromkeys(("mAP", "R1", "R5", "R10"), 0.25 * epoch)
 
     def start(position):
-        checkpoints, due = store(tmp_path, keep=9), Due(every_steps=3, every_minutes=0)
+        checkpoints = store(tmp_path, keep=9)
         checkpoints.newest()
-        run_stage(SoundStage(), Team(), checkpoints, reporter, due, position, every_epochs=1)
+        loop = loop_over(checkpoints, Due(every_steps=3, every_epochs=1), interrupts)
+        loop.evaluate = evaluate
+        loop.run(SoundStage(), position)
 
     with pytest.raises(Preempted):
         start(Position(2, 1, 0, 0, False))
-    assert store(tmp_path).newest().position == Position(2, 1, 9, 9, False) and reporter.evaluated == []
+    assert store(tmp_path).newest().position == Position(2, 1, 9, 9, False) and evaluated == []
     start(store(tmp_path).newest().position)
-    assert (reporter.evaluated, reporter.steps) == ([1, 2], 18)
+    assert (evaluated, interrupts.steps) == ([1, 2], 18)
     scored = [(m.position.step, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
     assert scored == [(9, 0.25), (18, 0.5)]
 
