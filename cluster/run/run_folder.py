@@ -18,6 +18,8 @@ from cluster.settings.config import Config
 from cluster.settings.yaml_file import dump_config
 
 log = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+STAGE1_RESULT = "stage1.safetensors"
 LOG = "log.jsonl"
 METRICS = "metrics.json"
 STATUS = "status.json"
@@ -46,8 +48,8 @@ class RunFolder:
         """on_status: is told every status that is written."""
         self.on_status = on_status
         self.storage = Storage(config.run.dir)
-        with self.storage.writing("config.yaml"):
-            self.storage.write("config.yaml", dump_config(config).encode())
+        with self.storage.writing(CONFIG):
+            self.storage.write(CONFIG, dump_config(config).encode())
         self._lines: list[str] = []
         self._file: IO[str] | None = None
         self._events = Events(f"{self.storage.url}/tensorboard", None)

@@ -20,7 +20,7 @@ from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts, Pending
 from cluster.run.manifest import Position
 from cluster.run.reporter import Reporter, headline
-from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.checkpoint_writer import CheckpointWriter, Due
 from cluster.training.engine import Engine
 
 
@@ -60,7 +60,7 @@ class Loop:
     """Takes a stage through its epochs, with what every stage of a run shares."""
 
     team: Team
-    checkpoints: Checkpoints
+    writer: CheckpointWriter
     due: Due
     reporter: Reporter
     interrupts: Interrupts
@@ -91,11 +91,11 @@ class Loop:
                 if interrupt or (save and epoch_step < num_steps):  # After a stop the next start ends the epoch.
                     self._save(stage, here)
                 if interrupt:
-                    self.checkpoints.finish()
+                    self.writer.finish()
                     raise interrupt(f"stopped after {here.words}")
             self._end_epoch(stage, Position(stage.number, epoch, epoch_step, step, True))
             epoch_step = 0
-        self.checkpoints.finish()
+        self.writer.finish()
 
     def _train_step(
         self, stage: Stage, batch: Any, here: Position
@@ -106,7 +106,7 @@ class Loop:
             stage.engine.remember_buffers()
             losses = stage.losses(batch)
             by_clock = self.team.is_first and self.due.by_clock()
-            own = Requests(by_clock, *self.interrupts.pending(), failed=self.checkpoints.failed)
+            own = Requests(by_clock, *self.interrupts.pending(), failed=self.writer.failed)
             reduction = StepReduction(self.team, losses, own)
             stage.engine.backward(losses["loss"])
             # It was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
@@ -114,7 +114,7 @@ class Loop:
             self._check_finite(means, stage, batch, here)
             stage.engine.step()
             if requests.failed:
-                self.checkpoints.finish()
+                self.writer.finish()
             interrupt = self.interrupts.confirm(Pending(requests.stop, requests.drain_poll))
         entry = {"stage": here.stage, "epoch": here.epoch, "step": here.step, **means, "lr": stage.lr(here.epoch)}
         return entry, self.due.by_steps(here.step) or requests.save, interrupt
@@ -133,10 +133,10 @@ class Loop:
         try:
             if sound:
                 before = here._replace(epoch_step=here.epoch_step - 1, step=here.step - 1)
-                self.checkpoints.save(before, stage.engine)
+                self.writer.save(before, stage.engine)
             else:
                 outcome = "the step before left parameters that are not finite"
-            self.checkpoints.finish()
+            self.writer.finish()
         except TrainingError as error:
             outcome = str(error)
         self.team.barrier("save the state before the step")
@@ -155,7 +155,7 @@ class Loop:
 
     def _save(self, stage: Stage, position: Position, mAP: float | None = None) -> None:
         self.reporter.flush()  # First, so that no checkpoint is further than the log.
-        self.checkpoints.save(position, stage.engine, mAP=mAP)
+        self.writer.save(position, stage.engine, mAP=mAP)
         self.due.saved()
         self.reporter.saved(position.words)
 

@@ -60,14 +60,23 @@ class ToDevice:
 
 
 class Stage2:
-    """Batches, losses and learning rate of stage 2, as `loop.run_stage` asks for them."""
+    """Batches, losses and learning rate of stage 2, as `loop.Loop` asks for them."""
 
     number = 2
 
     def __init__(
-        self, config: Config, team: Team, model: ReIDModel, text: PromptedText, text_features: Tensor | None,
+        self,
+        config: Config,
+        team: Team,
+        model: ReIDModel,
+        text: PromptedText | None,
+        text_features: Tensor | None,
         index: ShardIndex,
-    ):  # fmt: skip
+    ):
+        """text: trained in the one-stage method only. text_features: float32 [N, D], of the two-stage method.
+
+        Raises DataError where the batch does not fit the dataset.
+        """
         s = config.stage2
         self.config = config
         self.team = team
@@ -75,18 +84,15 @@ class Stage2:
         self.epochs = s.epochs
         self.global_images = config.batch_images
         self.label_names = index.split("train").label_names
-        one_stage = config.method == "one_stage"
+        learning_text = text if config.method == "one_stage" else None
         if team.world_size > 1:
             globalize_batchnorm(model, team.all_gather)
         if config.train.compile:
             model.image_encoder.compile(dynamic=False)
-        module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
-        self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
-        self.loss_settings = method.LossSettings(
-            id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
-            label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
-            text_loss="i2t+t2i" if one_stage else s.text_loss,
-        )  # fmt: skip
+        module = Stage2Module(model, learning_text, s.images_per_identity)
+        groups = self._groups(model, learning_text)
+        self.engine = Engine(module, groups, team=team, zero_stage=config.train.zero_stage)
+        self.loss_settings = loss_settings(config)
         self.augment_settings = augment_settings(config)
         # Convolutions are fastest with a pixel's channels side by side. The weights stay as they are: ZeRO lays them
         # out flat, and checkpoints take them as such.
@@ -95,10 +101,10 @@ class Stage2:
         self.to_device = ToDevice(team.device)
         self.loader = self._loader(index)
 
-    def _groups(self, model: ReIDModel, text: PromptedText) -> list[dict]:
+    def _groups(self, model: ReIDModel, text: PromptedText | None) -> list[dict]:
         s = self.config.stage2
         groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
-        if self.config.method == "one_stage":
+        if text is not None:
             stage1 = self.config.stage1
             groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
         return groups
@@ -106,10 +112,18 @@ class Stage2:
     def _loader(self, index: ShardIndex) -> PKLoader:
         data, config, team = self.config.data, self.config, self.team
         return PKLoader(
-            index, settings=sampler_settings(config), image_size=config.model.image_size, rank=team.rank,
-            world_size=team.world_size, workers=data.loaders, on_error=data.on_error, skip_limit=data.skip_limit,
-            cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), pin_memory=team.device.type == "cuda",
-        )  # fmt: skip
+            index,
+            settings=sampler_settings(config),
+            image_size=config.model.image_size,
+            rank=team.rank,
+            world_size=team.world_size,
+            workers=data.loaders,
+            on_error=data.on_error,
+            skip_limit=data.skip_limit,
+            cache_dir=data.cache_dir,
+            cache_bytes=int(data.cache_gb * 1e9),
+            pin_memory=team.device.type == "cuda",
+        )
 
     def lr(self, epoch: int) -> float:
         s = self.config.stage2
@@ -126,10 +140,9 @@ class Stage2:
         images, labels, cameras, views, positions = self.to_device(
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
-        images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, step=batch.step,
-            settings=self.augment_settings,
-        ).contiguous(memory_format=self.memory_format)  # fmt: skip
+        seed, settings = self.config.run.seed, self.augment_settings
+        images = augment(images, positions, seed=seed, epoch=batch.epoch, step=batch.step, settings=settings)
+        images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             output, own_texts = self.engine(images, labels, cameras, views)
         return method.losses(output, labels, self.text_features, self.team.all_gather, self.loss_settings, own_texts)
@@ -140,6 +153,19 @@ class Stage2:
     def close(self) -> None:
         self.loader.close()
         self.engine.close()
+
+
+def loss_settings(config: Config) -> method.LossSettings:
+    s = config.stage2
+    return method.LossSettings(
+        id_weight=s.id_weight,
+        triplet_weight=s.triplet_weight,
+        text_weight=s.text_weight,
+        label_smoothing=s.label_smoothing,
+        margin=s.margin,
+        triplet_levels=s.triplet_levels,
+        text_loss="i2t+t2i" if config.method == "one_stage" else s.text_loss,
+    )
 
 
 def sampler_settings(config: Config) -> PKSettings:

@@ -17,7 +17,8 @@ from clipreid import stage1 as method
 from clipreid.augment import normalise
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel, build_models
-from clipreid.weights.file import ModelCard, save_model
+from clipreid.weights.card import MODEL_FILE, ModelCard
+from clipreid.weights.file import save_model
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
@@ -25,19 +26,19 @@ from cluster.evaluation.features import extract
 from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts
-from cluster.run.manifest import CheckpointManifest, Position
+from cluster.run.manifest import Position
 from cluster.run.reporter import Report, open_reporter
-from cluster.run.run_folder import read_metrics
+from cluster.run.run_folder import STAGE1_RESULT, read_metrics
 from cluster.run.storage import Storage
 from cluster.settings.config import Config, results_settings
 from cluster.settings.model_spec import model_spec
-from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.checkpoint import Checkpoint, Retention, find_newest
+from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
+from cluster.training.engine import Engine
 from cluster.training.loop import Loop
-from cluster.training.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
+from cluster.training.stage1 import Stage1, Stage1Result, encoder_hash, image_features
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
-
-MODEL = "model.safetensors"
 
 
 def train(config: Config, team: Team, report: Report | None = None) -> dict[str, Any]:
@@ -84,14 +85,18 @@ class Run:
         self.text: PromptedText | None  # None with an authors' baseline checkpoint, which has no text side.
         self.model, self.text = build_models(self.spec, config.model.pretrained, config.run.seed)
         self.encoder_hash = encoder_hash(self.model)
-        self.checkpoints = Checkpoints(
-            self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
-            keep=config.checkpoint.keep, timeout_s=PATIENCE / 2 * config.cluster.timeout_s, encoder=self.encoder_hash,
-        )  # fmt: skip
-        self.resumed: CheckpointManifest | None = self.checkpoints.newest(config.run.resume)
-        self._check_began_alike()
-        if self.text is not None and 1 in config.stages and self.position and self.position.stage == 2:
-            team.on_first(self._bring_stage1_result, "find stage 1's result")
+        search = find_newest(self.storage, team, config.run.resume)
+        self.resumed: Checkpoint | None = search.checkpoint
+        if self.resumed:
+            self._go_on_from(self.resumed)
+        self.writer = CheckpointWriter(
+            self.storage,
+            team,
+            Origin(results_settings(config), self.index.fingerprint, self.encoder_hash),
+            Retention(config.checkpoint.keep, search.passed_over),
+            timeout_s=PATIENCE / 2 * config.cluster.timeout_s,
+            newest=search.own(self.storage),
+        )
         self.reporter = open_reporter(config, team, self.position, report)
         self.interrupts = Interrupts(self.storage, is_first=team.is_first, under_ray=report is not None)
         every = config.checkpoint
@@ -100,29 +105,38 @@ class Run:
 
     @property
     def position(self) -> Position | None:
+        """What is done already, None at the beginning."""
         return None if self.resumed is None else self.resumed.position
 
-    def _check_began_alike(self) -> None:
-        """A file of weights may move, or be replaced by another: only its weights tell."""
-        if self.resumed is not None and self.resumed.encoder not in ("", self.encoder_hash):
+    @property
+    def prompts(self) -> PromptedText:
+        """The text side, in the methods that train with one: weights without it were refused before the run."""
+        assert self.text is not None
+        return self.text
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Raises ConfigError where the run began with other weights, or lacks what belongs to the checkpoint."""
+        if checkpoint.manifest.encoder not in ("", self.encoder_hash):  # A file may be replaced: only its weights tell.
             raise ConfigError(
                 f"model.pretrained: {self.config.model.pretrained} gives image encoder {self.encoder_hash}, but the "
-                f"checkpoint {self.checkpoints.source.url} began with {self.resumed.encoder}: use the same "
+                f"checkpoint {checkpoint.folder.url} began with {checkpoint.manifest.encoder}: use the same "
                 "weights, or another run.dir"
             )
+        if self.text is not None and 1 in self.config.stages and checkpoint.position.stage == 2:
+            self.team.on_first(lambda: self._bring_stage1_result(checkpoint), "find stage 1's result")
 
-    def _bring_stage1_result(self) -> None:
+    def _bring_stage1_result(self, checkpoint: Checkpoint) -> None:
         """A checkpoint of another run's stage 2 goes with the text features of that run."""
-        if self.storage.exists(RESULT):
+        if self.storage.exists(STAGE1_RESULT):
             return
-        theirs = Storage(self.checkpoints.source.url.rsplit("/", 2)[0])
-        if not theirs.exists(RESULT):
+        theirs = Storage(checkpoint.folder.url.rsplit("/", 2)[0])
+        if not theirs.exists(STAGE1_RESULT):
             raise ConfigError(
-                f"{self.storage.place(RESULT)}: no such file, nor {theirs.place(RESULT)}, but checkpoint "
-                f"{self.checkpoints.source.url} is in stage 2: copy the file there from the run that wrote it"
+                f"{self.storage.place(STAGE1_RESULT)}: no such file, nor {theirs.place(STAGE1_RESULT)}, but checkpoint "
+                f"{checkpoint.folder.url} is in stage 2: copy the file there from the run that wrote it"
             )
-        with self.storage.writing(RESULT):
-            self.storage.write(RESULT, theirs.read(RESULT))
+        with self.storage.writing(STAGE1_RESULT):
+            self.storage.write(STAGE1_RESULT, theirs.read(STAGE1_RESULT))
 
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""
@@ -168,10 +182,10 @@ class Run:
                 cache_dir=self.config.data.cache_dir, cache_gb=self.config.data.cache_gb,
                 progress=self.reporter.images,
             )  # fmt: skip
-            self.text.eval()
-            self._run(Stage1(self.config, self.team, self.text, bank, self.train_split), start)
-        else:
-            self._take_tokens()
+            self.prompts.eval()
+            self._run(Stage1(self.config, self.team, self.prompts, bank, self.train_split), start)
+        elif self.resumed:
+            self._take_tokens(self.resumed)
         result = self._stage1_result()
         self.team.on_first(lambda: result.write(self.storage), "write stage 1's result")
 
@@ -185,10 +199,10 @@ class Run:
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
             features = method.all_text_features(
-                self.text, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
+                self.prompts, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
             )
         return Stage1Result(
-            self.text.tokens.detach(),
+            self.prompts.tokens.detach(),
             features,
             self.train_split.label_names,
             self.index.fingerprint,
@@ -197,33 +211,33 @@ class Run:
 
     def stage2(self) -> None:
         """Train the image encoder."""
-        texts = self._text_features()
-        self._run(Stage2(self.config, self.team, self.model, self.text, texts, self.index), self._start_of(2))
+        stage = Stage2(self.config, self.team, self.model, self.text, self._text_features(), self.index)
+        self._run(stage, self._start_of(2))
 
     def _text_features(self) -> Tensor | None:
         if self.config.method != "two_stage":
             return None
         if 1 not in self.config.stages and not self.config.stage1.result:
             return self._stage1_result().text_features  # The tokens came with model.pretrained.
-        source = self.config.stage1.result or f"{self.storage.url}/{RESULT}"
+        source = self.config.stage1.result or f"{self.storage.url}/{STAGE1_RESULT}"
         folder, _, name = source.rpartition("/")
         result = Stage1Result.read(Storage(folder or ".").read(name))
         result.check_fits(source, self.index.fingerprint, self.encoder_hash, self.spec.prompt_tokens)
         with torch.no_grad():
-            self.text.tokens.copy_(result.tokens)
+            self.prompts.tokens.copy_(result.tokens)
         return result.text_features.to(self.team.device)
 
     @torch.no_grad()
-    def _take_tokens(self) -> None:
+    def _take_tokens(self, checkpoint: Checkpoint) -> None:
         """The tokens of a finished stage 1 whose result was not written yet."""
-        full = self.checkpoints.read(self.resumed, self.text)
-        for name, parameter in self.text.named_parameters():
+        full = checkpoint.read(self.prompts)
+        for name, parameter in self.prompts.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(full[name]["value"].view_as(parameter))
 
     def _run(self, stage: Stage1 | Stage2, start: Position) -> None:
         self._restore(stage.engine, stage.number)
-        loop = Loop(self.team, self.checkpoints, self.due, self.reporter, self.interrupts)
+        loop = Loop(self.team, self.writer, self.due, self.reporter, self.interrupts)
         if stage.number == 2:
             loop.evaluate = self._evaluate_epoch
         try:
@@ -234,9 +248,9 @@ class Run:
             raise
         stage.close()
 
-    def _restore(self, engine, stage: int) -> None:
-        if self.position is not None and self.position.stage == stage:
-            self.checkpoints.load(self.resumed, engine)
+    def _restore(self, engine: Engine, stage: int) -> None:
+        if self.resumed and self.resumed.position.stage == stage:
+            self.resumed.load(engine, self.team)
 
     def _start_of(self, stage: int) -> Position:
         if self.position is not None and self.position.stage == stage:
@@ -256,7 +270,7 @@ class Run:
         data = self.config.data
         card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / MODEL
+            path = Path(folder) / MODEL_FILE
             save_model(path, self.model, card, self.text)
-            with self.storage.writing(MODEL):
-                self.storage.write(MODEL, path.read_bytes())
+            with self.storage.writing(MODEL_FILE):
+                self.storage.write(MODEL_FILE, path.read_bytes())

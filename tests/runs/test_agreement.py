@@ -12,7 +12,7 @@ from clipreid.model.reid import build_models
 from cluster.run.manifest import Position
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
-from cluster.training.checkpoint import Due
+from cluster.training.checkpoint_writer import Due
 from cluster.training.loop import Loop
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
