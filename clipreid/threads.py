@@ -1,14 +1,14 @@
 """Work shared out among threads on a CPU, with results that do not depend on how many there are."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 
-def in_threads(work: Callable[..., Any], tasks: Iterable[tuple], device: torch.device) -> Iterator[Any]:
+def in_threads(work: Callable[..., Any], tasks: Iterable[tuple], device: torch.device) -> Generator[Any, None, None]:
     """What work(*task) gives for each task, in order; on a CPU in as many threads as torch has, each using one.
 
     Sums round differently with another number of threads, so each task is left to one. Grad mode is each thread's own:

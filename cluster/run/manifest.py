@@ -1,9 +1,9 @@
 """Which checkpoints of a run are complete, and whether a configuration may go on from one.
 
+    checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors … manifest.json ──▶ [manifest] ──▶ checks, find_newest
+
 A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count.
 Imports no torch: these checks run before any worker starts.
-
-    checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors …  manifest.json
 """
 
 import hashlib

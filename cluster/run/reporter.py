@@ -1,6 +1,8 @@
-"""Where a run's news go: rank 0's run folder, and Ray's report of all ranks. A reporter neither measures nor decides.
+"""Where a run's news go: rank 0's run folder, and Ray's report of all ranks.
 
-worker, loop ── phase, step, saved, … ──▶ [reporter] ──▶ log.jsonl, status.json, metrics.json, TensorBoard, Ray
+    worker, loop ── phase, step, saved, … ──▶ [reporter] ──▶ log.jsonl, status.json, metrics.json, TensorBoard, Ray
+
+A reporter is told; it neither measures nor decides.
 """
 
 import socket
@@ -80,8 +82,10 @@ class SilentReporter:
 
 
 class RunReporter(SilentReporter):
-    """The first rank's reporter: it keeps the run folder. Raises TrainingError where the log or the metrics cannot be
-    written; a status that cannot be written is passed over."""
+    """The first rank's reporter: it keeps the run folder.
+
+    Raises TrainingError where the log or the metrics cannot be written; a status that cannot be written is passed over.
+    """
 
     def __init__(self, config: Config, position: Position | None, nodes: dict[str, int], report: Report | None = None):
         """position: from where the run goes on. nodes: workers on each host."""

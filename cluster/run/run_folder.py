@@ -1,7 +1,8 @@
 """What a run leaves behind, written by rank 0: settings, log, metrics, live status and TensorBoard events.
 
-run.dir/  config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
-          stage1.safetensors  model.safetensors  checkpoints/
+    reporter ──▶ [run folder] ──▶ config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
+
+Beside them lie checkpoints/, stage1.safetensors and model.safetensors, which the worker writes.
 """
 
 import json
@@ -82,8 +83,7 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`.
 
-        Raises:
-            TrainingError: the line cannot be written.
+        Raises TrainingError where the line cannot be written.
         """
         line = json.dumps(entry)
         if self._file is not None:
@@ -110,7 +110,7 @@ class RunFolder:
             self.storage.write_json(METRICS, metrics)
 
     def status(self, *, now: bool = False, **facts: Any) -> None:
-        """What the live view shows. Written every STATUS_EVERY_S, unless `now`."""
+        """What the status view shows. Written every STATUS_EVERY_S, unless `now`."""
         self._status |= facts
         if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
             self._status_at_s = time.monotonic()
@@ -122,7 +122,7 @@ class RunFolder:
                 log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
 
     def close(self) -> None:
-        """Let go of the files. What cannot be written any more is told and does not hide why the run ends."""
+        """Let go of the files. What cannot be written any more is a warning and does not hide why the run ends."""
         try:
             self.flush()
             if self._file is not None:

@@ -1,9 +1,12 @@
 """Figures for TensorBoard, one folder of events for each of stage1, stage2 and eval.
 
-run_folder.py ── "stage2/loss", value, step ──▶ [events] ──▶ run.dir/tensorboard/stage2/
+    run_folder.py ── "stage2/loss", value, step ──▶ [events] ──▶ run.dir/tensorboard/stage2/
+
+A run that goes on from a checkpoint shows each step once.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from cluster.run.manifest import Position
@@ -30,7 +33,7 @@ class Events:
         for writer in self._writers.values():
             self._try(writer.close)
 
-    def _try(self, work) -> None:
+    def _try(self, work: Callable[[], Any]) -> None:
         try:
             work()
         except Exception as error:  # Each kind of storage has errors of its own.

@@ -117,8 +117,7 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait for the write under way. All ranks call this together, and none waits for pieces that will not come.
 
-        Raises TrainingError on every rank where the write failed on any, or the state was not finite; it names the
-        remedy.
+        Raises TrainingError, on every rank, where the write failed on any or the state was not finite, with the remedy.
         """
         write = self._write
         if write is None or write.thread is None:

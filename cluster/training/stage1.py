@@ -1,6 +1,8 @@
 """Stage 1 on many workers: image features once, then only the identities' prompt tokens learn.
 
-shards ──▶ frozen encoder ──▶ feature bank ──▶ [stage 1] ──▶ tokens, text features ──▶ stage1.safetensors ──▶ stage 2
+    shards ──▶ frozen encoder ──▶ feature bank ──▶ [stage 1] ──▶ tokens, text features ──▶ stage1.safetensors
+
+Stage 2 starts from that file. A step encodes each of the batch's identities once, over all ranks.
 """
 
 import hashlib

@@ -1,7 +1,9 @@
 """Stage 2 on many workers: the image encoder learns from PK batches, against the gathered batch and frozen texts.
 
-shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
-                         stage1.safetensors ──▶ text features ┘
+    shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
+                             stage1.safetensors ──▶ text features ┘
+
+Images arrive as uint8; augmentation is done on the device.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """What every worker does, from shards to metrics: the same under Ray Train, torchrun, and alone.
 
-    shards ─▶ untrained metrics ─▶ stage 1 ─▶ text features ─▶ stage 2 ─▶ metrics.json, model.safetensors
+    shards ──▶ untrained metrics ──▶ stage 1 ──▶ text features ──▶ stage 2 ──▶ metrics.json, model.safetensors
 
 A run that was interrupted goes on from its newest complete checkpoint; what is finished is not done again.
 """
@@ -22,7 +22,7 @@ from clipreid.weights.file import save_model
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
-from cluster.evaluation.features import extract
+from cluster.evaluation.features import PassSettings, extract
 from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts
@@ -44,17 +44,17 @@ from shards.loading.index import ShardIndex
 def train(config: Config, team: Team, report: Report | None = None) -> dict[str, Any]:
     """Train as configured; metrics as in metrics.json, on every rank.
 
-    `report` is told of every epoch, by all ranks (under Ray Train: `ray.train.report`).
+    report: takes the figures of every epoch, from all ranks (under Ray Train: `ray.train.report`).
 
     Raises:
         ConfigError, DataError, ModelError: mistakes that only show with weights and data at hand.
         Preempted: a stop was asked for; a checkpoint of the last step is complete.
         TrainingError: a loss was not finite, or a checkpoint could not be written.
     """
-    workers = preflight(config, team)
+    table = preflight(config, team)
     run = Run(fit_loaders(config, team.cpus), team, report)
     try:
-        run.reporter.workers(workers)
+        run.reporter.workers(table)
         run.start()
         if run.wants_stage(1):
             run.stage1()
@@ -176,12 +176,8 @@ class Run:
         if not (start.epoch_done and start.epoch == self.config.stage1.epochs):
             self.model.eval()
             self.reporter.phase("encode the training images")
-            bank = extract(
-                self._encode_frozen, self.index, "train", self.team,
-                image_size=self.spec.image_size, batch=self.config.eval.batch, loaders=self.config.data.loaders,
-                cache_dir=self.config.data.cache_dir, cache_gb=self.config.data.cache_gb,
-                progress=self.reporter.images,
-            )  # fmt: skip
+            settings, progress = PassSettings.of(self.config), self.reporter.images
+            bank = extract(self._encode_frozen, self.index, "train", self.team, settings, progress)
             self.prompts.eval()
             self._run(Stage1(self.config, self.team, self.prompts, bank, self.train_split), start)
         elif self.resumed:
@@ -195,7 +191,7 @@ class Run:
             return image_features(self.model, pixels)
 
     def _stage1_result(self) -> Stage1Result:
-        """The bridge: every rank encodes its part of the identities' prompts."""
+        """The bridge: every rank encodes the prompts of its share of the identities."""
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
             features = method.all_text_features(

@@ -23,10 +23,18 @@ from tests.helpers.checkpoints import Log, NoInterrupts
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}
 BASE = {
-    "data.loaders": 0, "model.arch": "configs/models/tiny_vit.json", "model.pretrained": None,
-    "model.image_size": [32, 16], "stage2.epochs": 1, "stage2.lr": LR, "stage2.identities": 4,
-    "stage2.images_per_identity": 2, "stage2.warmup_epochs": 0, "stage2.milestones": [], "augment.pad": 2,
-}  # fmt: skip
+    "data.loaders": 0,
+    "model.arch": "configs/models/tiny_vit.json",
+    "model.pretrained": None,
+    "model.image_size": [32, 16],
+    "stage2.epochs": 1,
+    "stage2.lr": LR,
+    "stage2.identities": 4,
+    "stage2.images_per_identity": 2,
+    "stage2.warmup_epochs": 0,
+    "stage2.milestones": [],
+    "augment.pad": 2,
+}
 
 
 def make_parts(folder, **changes):
@@ -44,9 +52,7 @@ def make_parts(folder, **changes):
 def make_stage(team, folder, **changes):
     """Stage 2 on the shards in `folder`, with random text features."""
     config, index, spec, model, text = make_parts(folder, **changes)
-    texts = torch.randn(
-        spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1)
-    )  # fmt: skip
+    texts = torch.randn(spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1))
     return Stage2(config, team, model, text, texts, index)
 
 
