@@ -1,7 +1,7 @@
 """Work shared out among threads on a CPU, with results that do not depend on how many there are."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,7 +10,9 @@ import torch
 Result = TypeVar("Result")
 
 
-def in_threads(work: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], device: torch.device) -> Iterator[Result]:
+def in_threads(
+    work: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], device: torch.device
+) -> Generator[Result, None, None]:
     """What work(*task) gives for each task, in order; on a CPU in as many threads as torch has, each using one.
 
     Sums round differently with another number of threads, so each task is left to one. Grad mode is each thread's own:

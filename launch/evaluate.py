@@ -121,12 +121,12 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
             parser.error(f"--per-query: {index.name} is judged over draws, each with queries of its own")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.evaluation.inference import Applied
+        from cluster.evaluation.inference import Inference
         from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
-            applied = Applied(config, path, card, index, team)
-            metrics = applied.evaluate(index, progress_bar, _per_query_file(options))
+            inference = Inference(config, path, card, index, team)
+            metrics = inference.evaluate(index, progress_bar, _per_query_file(options))
             return metrics if team.is_first else None
 
 
@@ -138,18 +138,16 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     rule: Rule = options.rule or "camera"
     normalize = options.normalize is not False
     sets = [read_test(options.features[0])] if options.protocol else read_pair(options.features, rule)
-    from cluster.evaluation.metrics import measure_pair, measure_test
+    from cluster.evaluation.metrics import DrawSettings, RetrievalSettings, metrics_of_pair, metrics_of_test
     from cluster.ranks.process import this_team
 
     with this_team() as team:
         if options.protocol:
-            draws, seed = options.draws or 10, options.seed or 0
-            metrics = measure_test(*sets, normalize=normalize, draws=draws, seed=seed, team=team)
+            draws = DrawSettings(options.draws or 10, options.seed or 0)
+            metrics = metrics_of_test(*sets, normalize=normalize, draws=draws, team=team)
         else:
-            metrics = measure_pair(
-                *sets, normalize=normalize, rule=rule, rerank=options.rerank, team=team, progress=progress_bar,
-                per_query=_per_query_file(options),
-            )  # fmt: skip
+            settings = RetrievalSettings(rule, options.rerank, _per_query_file(options))
+            metrics = metrics_of_pair(*sets, normalize=normalize, settings=settings, team=team, show=progress_bar)
         return metrics if team.is_first else None
 
 

@@ -50,15 +50,15 @@ def main(arguments: list[str]) -> None:
             names = list_images(options.images)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
-        from cluster.evaluation.inference import Applied
+        from cluster.evaluation.inference import Inference
         from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
-            applied = Applied(config, path, card, index, team)
+            inference = Inference(config, path, card, index, team)
             if index is not None:
-                arrays = applied.extract_split(index, options.split, progress_bar)
+                arrays = inference.extract_split(index, options.split, progress_bar)
             else:
-                arrays = applied.extract_images(options.images, names, progress_bar)
+                arrays = inference.extract_images(options.images, names, progress_bar)
             if team.is_first:
                 write_features(options.out.absolute(), arrays)
                 count, width = arrays["features"].shape

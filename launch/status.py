@@ -33,7 +33,8 @@ def show(options: argparse.Namespace) -> bool:
     import json
 
     from cluster.errors import ConfigError
-    from cluster.run.status_view import read_status, summary
+    from cluster.run.run_folder import read_status
+    from cluster.run.status_view import summary
     from cluster.run.storage import Storage
 
     status = read_status(Storage(options.run))

@@ -1,1 +1,1 @@
-"""Weights applied to images: features, metrics, feature files and figures."""
+"""Weights at work on images: features, metrics, feature files and figures."""

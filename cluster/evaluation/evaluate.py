@@ -1,9 +1,10 @@
 """Evaluation on many workers: features once, then exact CMC and mAP from each rank's blocks of the gallery.
 
-encoder ──▶ [evaluate]: features of query and gallery (or VehicleID's test) ──▶ measure ──▶ metrics
+    encoder ──▶ [evaluate]: descriptors of query and gallery (or of VehicleID's test) ──▶ metrics.measure ──▶ metrics
+
+The metrics are the same bit by bit for any number of workers, and of threads on a CPU.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,15 @@ from torch import Tensor
 from clipreid.augment import normalise
 from clipreid.model.encoders import Features
 from clipreid.model.reid import ReIDModel, descriptor
-from clipreid.retrieval.positives import Labels
-from cluster.evaluation.features import extract
-from cluster.evaluation.metrics import Progress, measure_retrieval, measure_vehicleid, silent
-from cluster.evaluation.per_query import PerQueryFile
+from cluster.evaluation.features import PassSettings, Progress, extract, no_progress
+from cluster.evaluation.metrics import measure
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
-from shards.loading.index import ShardIndex, SplitIndex
+from shards.loading.index import ShardIndex
 
 
 def evaluate(
-    model: ReIDModel,
-    index: ShardIndex,
-    config: Config,
-    team: Team,
-    on_images: Callable[[int], None] = lambda n: None,
+    model: ReIDModel, index: ShardIndex, config: Config, team: Team, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Metrics as fractions, the same on every rank: mAP, mINP, R1, R5, R10, queries, valid_queries; for VehicleID
     `small`, `medium`, `large`, each with mean and std over the draws. The model is left in evaluation mode.
@@ -37,42 +32,11 @@ def evaluate(
         ModelError: no query has a valid match in the gallery.
     """
     model.eval()
-    return measure(lambda split: encode_split(model, index, split, config, team, on_images), index, config, team)
-
-
-def measure(
-    features: Callable[[str], np.ndarray],
-    index: ShardIndex,
-    config: Config,
-    team: Team,
-    progress: Progress = silent,
-    per_query: PerQueryFile | None = None,
-) -> dict[str, Any]:
-    """The metrics of `evaluate` from the descriptors of whole splits, which `features` is asked for by name.
-
-    per_query: not for VehicleID, whose queries differ from draw to draw.
-    """
-    if "test" in index.splits:
-        test = index.split("test")
-        return measure_vehicleid(
-            np.array(features("test")), test.identity_codes, test.lists, draws=config.eval.draws,
-            seed=config.run.seed, team=team,
-        )  # fmt: skip
-    query, gallery = index.split("query"), index.split("gallery")
-    return measure_retrieval(
-        np.array(features("query")), labels_of(query), features("gallery"), labels_of(gallery),
-        rule=config.eval.rule, rerank=config.eval.rerank, team=team, progress=progress,
-        per_query=per_query, keys=(query.keys, gallery.keys),
-    )  # fmt: skip
+    return measure(lambda split: encode_split(model, index, split, config, team, progress), index, config, team)
 
 
 def encode_split(
-    model: ReIDModel,
-    index: ShardIndex,
-    split: str,
-    config: Config,
-    team: Team,
-    on_images: Callable[[int], None],
+    model: ReIDModel, index: ShardIndex, split: str, config: Config, team: Team, progress: Progress = no_progress
 ) -> np.ndarray:
     """Descriptors of a split, float32 [n, D], L2-normalised, with the side information of each image."""
     rows_of = index.split(split)
@@ -80,16 +44,12 @@ def encode_split(
     views = torch.tensor(rows_of.views, device=team.device)
 
     def encode(images: Tensor, rows: Tensor) -> Tensor:
-        return describe(model, config, images, cameras[rows], views[rows])
+        return descriptors(model, config, images, cameras[rows], views[rows])
 
-    return extract(
-        encode, index, split, team, image_size=config.model.image_size, batch=config.eval.batch,
-        loaders=config.data.loaders, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb,
-        on_images=on_images,
-    )  # fmt: skip
+    return extract(encode, index, split, team, PassSettings.of(config), progress)
 
 
-def describe(
+def descriptors(
     model: ReIDModel, config: Config, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None
 ) -> Tensor:
     """Descriptors, float32 [b, D], L2-normalised, of uint8 images [b, 3, H, W]. Without cameras: none is known."""
@@ -100,7 +60,3 @@ def describe(
             mirrored = model.features(pixels.flip(3), cameras, views)
             features = Features(*((a + b) / 2 for a, b in zip(features, mirrored, strict=True)))
     return descriptor(features, config.eval.descriptor)
-
-
-def labels_of(split: SplitIndex) -> Labels:
-    return Labels(split.identity_codes, split.cameras, split.times)

@@ -1,9 +1,9 @@
-"""Feature files (.npz): written by extract, judged by evaluate; also those of any other model.
+"""Feature files (.npz): written by extract, evaluated by evaluate; also those of any other model.
 
-    extract ──▶ [feature file] ──▶ measure
+    extract ──▶ [feature file] ──▶ metrics
 
 An extraction holds `features` float32 [n, D], `identities`, `keys`, `splits`, `lists`, `times` (strings [n]), `cameras`
-and `views` (int64 [n], -1 is unknown), in index order. To be judged, a file has two such sets, their names beginning
+and `views` (int64 [n], -1 is unknown), in index order. To be evaluated, a file has two such sets, their names beginning
 with `query_` and `gallery_`, or two files have one each. Large sets are folders of parts instead, see feature_parts.
 Imports no torch, so that mistakes show at once.
 """
@@ -19,10 +19,9 @@ import numpy as np
 
 from clipreid.retrieval.rules import RULES, Rule
 from cluster.errors import ConfigError
+from cluster.evaluation import feature_parts
 from shards.storage import local_path, open_read, write_atomic
 
-PARTS = ".parquet"
-"""Ending of a folder of parts, see feature_parts."""
 CHUNK_BYTES = 1 << 24
 PREFIXES = ("query_", "gallery_")
 
@@ -46,13 +45,11 @@ class FeatureSet:
 
 def write_features(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """A file, or for NAME.parquet a folder of parts. It appears under its name only when it is complete."""
-    if path.suffix == PARTS:
-        from cluster.evaluation.feature_parts import write_parts
-
-        write_parts(path, arrays)
+    if path.suffix == feature_parts.SUFFIX:
+        feature_parts.write_parts(path, arrays)
         return
     with write_atomic(str(path)) as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def read_pair(paths: list[str], rule: Rule) -> tuple[FeatureSet, FeatureSet]:
@@ -90,15 +87,13 @@ def read_test(path: str) -> FeatureSet:
     return _read(path, ("features", "identities", "lists"), ("",), " (give an extraction of split test)")[0]
 
 
-def _is_split(part: FeatureSet, name: str) -> bool:
-    return part.splits is not None and bool((part.splits == name).all())
+def _is_split(file: FeatureSet, name: str) -> bool:
+    return file.splits is not None and bool((file.splits == name).all())
 
 
 def _read(path: str, needed: tuple[str, ...], prefixes: tuple[str, ...], hint: str) -> list[FeatureSet]:
-    if Path(path).suffix == PARTS:
-        from cluster.evaluation.feature_parts import read_parts
-
-        return _read_sets(path, read_parts(Path(path)), needed, prefixes, hint)
+    if Path(path).suffix == feature_parts.SUFFIX:
+        return _read_sets(path, feature_parts.read_parts(Path(path)), needed, prefixes, hint)
     try:
         with open_read(path) as file:
             arrays = np.load(file, allow_pickle=False)
@@ -153,8 +148,9 @@ def _read_set(path: str, arrays: Mapping[str, np.ndarray], prefix: str) -> Featu
 def _mapped(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """The array, mapped into memory where it lies uncompressed in a local file, and read where not."""
     local, member = local_path(path), f"{name}.npy"
-    plain = isinstance(arrays, np.lib.npyio.NpzFile) and local is not None and member in arrays.zip.namelist()
-    if not plain or arrays.zip.getinfo(member).compress_type != zipfile.ZIP_STORED:
+    if not isinstance(arrays, np.lib.npyio.NpzFile) or arrays.zip is None or local is None:
+        return arrays[name]
+    if member not in arrays.zip.namelist() or arrays.zip.getinfo(member).compress_type != zipfile.ZIP_STORED:
         return arrays[name]
     with arrays.zip.open(member) as data:  # Once through, since a map does not compare the checksum.
         while data.read(CHUNK_BYTES):

@@ -1,6 +1,6 @@
 """Features of large sets: a folder of Parquet files, which hold the arrays of a feature file part by part.
 
-    extract ──▶ [feature parts] ──▶ feature_file ──▶ measure
+    extract ──▶ [feature parts] ──▶ feature_file ──▶ metrics
 
 A folder NAME.parquet holds part-00000.parquet, part-00001.parquet, … of PART_ROWS images each, in index order, however
 many workers extracted them. Other programs read it as one table. Beside the features no more than a part is held.
@@ -8,7 +8,8 @@ many workers extracted them. Other programs read it as one table. Beside the fea
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +17,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import ConfigError
-from cluster.evaluation.feature_file import PARTS
 
+SUFFIX = ".parquet"
+"""Of the folder and of the files in it."""
 PART_ROWS = 32_768
 FEATURES = "features"
 
 
 def write_parts(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays [n] and `features` float32 [n, D], which may be memory-mapped. The folder appears when it is complete."""
-    working = folder.parent / f".{folder.name}.{os.getpid()}"
-    working.mkdir()
     strings = [name for name, values in arrays.items() if values.dtype.kind == "U"]
-    try:
+    with _folder_atomic(folder) as working:
         for number, start in enumerate(range(0, len(arrays[FEATURES]), PART_ROWS)):
             rows = slice(start, start + PART_ROWS)
             table = pa.table({name: _column(values[rows]) for name, values in arrays.items()})
-            path = working / f"part-{number:05d}{PARTS}"
+            path = working / f"part-{number:05d}{SUFFIX}"
             pq.write_table(table, path, compression="zstd", use_dictionary=strings)
-        working.rename(folder)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
 
 
 def read_parts(folder: Path) -> dict[str, np.ndarray]:
     """The arrays that `write_parts` wrote. Raises ConfigError naming the file that is no part or fits no other."""
-    paths = sorted(folder.glob(f"*{PARTS}"))
+    paths = sorted(folder.glob(f"*{SUFFIX}"))
     if not paths:
-        raise ConfigError(f"{folder}: holds no files *{PARTS}; give a folder that extract.py wrote")
+        raise ConfigError(f"{folder}: holds no files *{SUFFIX}; give a folder that extract.py wrote")
     files = [_open(path) for path in paths]
     schema = files[0].schema_arrow
     for path, file in zip(paths, files, strict=True):
@@ -56,19 +52,32 @@ def read_parts(folder: Path) -> dict[str, np.ndarray]:
         if not pa.types.is_fixed_size_list(kind):
             raise ConfigError(f"{paths[0]}: features is {kind}, needed are lists of numbers of one fixed length")
         arrays[FEATURES] = np.empty((total, kind.list_size), np.float32)
-    columns = {name: [] for name in schema.names if name not in arrays}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in schema.names if name not in arrays}
     start = 0
     for file in files:
         table = file.read()
-        for name, parts in columns.items():
-            parts.append(_plain(table[name]))
+        for name, blocks in columns.items():
+            blocks.append(_plain(table[name]))
         if arrays:
             if table[FEATURES].null_count:
                 raise ConfigError(f"{folder}: has images without features; extract again")
             rows = table[FEATURES].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             arrays[FEATURES][start:][: len(table)] = rows.reshape(len(table), -1)
         start += len(table)
-    return arrays | {name: np.concatenate(parts) for name, parts in columns.items()}
+    return arrays | {name: np.concatenate(blocks) for name, blocks in columns.items()}
+
+
+@contextmanager
+def _folder_atomic(folder: Path) -> Iterator[Path]:
+    """As `write_atomic` for a file: a folder to fill, which gets its name when the block ends without an exception."""
+    working = folder.parent / f".{folder.name}.{os.getpid()}"
+    working.mkdir()
+    try:
+        yield working
+        working.rename(folder)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
 
 
 def _plain(column: pa.ChunkedArray) -> np.ndarray:

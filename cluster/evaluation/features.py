@@ -1,4 +1,4 @@
-"""Features of a whole split, computed in parts by all workers and held once per node.
+"""Features of a whole split, computed by all workers together and held once per node.
 
     split ── sequential pass ──▶ encoder ──▶ [extract] ──▶ memory map in the split's order ──▶ stage 1, evaluation
 
@@ -8,11 +8,11 @@ was encoded goes to the file round by round, so that no worker ever holds more t
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from clipreid.threads import in_threads
 from cluster.ranks.team import PATIENCE, Team
+from cluster.settings.config import Config
 from shards.errors import DataError
 from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
-from shards.loading.sequential import ImageBatch, SequentialLoader
+from shards.loading.sequential import ImageBatch, OrderedImages, SequentialLoader
 from shards.loading.tar_images import TarImages
 
 ROUND_IMAGES = 4096
@@ -33,13 +34,32 @@ THREAD_IMAGES = 16
 Encode = Callable[[Tensor, Tensor], Tensor]
 """uint8 images [b, 3, H, W] and int64 row numbers [b], both on the worker's device -> float [b, width].
 Called in several threads on a CPU, without gradient."""
+Progress = Callable[[int, int], None]
+"""progress(done, total): images done, images in all."""
 
 
-class Batches(Protocol):
-    """This rank's part of the images, in batches; all ranks together have every row once."""
+def no_progress(done: int, total: int) -> None:
+    """For passes that nobody looks at."""
 
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[ImageBatch]: ...
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How a sequential pass reads and encodes images."""
+
+    image_size: tuple[int, int]
+    """(H, W), pixels."""
+    batch_size: int
+    """Images that are read at a time, and on a GPU of one forward pass."""
+    num_loaders: int = 0
+    """Decoding processes of each worker; 0 decodes in the worker itself."""
+    cache_dir: str | None = None
+    """Node-local folder, for shards of remote storage and for the features."""
+    cache_bytes: int = 50_000_000_000
+
+    @classmethod
+    def of(cls, config: Config) -> "PassSettings":
+        data = config.data
+        return cls(config.model.image_size, config.eval.batch, data.loaders, data.cache_dir, int(data.cache_gb * 1e9))
 
 
 def extract(
@@ -47,71 +67,80 @@ def extract(
     index: ShardIndex,
     split: str,
     team: Team,
-    *,
-    image_size: tuple[int, int],
-    batch: int,
-    loaders: int = 0,
-    cache_dir: str | None = None,
-    cache_gb: float = 50.0,
-    on_images: Callable[[int], None] = lambda count: None,
+    settings: PassSettings,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """float32 [n, width] in the split's row order, memory-mapped and read-only, the same on every rank.
 
-    `on_images` is told how many images this rank has encoded in all.
-
-    Raises:
-        DataError: an image cannot be read; its shard and key are named. On every rank, whoever found it.
+    Raises DataError, on every rank, for an image that cannot be read; its shard and key are named.
     """
-    images = TarImages(index, split, image_size, CacheSettings(cache_dir, int(cache_gb * 1e9)))
-    loader = SequentialLoader(images, rank=team.rank, world_size=team.world_size, batch_size=batch, num_loaders=loaders)
-    return extract_batches(encode, loader, len(images), batch, team, cache_dir, on_images)
+    images = TarImages(index, split, settings.image_size, CacheSettings(settings.cache_dir, settings.cache_bytes))
+    return extract_images(encode, images, team, settings, progress)
 
 
-def extract_batches(
+def extract_images(
     encode: Encode,
-    loader: Batches,
-    total: int,
-    batch: int,
+    images: OrderedImages,
     team: Team,
-    cache_dir: str | None = None,
-    on_images: Callable[[int], None] = lambda count: None,
+    settings: PassSettings,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
-    """The same for the images 0 … total - 1 of a loader, in batches of up to `batch`."""
+    """The same for images of a split or a folder."""
+    total, batch_size = len(images), settings.batch_size
     assert total, "splits and folders without images are refused before"
-    size = _forward_images(batch, team.device)
+    loader = SequentialLoader(
+        images,
+        rank=team.rank,
+        world_size=team.world_size,
+        batch_size=batch_size,
+        num_loaders=settings.num_loaders,
+    )
+    size = _forward_images(batch_size, team.device)
     per_round = -(-ROUND_IMAGES // size)
-    parts_here = len(loader) * -(-batch // size)
-    rounds = max(team.all_gather_objects(-(-parts_here // per_round), "rounds of features"))
-    bank = None
-    with closing(encode_batches(encode, loader, batch, team.device, on_images)) as encoded:
+    passes_here = len(loader) * -(-batch_size // size)
+    rounds = max(team.all_gather_objects(-(-passes_here // per_round), "rounds of features"))
+
+    def on_images(done_here: int) -> None:
+        progress(min(done_here * team.world_size, total), total)  # The ranks go on alike.
+
+    bank: Bank | None = None
+    with closing(encode_batches(encode, loader, batch_size, team.device, on_images)) as encoded:
         for _ in range(rounds):
-            parts = _encoded_round(islice(encoded, per_round), team)
-            bank = bank or Bank(total, parts[0][1].shape[1], team, cache_dir)
-            bank.add(parts)
+            pieces = _encoded_round(islice(encoded, per_round), team)
+            bank = bank or Bank(total, pieces[0][1].shape[1], team, settings.cache_dir)
+            bank.add(pieces)
+    assert bank is not None, "a round has at least one image"
     return bank.whole()
 
 
 def encode_batches(
-    encode: Encode, batches: Iterable[ImageBatch], batch: int, device: torch.device, on_images: Callable[[int], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch` images, on a
-    CPU of parts of batches: each is encoded by one thread, so that features do not depend on the number of threads."""
-    size, done = _forward_images(batch, device), 0
+    encode: Encode,
+    batches: Iterable[ImageBatch],
+    batch_size: int,
+    device: torch.device,
+    on_images: Callable[[int], None],
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Row numbers int64 [b] and features float32 [b, width], on the CPU, of each batch of up to `batch_size` images.
+
+    On a CPU they are those of pieces of batches: each is encoded by one thread, so that features do not depend on the
+    number of threads. on_images: is told how many images are done.
+    """
+    size, done = _forward_images(batch_size, device), 0
 
     def work(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         return rows, _encode_padded(encode, rows, images, size, device)
 
-    parts = (part for read in batches for part in zip(read.rows.split(size), read.images.split(size), strict=True))
-    with closing(in_threads(work, parts, device)) as encoded:
+    pieces = (piece for read in batches for piece in zip(read.rows.split(size), read.images.split(size), strict=True))
+    with closing(in_threads(work, pieces, device)) as encoded:
         for rows, features in encoded:
             done += len(rows)
             on_images(done)
             yield rows, features
 
 
-def _forward_images(batch: int, device: torch.device) -> int:
+def _forward_images(batch_size: int, device: torch.device) -> int:
     """Images of one forward pass."""
-    return min(batch, THREAD_IMAGES) if device.type == "cpu" else batch
+    return min(batch_size, THREAD_IMAGES) if device.type == "cpu" else batch_size
 
 
 @torch.no_grad()
@@ -130,16 +159,16 @@ def _encoded_round(encoded: Iterable[tuple[Tensor, Tensor]], team: Team) -> list
     """What every rank has encoded in this round, as (rows, features) in rank order."""
     rows, features, error = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), None
     try:
-        if parts := list(encoded):
-            rows, features = map(torch.cat, zip(*parts, strict=True))
+        if pieces := list(encoded):
+            rows, features = map(torch.cat, zip(*pieces, strict=True))
     except DataError as fault:
         error = fault
-    told = team.all_gather_objects((*features.shape, error), "encode images")
-    if errors := [fault for *_, fault in told if fault is not None]:
+    of_ranks = team.all_gather_objects((*features.shape, error), "encode images")
+    if errors := [fault for *_, fault in of_ranks if fault is not None]:
         raise errors[0]
     if team.world_size == 1:
         return [(rows, features)]
-    counts, width = [count for count, *_ in told], max(width for _, width, _ in told)
+    counts, width = [count for count, *_ in of_ranks], max(width for _, width, _ in of_ranks)
     padded_rows, padded = torch.zeros(max(counts), dtype=torch.int64), torch.zeros(max(counts), width)
     padded_rows[: len(rows)], padded[: len(rows), : features.shape[1]] = rows, features
     with team.within("exchange features", PATIENCE):
@@ -167,9 +196,9 @@ class Bank:
         if self.leads:
             Path(path).unlink()  # The mappings keep it alive; nothing is left behind however the processes end.
 
-    def add(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+    def add(self, pieces: list[tuple[Tensor, Tensor]]) -> None:
         """Write the (rows, features) of one round."""
-        for rows, features in parts if self.leads else ():
+        for rows, features in pieces if self.leads else ():
             self.file[rows.numpy()] = features.numpy()
 
     def whole(self) -> np.ndarray:

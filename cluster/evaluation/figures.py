@@ -1,6 +1,6 @@
 """The paper's pictures of a trained model: t-SNE, relevance maps, ranked lists (Figures 1, 3 and 4).
 
-    weights applied (apply) + shards ──▶ [figures] ──▶ tsne.png, relevance.png, ranked.png
+    inference + shards ──▶ [figures] ──▶ tsne.png, relevance.png, ranked.png
 
 Identities and queries are taken at even distances, so the same ones appear for every model of a dataset.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,8 +28,8 @@ from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
 from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.errors import ConfigError
-from cluster.evaluation.evaluate import labels_of
-from cluster.evaluation.inference import Applied, Progress
+from cluster.evaluation.inference import Inference
+from cluster.evaluation.metrics import ShowProgress, labels_of
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.loading.decode import pick_images
@@ -41,27 +42,29 @@ QUERIES, NEAREST = 8, 10
 RIGHT, WRONG = "#2a9d3a", "#d62828"
 INCH = 1.3
 """Height of an image in a figure."""
+SplitRows = tuple[str, np.ndarray]
+"""A split, and row numbers in it."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """What the figures show: a model with its weights, on a dataset."""
 
-    applied: Applied
+    inference: Inference
     index: ShardIndex
     text: PromptedText | None
     """None where no prompts were learned: the baseline, and CLIP's own weights."""
-    progress: Progress
+    show: ShowProgress
 
     @classmethod
-    def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, progress: Progress) -> "Subject":
+    def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: ShowProgress) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
-        applied, text = Applied(config, path, card, index), None
+        inference, text = Inference(config, path, card, index), None
         if config.method != "baseline" and card:
             text = load_text(path)
         elif config.method != "baseline" and "train" in index.splits and is_official(read_state_dict(path)):
             text = build_models(model_spec(config, index), str(path), config.run.seed)[1]
-        return cls(applied, index, text and text.to(applied.team.device).eval(), progress)
+        return cls(inference, index, text and text.to(inference.team.device).eval(), show)
 
     @property
     def train(self) -> SplitIndex:
@@ -76,18 +79,20 @@ class Subject:
         """float32 [n, D] of these training identities."""
         if self.text is None:
             return None
-        return self.text(torch.from_numpy(labels).to(self.applied.team.device)).float().cpu()
+        return self.text(torch.from_numpy(labels).to(self.inference.team.device)).float().cpu()
 
     def pixels(self, images: Tensor) -> Tensor:
         """float32 [n, 3, H, W] as the encoder takes them."""
-        data = self.applied.config.data
-        return normalise(images.to(self.applied.team.device), data.pixel_mean, data.pixel_std)
+        data = self.inference.config.data
+        return normalise(images.to(self.inference.team.device), data.pixel_mean, data.pixel_std)
 
 
 def draw_figure(name: str, subject: Subject, path: Path) -> None:
     """Draw one of FIGURES into a PNG file.
 
-    Raises ConfigError where the dataset has no split for it, DataError for an image that cannot be read.
+    Raises:
+        ConfigError: the dataset has no split for it.
+        DataError: an image cannot be read.
     """
     with write_atomic(str(path)) as file:
         FIGURES[name](subject).savefig(file, format="png", dpi=150, bbox_inches="tight")
@@ -100,22 +105,23 @@ def tsne(subject: Subject) -> Figure:
     train = subject.train
     labels = _spread(train.num_identities, TSNE_IDENTITIES)
     rows = [np.flatnonzero(train.labels == label)[:TSNE_IMAGES] for label in labels]
-    owner = np.repeat(np.arange(len(labels)), [len(part) for part in rows])
+    owner = np.repeat(np.arange(len(labels)), [len(own) for own in rows])
     points = _projected(subject, np.concatenate(rows))
     images = len(points)
     if (texts := subject.text_features(labels)) is not None:
         points = torch.cat([F.normalize(points), F.normalize(texts)])
         owner = np.concatenate([owner, np.arange(len(labels))])
-    points = F.normalize(points).numpy()
     perplexity = min(30.0, (len(points) - 1) / 3)
-    places = TSNE(metric="cosine", init="random", random_state=0, perplexity=perplexity).fit_transform(points)
+    embedding = TSNE(metric="cosine", init="random", random_state=0, perplexity=perplexity)
+    x, y = embedding.fit_transform(F.normalize(points).numpy()).T
 
     figure = Figure(figsize=(6, 6))
     axes = figure.subplots()
     colours = colormaps["tab10"](owner)
-    axes.scatter(*places[:images].T, c=colours[:images], s=14, label="images")
+    axes.scatter(x[:images], y[:images], c=colours[:images], s=14, label="images")
     if texts is not None:
-        axes.scatter(*places[images:].T, c=colours[images:], s=150, marker="p", edgecolors="black", label="texts")
+        x, y, colours = x[images:], y[images:], colours[images:]
+        axes.scatter(x, y, c=colours, s=150, marker="p", edgecolors="black", label="texts")
     axes.set(xticks=[], yticks=[], title=f"{len(labels)} training identities of {subject.index.name}")
     axes.legend()
     return figure
@@ -123,10 +129,10 @@ def tsne(subject: Subject) -> Figure:
 
 def relevance(subject: Subject) -> Figure:
     """Figure 3: what in an image speaks for its identity, by its text feature (without texts, by its classifier)."""
-    train, model = subject.train, subject.applied.model
+    train, model = subject.train, subject.inference.model
     labels = _spread(train.num_identities, RELEVANCE_IMAGES)
     rows = np.array([np.flatnonzero(train.labels == label)[0] for label in labels])
-    images = pick_images(subject.index, "train", rows.tolist(), subject.applied.config.model.image_size)
+    images = pick_images(subject.index, "train", rows.tolist(), subject.inference.config.model.image_size)
     targets = subject.text_features(labels)
     if targets is None:
         targets = model.classifier_proj.weight.detach()[labels]
@@ -134,41 +140,41 @@ def relevance(subject: Subject) -> Figure:
     maps = relevance_maps(model.image_encoder, pixels, targets.to(pixels.device)).cpu()
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
-    figure = _canvas(rows=2, columns=len(labels), image_size=images.shape[2:])
+    figure, grid = _canvas(rows=2, columns=len(labels), image_size=subject.inference.config.model.image_size)
     heat = torch.from_numpy(colormaps["turbo"](maps.numpy())[..., :3]).float()
     for column, (image, colour, label) in enumerate(zip(images, heat, labels, strict=True)):
         pixels = image.permute(1, 2, 0)
-        _show(figure, 0, column, pixels, train.label_names[label])
-        _show(figure, 1, column, 0.5 * pixels / 255 + 0.5 * colour, "")
+        _show(grid[0, column], pixels, train.label_names[label])
+        _show(grid[1, column], 0.5 * pixels / 255 + 0.5 * colour, "")
     return figure
 
 
-def ranked(subject: Subject) -> Figure:
+def ranked_lists(subject: Subject) -> Figure:
     """Figure 4: queries and their nearest gallery images, framed green where the identity is right, red where not."""
-    applied, index = subject.applied, subject.index
-    (query_split, query_rows), (gallery_split, gallery_rows) = _query_and_gallery(applied.config, index)
+    inference, index = subject.inference, subject.index
+    (query_split, query_rows), (gallery_split, gallery_rows) = _query_and_gallery(inference.config, index)
     query_rows = query_rows[_spread(len(query_rows), QUERIES)]
     encoded = {
-        name: applied.extract_split(index, name, subject.progress)["features"]
+        name: inference.extract_split(index, name, subject.show)["features"]
         for name in sorted({query_split, gallery_split})
     }
     query, gallery = _labels(index, query_split, query_rows), _labels(index, gallery_split, gallery_rows)
-    found = retrieve(
-        torch.from_numpy(encoded[query_split][query_rows]), query, encoded[gallery_split][gallery_rows], gallery,
-        rule="none" if query_split == "test" else applied.config.eval.rule, top_k=NEAREST,
-    ).nearest.rows  # fmt: skip
+    rule = "none" if query_split == "test" else inference.config.eval.rule
+    queries, rows = torch.from_numpy(encoded[query_split][query_rows]), encoded[gallery_split][gallery_rows]
+    nearest = retrieve(queries, query, rows, gallery, rule=rule, top_k=NEAREST).nearest
+    assert nearest is not None, "asked for by top_k"
 
-    size = applied.config.model.image_size
-    figure = _canvas(rows=len(query_rows), columns=1 + NEAREST, image_size=size)
+    size = inference.config.model.image_size
+    figure, grid = _canvas(rows=len(query_rows), columns=1 + NEAREST, image_size=size)
     for line, row in enumerate(query_rows):
         own = pick_images(index, query_split, [int(row)], size)[0]
-        _show(figure, line, 0, own.permute(1, 2, 0), "query" if line == 0 else "")
-        places = found[line][found[line] >= 0]
-        images = pick_images(index, gallery_split, gallery_rows[places].tolist(), size)
-        for column, (place, image) in enumerate(zip(places, images, strict=True), start=1):
-            right = gallery.identities[place] == query.identities[line]
-            axes = _show(figure, line, column, image.permute(1, 2, 0), str(column) if line == 0 else "")
-            for spine in axes.spines.values():
+        _show(grid[line, 0], own.permute(1, 2, 0), "query" if line == 0 else "")
+        found = nearest.rows[line][nearest.rows[line] >= 0]
+        images = pick_images(index, gallery_split, gallery_rows[found].tolist(), size)
+        for column, (other, image) in enumerate(zip(found, images, strict=True), start=1):
+            right = gallery.identities[other] == query.identities[line]
+            _show(grid[line, column], image.permute(1, 2, 0), str(column) if line == 0 else "")
+            for spine in grid[line, column].spines.values():
                 spine.set(visible=True, color=RIGHT if right else WRONG, linewidth=3)
     return figure
 
@@ -176,30 +182,30 @@ def ranked(subject: Subject) -> Figure:
 FIGURES: dict[str, Callable[[Subject], Figure]] = {
     "tsne": tsne,
     "relevance": relevance,
-    "ranked": ranked,
+    "ranked": ranked_lists,
 }
 
 
-def _spread(total: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` numbers below `total`, at even distances. int64."""
-    return np.arange(min(wanted, total)) * total // min(wanted, total)
+def _spread(total: int, most: int) -> np.ndarray:
+    """Up to `most` numbers below `total`, at even distances. int64."""
+    return np.arange(min(most, total)) * total // min(most, total)
 
 
 @torch.no_grad()
 def _projected(subject: Subject, rows: np.ndarray) -> Tensor:
     """Projected features of training images without side information, as stage 1 has them. float32 [n, D]."""
-    size, batch = subject.applied.config.model.image_size, subject.applied.config.eval.batch
+    size, batch = subject.inference.config.model.image_size, subject.inference.config.eval.batch
     parts = []
-    with subject.progress("encode train") as done:
+    with subject.show("encode train") as progress:
         for start in range(0, len(rows), batch):
             images = pick_images(subject.index, "train", rows[start : start + batch].tolist(), size)
-            parts.append(subject.applied.model.features(subject.pixels(images)).proj.float().cpu())
-            done(start + len(images), len(rows))
+            parts.append(subject.inference.model.features(subject.pixels(images)).proj.float().cpu())
+            progress(start + len(images), len(rows))
     return torch.cat(parts)
 
 
-def _query_and_gallery(config: Config, index: ShardIndex):
-    """(split, row numbers) of the queries and of the gallery; of VehicleID those of the largest list's first draw."""
+def _query_and_gallery(config: Config, index: ShardIndex) -> tuple[SplitRows, SplitRows]:
+    """The queries and the gallery; of VehicleID those of the largest list's first draw."""
     if "test" not in index.splits:
         return ("query", np.arange(len(index.split("query")))), ("gallery", np.arange(len(index.split("gallery"))))
     test = index.split("test")
@@ -214,24 +220,23 @@ def _query_and_gallery(config: Config, index: ShardIndex):
 
 def _labels(index: ShardIndex, split: str, rows: np.ndarray) -> Labels:
     whole = labels_of(index.split(split))
-    return Labels(whole.identities[rows], whole.cameras[rows], whole.times[rows])
+    cameras, times = (None if column is None else column[rows] for column in (whole.cameras, whole.times))
+    return Labels(whole.identities[rows], cameras, times)
 
 
-def _canvas(rows: int, columns: int, image_size: tuple[int, int]) -> Figure:
+def _canvas(rows: int, columns: int, image_size: tuple[int, int]) -> tuple[Figure, np.ndarray]:
+    """A figure, and its empty axes [rows, columns]."""
     height, width = image_size
     figure = Figure(figsize=(INCH * columns * width / height, INCH * rows))
-    figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
-    for axes in figure.axes:
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
+    for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.set_frame_on(True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    return figure
+    return figure, grid
 
 
-def _show(figure: Figure, row: int, column: int, pixels: Tensor, title: str):
-    columns = figure.axes[0].get_gridspec().ncols
-    axes = figure.axes[row * columns + column]
+def _show(axes: Axes, pixels: Tensor, title: str) -> None:
     axes.imshow(pixels.numpy())
     axes.set_title(title, fontsize=7)
-    return axes

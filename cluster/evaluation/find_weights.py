@@ -1,9 +1,9 @@
-"""Weights to be applied: found, and held against the settings and the dataset; no torch, no weights read.
+"""Weights to be used: found, and compared with the settings and the dataset; no torch, no weights read.
 
-    --weights RUN | FILE ──▶ [trained] ──▶ apply
+    --weights RUN | FILE ──▶ [find_weights] ──▶ inference
 
 A file of our own says what it was trained with, so settings that contradict it are refused here. Files of others
-(CLIP's, the authors') are held against the settings when they are read.
+(CLIP's, the authors') are compared with the settings when they are read.
 """
 
 import os
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from clipreid.errors import ModelError
 from clipreid.model.spec import ModelSpec
@@ -51,54 +52,54 @@ def card_of(path: Path) -> ModelCard | None:
 
 
 def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source: str) -> None:
-    """Raise ConfigError, one line a fault with both values, unless weights and settings compute the same features.
+    """Raises ConfigError, one line a fault with both values, unless weights and settings compute the same features.
 
-    What only training needs may differ: identities, prompts, the dataset itself; and the descriptor, which is told.
+    What only training needs may differ: identities, prompts, the dataset itself. So may the descriptor, with a note.
     Without `index` no camera or view is known, so the sizes of the side information table do not matter.
     """
-    trained = card.spec
-    dataset = index or trained
+    of_weights = card.spec
+    dataset = index or of_weights
     here = configured_spec(
-        config, cameras=dataset.cameras, views=dataset.views, identities=trained.identities, noun=trained.noun
+        config, cameras=dataset.cameras, views=dataset.views, identities=of_weights.identities, noun=of_weights.noun
     )
     faults = [
         f"{source}: {key} is {theirs} in the weights, {ours} in the configuration{note}: set it as it was in training"
-        for key, theirs, ours, note in [*_model_differences(trained, here), *_pixel_differences(card, config)]
+        for key, theirs, ours, note in [*_model_differences(of_weights, here), *_pixel_differences(card, config)]
     ]
-    if not faults and trained.sie_rows != here.sie_rows:
-        width = trained.arch_config["vision_cfg"]["width"]
+    if not faults and of_weights.sie_rows != here.sie_rows:
+        width = of_weights.arch_config["vision_cfg"]["width"]
         faults.append(
-            f"{source}: cv_embed is ({trained.sie_rows}, {width}), model.sie {here.sie} on this dataset needs "
+            f"{source}: cv_embed is ({of_weights.sie_rows}, {width}), model.sie {here.sie} on this dataset needs "
             f"({here.sie_rows}, {width}): these weights know other cameras or views, use them on their own dataset"
         )
     if faults:
         raise ConfigError("\n".join(faults))
-    _tell_descriptor(card, config, source)
+    _note_descriptor(card, config, source)
 
 
-def _tell_descriptor(card: ModelCard, config: Config, source: str) -> None:
+def _note_descriptor(card: ModelCard, config: Config, source: str) -> None:
     """Another descriptor than the run's is a choice that is free at any time, but not to be made unawares."""
     theirs, ours = list(card.descriptor), list(config.eval.descriptor)
     if theirs != ours and os.environ.get("RANK", "0") == "0":
-        print(f"note: eval.descriptor is {ours} here, {source} was judged by {theirs} in its run", file=sys.stderr)
+        print(f"note: eval.descriptor is {ours} here, {source} was evaluated by {theirs} in its run", file=sys.stderr)
 
 
-def _model_differences(trained: ModelSpec, here: ModelSpec) -> Iterator[tuple[str, object, object, str]]:
+def _model_differences(of_weights: ModelSpec, here: ModelSpec) -> Iterator[tuple[str, object, object, str]]:
     """(key, value in the weights, value in the configuration, note) of what decides the features and differs."""
-    if trained.arch_config != here.arch_config:
-        yield "model.arch", trained.arch, here.arch, " (another architecture)"
+    if of_weights.arch_config != here.arch_config:
+        yield "model.arch", of_weights.arch, here.arch, " (another architecture)"
         return
-    width = trained.arch_config["vision_cfg"]["width"]
-    rows = [1 + spec.grid[0] * spec.grid[1] for spec in (trained, here)]
+    width = of_weights.arch_config["vision_cfg"]["width"]
+    rows = [1 + spec.grid[0] * spec.grid[1] for spec in (of_weights, here)]
     shapes = f" (positional_embedding ({rows[0]}, {width}) and ({rows[1]}, {width}))" if rows[0] != rows[1] else ""
-    values = {
-        "model.image_size": ([list(spec.image_size) for spec in (trained, here)], shapes),
-        "model.stride": ([spec.stride or spec.patch_size for spec in (trained, here)], shapes),
-        "model.sie": ([trained.sie, here.sie], ""),
+    values: dict[str, tuple[list[Any], str]] = {
+        "model.image_size": ([list(spec.image_size) for spec in (of_weights, here)], shapes),
+        "model.stride": ([spec.stride or spec.patch_size for spec in (of_weights, here)], shapes),
+        "model.sie": ([of_weights.sie, here.sie], ""),
     }
-    if trained.sie == here.sie != "none":
-        values["model.sie_tokens"] = [trained.sie_tokens, here.sie_tokens], ""
-        values["model.sie_coefficient"] = [trained.sie_coefficient, here.sie_coefficient], ""
+    if of_weights.sie == here.sie != "none":
+        values["model.sie_tokens"] = [of_weights.sie_tokens, here.sie_tokens], ""
+        values["model.sie_coefficient"] = [of_weights.sie_coefficient, here.sie_coefficient], ""
     yield from ((key, *pair, note) for key, (pair, note) in values.items() if pair[0] != pair[1])
 
 

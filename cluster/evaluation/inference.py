@@ -1,10 +1,11 @@
-"""Weights applied to images, by this process or by all that torchrun started: evaluation and extraction.
+"""Weights at work on images, in this process or in all that torchrun started: evaluation and extraction.
 
-RUN | model.safetensors | authors' checkpoint | CLIP weights ──▶ [apply] ──▶ metrics, or arrays of a feature file
+    a run's, the authors' or CLIP's weights ──▶ [inference] ──▶ metrics, or arrays of a feature file
+
+Features and metrics do not depend on the number of processes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,39 @@ from clipreid.weights.file import load_model
 from clipreid.weights.initial import build_models
 from clipreid.weights.official import official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
-from cluster.evaluation.evaluate import describe, encode_split, measure
-from cluster.evaluation.features import extract_batches
-from cluster.evaluation.metrics import Progress
+from cluster.evaluation.evaluate import descriptors, encode_split
+from cluster.evaluation.features import PassSettings, Progress, extract_images
+from cluster.evaluation.metrics import ShowProgress, measure, show_nothing
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team, choose_device
 from cluster.settings.config import Config
 from cluster.settings.model_spec import configured_spec, model_spec
 from shards.loading.folder_images import FolderImages
 from shards.loading.index import ShardIndex
-from shards.loading.sequential import SequentialLoader
 
 
-class Applied:
-    """A model with loaded weights, as the settings want it applied."""
+class Inference:
+    """A model with loaded weights, used as the settings say."""
 
     def __init__(
         self, config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None, team: Team | None = None
     ):
-        """`card`: of a file of our own, which fits the settings already. team: by default this process alone.
-        Raises ModelError where weights do not fit."""
+        """card: of a file of our own, which fits the settings already. team: by default this process alone.
+
+        Raises ModelError where weights do not fit.
+        """
         self.config = config
         self.team = team or Team(device=choose_device(0))
         model = load_model(path)[0] if card else _load_others(config, path, index)
         self.model: ReIDModel = model.to(self.team.device).eval()
 
-    def evaluate(self, index: ShardIndex, progress: Progress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
+    def evaluate(self, index: ShardIndex, show: ShowProgress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
         """Metrics as of a run, `evaluate.evaluate`. Raises as it does. per_query: as in `measure`."""
-        return measure(
-            lambda split: self._encode(index, split, progress), index, self.config, self.team, progress, per_query
-        )
+        return measure(lambda split: self._encode(index, split, show), index, self.config, self.team, show, per_query)
 
-    def extract_split(self, index: ShardIndex, split: str, progress: Progress) -> dict[str, np.ndarray]:
+    def extract_split(self, index: ShardIndex, split: str, show: ShowProgress) -> dict[str, np.ndarray]:
         """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""
-        features = self._encode(index, split, progress)
+        features = self._encode(index, split, show)
         rows = index.split(split)
         return {
             "features": features,
@@ -64,22 +64,16 @@ class Applied:
             "times": _strings(rows.times),
         }
 
-    def extract_images(self, folder: str, names: list[str], progress: Progress) -> dict[str, np.ndarray]:
+    def extract_images(self, folder: str, names: list[str], show: ShowProgress) -> dict[str, np.ndarray]:
         """The same for the images `names` of a plain folder: keys are the names, all else is unknown."""
-        team, batch = self.team, self.config.eval.batch
-        loader = SequentialLoader(
-            FolderImages(folder, names, self.config.model.image_size),
-            rank=team.rank,
-            world_size=team.world_size,
-            batch_size=batch,
-            num_loaders=self.config.data.loaders,
-        )
+        team, settings = self.team, PassSettings.of(self.config)
+        folder_images = FolderImages(folder, names, settings.image_size)
 
         def encode(images: Tensor, rows: Tensor) -> Tensor:
-            return describe(self.model, self.config, images)
+            return descriptors(self.model, self.config, images)
 
-        with self._shown(progress, "images", len(names)) as on_images:
-            features = extract_batches(encode, loader, len(names), batch, team, self.config.data.cache_dir, on_images)
+        with self._shown(show, "images") as progress:
+            features = extract_images(encode, folder_images, team, settings, progress)
         unknown, empty = np.full(len(names), -1, np.int64), np.full(len(names), "")
         return {
             "features": features,
@@ -88,18 +82,13 @@ class Applied:
             "keys": np.array(names, str),
         }
 
-    def _encode(self, index: ShardIndex, split: str, progress: Progress) -> np.ndarray:
-        with self._shown(progress, split, len(index.split(split))) as on_images:
-            return encode_split(self.model, index, split, self.config, self.team, on_images)
+    def _encode(self, index: ShardIndex, split: str, show: ShowProgress) -> np.ndarray:
+        with self._shown(show, split) as progress:
+            return encode_split(self.model, index, split, self.config, self.team, progress)
 
-    @contextmanager
-    def _shown(self, progress: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A function to be told this rank's images; the first rank shows them for all, which go on alike."""
-        if not self.team.is_first:
-            yield lambda count: None
-            return
-        with progress(f"encode {what}") as done:
-            yield lambda count: done(min(count * self.team.world_size, total), total)
+    def _shown(self, show: ShowProgress, what: str) -> AbstractContextManager[Progress]:
+        """The first rank shows the images of all."""
+        return (show if self.team.is_first else show_nothing)(f"encode {what}")
 
 
 def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDModel:

@@ -1,13 +1,14 @@
 """From descriptors or feature files to metrics, on many workers.
 
-    evaluate, feature files ── descriptors ──▶ [measure] ──▶ metrics
+    evaluate, feature files ── descriptors ──▶ [metrics] ──▶ metrics.json
 
 The distances are counted by `clipreid.retrieval`; its sums over ranks are the team's. No encoder is needed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -19,14 +20,147 @@ from clipreid.retrieval.rerank import evaluate_reranked
 from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
+from cluster.evaluation.features import Progress, no_progress
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team
+from cluster.settings.config import Config
+from shards.loading.index import ShardIndex, SplitIndex
 
 UNIT_TOLERANCE = 1e-6
 """How far the length of a row that was normalised in float32 may be from 1."""
 BLOCK_ROWS = 8192
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""progress(what is done): a block with a function to be told (images done, images in all)."""
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
+"""show(what is done): a block in which progress(done, total) is seen."""
+
+
+@contextmanager
+def show_nothing(doing: str) -> Iterator[Progress]:
+    yield no_progress
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """How queries are compared with a gallery, and what is said of them."""
+
+    rule: Rule
+    """Gallery images of the query's identity that do not count: those of its camera, none, or camera_time."""
+    rerank: tuple[int, int, float] | None = None
+    """k1, k2, lambda: the same metrics of the re-ranked distances as well, under "rerank"."""
+    per_query: PerQueryFile | None = None
+    """Written by the first rank; of the plain distances."""
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """The random galleries of the VehicleID protocol."""
+
+    draws: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """The queries, or the gallery."""
+
+    features: np.ndarray
+    """float32 [n, D], the same on every rank; the gallery's may be memory-mapped."""
+    labels: Labels
+    keys: np.ndarray | None = None
+    """Strings [n], for the per-query file."""
+
+    @classmethod
+    def of_split(cls, features: np.ndarray, split: SplitIndex) -> "RetrievalSet":
+        return cls(features, labels_of(split), split.keys)
+
+
+def measure(
+    descriptors: Callable[[str], np.ndarray],
+    index: ShardIndex,
+    config: Config,
+    team: Team,
+    show: ShowProgress = show_nothing,
+    per_query: PerQueryFile | None = None,
+) -> dict[str, Any]:
+    """The metrics of a packed dataset by its protocol, the same on every rank, as `evaluate.evaluate` gives them.
+
+    descriptors: asked for those of a whole split by its name, float32 [n, D].
+    per_query: not for VehicleID, whose queries differ from draw to draw.
+    """
+    if "test" in index.splits:
+        test = index.split("test")
+        draws = DrawSettings(config.eval.draws, config.run.seed)
+        return vehicleid_metrics(np.array(descriptors("test")), test.identity_codes, test.lists, draws, team)
+    query = RetrievalSet.of_split(np.array(descriptors("query")), index.split("query"))
+    gallery = RetrievalSet.of_split(descriptors("gallery"), index.split("gallery"))
+    settings = RetrievalSettings(config.eval.rule, config.eval.rerank, per_query)
+    return retrieval_metrics(query, gallery, settings, team, show)
+
+
+def metrics_of_pair(
+    query: FeatureSet,
+    gallery: FeatureSet,
+    *,
+    normalize: bool,
+    settings: RetrievalSettings,
+    team: Team,
+    show: ShowProgress = show_nothing,
+) -> dict[str, Any]:
+    """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
+
+    Raises ModelError for features that are not finite, and where no query has a valid match.
+    """
+    # A block of rows at a time is all that is asked of the gallery, and this much of an array `Rows` is.
+    rows = cast(np.ndarray, Rows(gallery, normalize))
+    return retrieval_metrics(
+        RetrievalSet(Rows(query, normalize)[:], _labels_of_file(query), query.keys),
+        RetrievalSet(rows, _labels_of_file(gallery), gallery.keys),
+        settings,
+        team,
+        show,
+    )
+
+
+def metrics_of_test(test: FeatureSet, *, normalize: bool, draws: DrawSettings, team: Team) -> dict[str, Any]:
+    """The VehicleID protocol on a feature file. Raises as `metrics_of_pair`, and where no image is in a test list."""
+    assert test.lists is not None, "read_test refuses a file without them"
+    return vehicleid_metrics(Rows(test, normalize)[:], test.identities, test.lists, draws, team)
+
+
+def retrieval_metrics(
+    query: RetrievalSet,
+    gallery: RetrievalSet,
+    settings: RetrievalSettings,
+    team: Team,
+    show: ShowProgress = show_nothing,
+) -> dict[str, Any]:
+    """mAP, mINP, R1, …, the same on every rank."""
+    show = show if team.is_first else show_nothing
+    rule, per_query = settings.rule, settings.per_query
+    peers = team.patiently("merge evaluation")
+    on_device = torch.from_numpy(query.features).to(team.device)
+    sets = on_device, query.labels, gallery.features, gallery.labels
+    top_k = per_query.top_k if per_query else 0
+    with show("compare with the gallery") as progress:
+        result = retrieve(*sets, rule=rule, top_k=top_k, peers=peers, progress=progress)
+    if per_query and team.is_first:
+        per_query.write(result, query.keys, gallery.keys)
+    metrics = result.metrics()
+    if settings.rerank:
+        k1, k2, lam = settings.rerank
+        with show("re-rank") as progress:
+            metrics["rerank"] = evaluate_reranked(
+                *sets, rule=rule, k1=k1, k2=k2, lam=lam, peers=peers, progress=progress
+            )
+    return metrics
+
+
+def vehicleid_metrics(
+    features: np.ndarray, identities: np.ndarray, lists: np.ndarray, settings: DrawSettings, team: Team
+) -> dict[str, Any]:
+    """`small`, `medium`, `large`, each with mean and std over the draws. Features float32 [n, D] of split test."""
+    on_device = torch.from_numpy(features).to(team.device)
+    peers = team.patiently("merge evaluation")
+    return vehicleid(on_device, identities, lists, draws=settings.draws, seed=settings.seed, peers=peers)
 
 
 class Rows:
@@ -35,14 +169,14 @@ class Rows:
     Raises ModelError with file, row and key for a value that is not finite.
     """
 
-    def __init__(self, part: FeatureSet, normalize: bool):
-        self.part, self.normalize = part, normalize
+    def __init__(self, file: FeatureSet, normalize: bool):
+        self.file, self.normalize = file, normalize
 
     def __len__(self) -> int:
-        return len(self.part.features)
+        return len(self.file.features)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        block = np.array(self.part.features[rows], np.float32)
+        block = np.array(self.file.features[rows], np.float32)
         finite = np.isfinite(block).all(1)
         if not finite.all():
             self._refuse(np.arange(len(self))[rows][np.argmin(finite)])
@@ -51,93 +185,11 @@ class Rows:
         return block
 
     def _refuse(self, row: int) -> NoReturn:
-        key = "" if self.part.keys is None else f" (key {self.part.keys[row]})"
+        key = "" if self.file.keys is None else f" (key {self.file.keys[row]})"
         raise ModelError(
-            f"{self.part.source}: row {row}{key} holds values that are not finite: extract it again, and if they come "
+            f"{self.file.source}: row {row}{key} holds values that are not finite: extract it again, and if they come "
             "again look at the weights, which may not be finite either"
         )
-
-
-@contextmanager
-def silent(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A Progress that nobody sees."""
-    yield lambda done, total: None
-
-
-def measure_retrieval(
-    query_features: np.ndarray,
-    query: Labels,
-    gallery_features: np.ndarray | Rows,
-    gallery: Labels,
-    *,
-    rule: Rule,
-    rerank: tuple[int, int, float] | None,
-    team: Team,
-    progress: Progress = silent,
-    per_query: PerQueryFile | None = None,
-    keys: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
-) -> dict[str, Any]:
-    """mAP, mINP, R1, …, and with `rerank` (k1, k2, lambda) the same of the re-ranked distances under "rerank".
-
-    Features float32 [n, D], the same on every rank; the gallery's may be memory-mapped. per_query: written by the
-    first rank, with the keys of queries and gallery; of the plain distances.
-    """
-    progress = progress if team.is_first else silent
-    on_device = torch.from_numpy(query_features).to(team.device)
-    with progress("compare with the gallery") as on_images:
-        result = retrieve(
-            on_device, query, gallery_features, gallery, rule=rule, top_k=per_query.top_k if per_query else 0,
-            peers=team.patiently("merge evaluation"), progress=on_images,
-        )  # fmt: skip
-    if per_query and team.is_first:
-        per_query.write(result, *keys)
-    metrics = result.metrics()
-    if rerank:
-        k1, k2, weight = rerank
-        with progress("re-rank") as on_images:
-            metrics["rerank"] = evaluate_reranked(
-                on_device, query, gallery_features, gallery, rule=rule, k1=k1, k2=k2, lam=weight,
-                peers=team.patiently("merge evaluation"), progress=on_images,
-            )  # fmt: skip
-    return metrics
-
-
-def measure_vehicleid(
-    features: np.ndarray, identities: np.ndarray, lists: np.ndarray, *, draws: int, seed: int, team: Team
-) -> dict[str, Any]:
-    """`small`, `medium`, `large`, each with mean and std over the draws. Features float32 [n, D] of split test."""
-    return vehicleid(
-        torch.from_numpy(features).to(team.device), identities, lists, draws=draws, seed=seed,
-        peers=team.patiently("merge evaluation"),
-    )  # fmt: skip
-
-
-def measure_pair(
-    query: FeatureSet,
-    gallery: FeatureSet,
-    *,
-    normalize: bool,
-    rule: Rule,
-    rerank: tuple[int, int, float] | None,
-    team: Team,
-    progress: Progress = silent,
-    per_query: PerQueryFile | None = None,
-) -> dict[str, Any]:
-    """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
-
-    Raises ModelError for features that are not finite, and where no query has a valid match.
-    """
-    return measure_retrieval(
-        Rows(query, normalize)[:], _labels(query), Rows(gallery, normalize), _labels(gallery),
-        rule=rule, rerank=rerank, team=team, progress=progress, per_query=per_query,
-        keys=(query.keys, gallery.keys),
-    )  # fmt: skip
-
-
-def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int, team: Team) -> dict[str, Any]:
-    """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
-    features = Rows(test, normalize)[:]
-    return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=team)
 
 
 def normalize_rows(features: np.ndarray) -> None:
@@ -151,5 +203,9 @@ def normalize_rows(features: np.ndarray) -> None:
         rows /= length.where((length - 1).abs() > UNIT_TOLERANCE, 1.0)
 
 
-def _labels(part: FeatureSet) -> Labels:
-    return Labels(part.identities, part.cameras, part.times)
+def labels_of(split: SplitIndex) -> Labels:
+    return Labels(split.identity_codes, split.cameras, split.times)
+
+
+def _labels_of_file(file: FeatureSet) -> Labels:
+    return Labels(file.identities, file.cameras, file.times)

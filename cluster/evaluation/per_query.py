@@ -1,6 +1,6 @@
 """What an evaluation says of each query, as a table (CSV) for spreadsheets and further programs.
 
-    measure ── per query: rank of the first match, AP, nearest images ──▶ [per-query file]
+    metrics ── per query: rank of the first match, AP, nearest images ──▶ [per-query file]
 
 One line a query, in the order of the queries. Images are named by their keys, or by their row numbers where there are
 none. Distances are Euclidean, of the descriptors as they are compared.
@@ -29,8 +29,8 @@ class PerQueryFile:
         """
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        places = range(1, self.top_k + 1)
-        listed = [f"{name}_{place}" for name in ("nearest", "distance") for place in places]
+        ranks = range(1, self.top_k + 1)
+        listed = [f"{name}_{rank}" for name in ("nearest", "distance") for rank in ranks]
         table.writerow(["query", "positives", "first_rank", "AP", "INP", *listed])
         found = result.per_query
         for row, positives in enumerate(found.positives):

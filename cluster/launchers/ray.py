@@ -21,10 +21,9 @@ from typing import Any
 from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.placement import shortage, worker_needs
 from cluster.ranks.team import PATIENCE, Team, join_process_group, leave_process_group
+from cluster.run.interrupts import STOP, request_stop, withdraw_stop
 from cluster.run.manifest import FOLDER, read_manifests
-from cluster.run.reporter import STOP, request_stop, withdraw_stop
-from cluster.run.run_folder import METRICS
-from cluster.run.status_view import read_status
+from cluster.run.run_folder import read_metrics, read_status
 from cluster.run.storage import Storage
 from cluster.settings.config import ClusterSection, Config
 from cluster.settings.yaml_file import parse_config
@@ -162,7 +161,7 @@ def run_with_ray(config: Config) -> dict[str, Any]:
         withdraw_stop(config.run.dir)
     if stopped:
         raise Stopped("stopped as asked, after a checkpoint; the same command goes on from it")
-    return run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
+    return read_metrics(run_dir)
 
 
 def _stop(config: Config, trainer: Any) -> None:

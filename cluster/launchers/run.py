@@ -11,8 +11,8 @@ from rich.table import Table
 from cluster.errors import RankLost, TrainingError
 from cluster.launchers.ray import STOPPED_EXIT_CODE, Stopped, run
 from cluster.run.reporter import headline, run_identity
-from cluster.run.run_folder import METRICS
-from cluster.run.status_view import follow, read_status
+from cluster.run.run_folder import read_metrics, read_status
+from cluster.run.status_view import follow
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
@@ -26,7 +26,7 @@ def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
     run_dir = Storage(config.run.dir)
     if is_finished(config):
         console.print(f"finished before: nothing to do in {run_dir.url}")
-        metrics = run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
+        metrics = read_metrics(run_dir)
     else:
         images = {name: facts["images"] for name, facts in index.splits.items()}
         images["evaluation"] = max((count for name, count in images.items() if name != "train"), default=0)

@@ -1,9 +1,9 @@
 """Which checkpoints of a run are complete, and whether a configuration may go on from one.
 
+    checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors … manifest.json ──▶ [manifest] ──▶ checks, find_newest
+
 A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count.
 Imports no torch: these checks run before any worker starts.
-
-    checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors …  manifest.json
 """
 
 import hashlib
@@ -22,22 +22,26 @@ UNREADABLE = (OSError, ValueError, TypeError, KeyError)
 
 
 class Position(NamedTuple):
-    """What is done: `step` steps of `epoch`, `total` steps of the stage. Epochs and steps count from 1."""
+    """What is done: `epoch_step` steps of `epoch`, `step` steps of the stage. Epochs and steps count from 1."""
 
     stage: int
     epoch: int
+    epoch_step: int
     step: int
-    total: int
     epoch_done: bool
 
     @property
     def words(self) -> str:
-        return f"stage {self.stage}, epoch {self.epoch}, step {self.total}"
+        return f"stage {self.stage}, epoch {self.epoch}, step {self.step}"
+
+
+KEYS_ON_DISK = {"epoch_step": "step", "step": "total"}
+"""Fields of a position whose key in manifest.json is another: so they were called when the format was fixed."""
 
 
 @dataclass
-class Manifest:
-    """The contents of manifest.json."""
+class CheckpointManifest:
+    """The contents of a checkpoint's manifest.json."""
 
     name: str
     position: Position
@@ -53,23 +57,26 @@ class Manifest:
     format: int = FORMAT
 
     def dump(self) -> dict[str, Any]:
-        return asdict(self) | {"position": self.position._asdict()}
+        position = {KEYS_ON_DISK.get(name, name): value for name, value in self.position._asdict().items()}
+        return asdict(self) | {"position": position}
 
     @classmethod
-    def parse(cls, tree: dict[str, Any]) -> "Manifest":
+    def parse(cls, tree: dict[str, Any]) -> "CheckpointManifest":
+        """Raises ValueError, TypeError or KeyError for a tree that `dump` did not make."""
         if tree.get("format") != FORMAT:
             raise ValueError(f"format {tree.get('format')}, this version reads {FORMAT}")
-        return cls(**tree | {"position": Position(**tree["position"])})
+        position = Position(*(tree["position"][KEYS_ON_DISK.get(name, name)] for name in Position._fields))
+        return cls(**tree | {"position": position})
 
 
-def read_manifests(run: Storage) -> tuple[list[Manifest], dict[str, str]]:
+def read_manifests(run: Storage) -> tuple[list[CheckpointManifest], dict[str, str]]:
     """Complete checkpoints, oldest first; and what is wrong with each manifest that cannot be read, by its folder."""
     manifests, faults = [], {}
     for name in run.names(FOLDER):
         if "manifest.json" not in run.names(f"{FOLDER}/{name}"):
             continue
         try:
-            manifests.append(Manifest.parse(run.read_json(f"{FOLDER}/{name}/manifest.json") | {"name": name}))
+            manifests.append(CheckpointManifest.parse(run.read_json(f"{FOLDER}/{name}/manifest.json") | {"name": name}))
         except UNREADABLE as error:
             faults[name] = f"{run.url}/{FOLDER}/{name}/manifest.json cannot be read ({error})"
     return sorted(manifests, key=lambda m: m.position), faults
@@ -83,7 +90,7 @@ class Fault(NamedTuple):
     """Whether a file is known to be incomplete, and not only out of reach."""
 
 
-def find_fault(folder: Storage, manifest: Manifest) -> Fault | None:
+def find_fault(folder: Storage, manifest: CheckpointManifest) -> Fault | None:
     """Compare every file of a checkpoint with its manifest's size and hash."""
     for name, facts in manifest.files.items():
         try:
@@ -134,7 +141,7 @@ def check_may_continue(config: Config, fingerprint: str) -> None:
         raise ConfigError("\n".join([*faults, "such changes would change results: undo them, or use another run.dir"]))
 
 
-def _check_resume(resume: str, run: Storage, newest: Manifest) -> None:
+def _check_resume(resume: str, run: Storage, newest: CheckpointManifest) -> None:
     """Whether `run.resume` lets a run with checkpoints of its own go on from its newest one."""
     if resume == "never":
         raise ConfigError(
@@ -149,7 +156,7 @@ def _check_resume(resume: str, run: Storage, newest: Manifest) -> None:
         )
 
 
-def _setting_faults(config: Config, newest: Manifest, source: str) -> Iterator[str]:
+def _setting_faults(config: Config, newest: CheckpointManifest, source: str) -> Iterator[str]:
     position = newest.position
     now = json.loads(json.dumps(results_settings(config)))
     for key in sorted(now.keys() | newest.settings.keys()):
@@ -163,11 +170,11 @@ def _setting_faults(config: Config, newest: Manifest, source: str) -> Iterator[s
         )
 
 
-def chosen_manifest(path: str) -> Manifest:
+def chosen_manifest(path: str) -> CheckpointManifest:
     """The manifest of the checkpoint that run.resume names. Raises ConfigError where there is none."""
     folder = Storage(path)
     try:
-        return Manifest.parse(folder.read_json("manifest.json"))
+        return CheckpointManifest.parse(folder.read_json("manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"run.resume: {path} is neither auto, never, nor a complete checkpoint (a folder with manifest.json, as "

@@ -1,6 +1,8 @@
-"""A run's live figures as Ray metrics, which every node's agent serves to Prometheus.
+"""A run's live figures as Ray metrics.
 
-report.py on rank 0 ──▶ [gauges] ──▶ ray_clipreid_loss{run="…"} … at the node's metrics port
+    reporter on rank 0 ──▶ [gauges] ──▶ ray_clipreid_loss{run="…"} … at the node's metrics port
+
+Every node's agent serves them to Prometheus.
 """
 
 from typing import Any

@@ -1,14 +1,15 @@
 """What a run leaves behind, written by rank 0: settings, log, metrics, live status and TensorBoard events.
 
-run.dir/  config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
-          stage1.safetensors  model.safetensors  checkpoints/
+    reporter ──▶ [run folder] ──▶ config.yaml  log.jsonl  metrics.json  status.json  tensorboard/
+
+Beside them lie checkpoints/, stage1.safetensors and model.safetensors, which the worker writes.
 """
 
 import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from cluster.errors import TrainingError
 from cluster.run.manifest import Position
@@ -18,6 +19,8 @@ from cluster.settings.config import Config
 from cluster.settings.yaml_file import dump_config
 
 log = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+STAGE1_RESULT = "stage1.safetensors"
 LOG = "log.jsonl"
 METRICS = "metrics.json"
 STATUS = "status.json"
@@ -25,28 +28,39 @@ STATUS_EVERY_S = {True: 0.5, False: 5.0}
 """On a local disk; elsewhere, where a write takes as long as a training step."""
 
 
+def read_status(run: Storage) -> dict[str, Any]:
+    """The newest status of a run, or nothing where there is none yet."""
+    try:
+        return run.read_json(STATUS)
+    except (OSError, ValueError):
+        return {}
+
+
+def read_metrics(run: Storage) -> dict[str, Any]:
+    """What a run has measured so far, or nothing."""
+    return run.read_json(METRICS) if run.exists(METRICS) else {}
+
+
 class RunFolder:
     """The folder as rank 0 writes it. On a local disk a log line is on disk when its step ends; elsewhere the log
     is written whole with every checkpoint."""
 
-    def __init__(self, config: Config, on_status: Callable[[dict[str, Any]], None] = lambda facts: None):
+    def __init__(self, config: Config, on_status: Callable[[dict[str, Any]], None] | None = None):
+        """on_status: is told every status that is written."""
         self.on_status = on_status
         self.storage = Storage(config.run.dir)
-        with self.storage.writing("config.yaml"):
-            self.storage.write("config.yaml", dump_config(config).encode())
+        with self.storage.writing(CONFIG):
+            self.storage.write(CONFIG, dump_config(config).encode())
         self._lines: list[str] = []
-        self._file = None
+        self._file: IO[str] | None = None
         self._events = Events(f"{self.storage.url}/tensorboard", None)
         self._status: dict[str, Any] = {"restarts": self._restarts()}
         self._status_at_s = 0.0
 
     def _restarts(self) -> int:
         """How often this run was started before its end: the status of the start before knows."""
-        try:
-            before = self.storage.read_json(STATUS)
-        except (OSError, ValueError):
-            return 0
-        return before.get("restarts", 0) + (before.get("phase") != "finished")
+        before = read_status(self.storage)
+        return before.get("restarts", 0) + (before["phase"] != "finished") if before else 0
 
     def go_on_from(self, position: Position | None) -> None:
         """Drop what was logged after the position, so that the log has neither gap nor repetition."""
@@ -58,7 +72,7 @@ class RunFolder:
                     entry = json.loads(line)
                 except ValueError:  # A last line that the kill cut short.
                     continue
-                if (entry["stage"], entry["step"]) <= (position.stage, position.total):
+                if (entry["stage"], entry["step"]) <= (position.stage, position.step):
                     kept.append(line)
         self._lines = kept
         with self.storage.writing(LOG):
@@ -69,8 +83,7 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         """One step. The numbers also go to TensorBoard, under `stage1/…` and `stage2/…`.
 
-        Raises:
-            TrainingError: the line cannot be written.
+        Raises TrainingError where the line cannot be written.
         """
         line = json.dumps(entry)
         if self._file is not None:
@@ -91,27 +104,25 @@ class RunFolder:
             with self.storage.writing(LOG):
                 self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
 
-    def read_metrics(self) -> dict[str, Any]:
-        return self.storage.read_json(METRICS) if self.storage.exists(METRICS) else {}
-
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Raises TrainingError where they cannot be written."""
         with self.storage.writing(METRICS):
             self.storage.write_json(METRICS, metrics)
 
     def status(self, *, now: bool = False, **facts: Any) -> None:
-        """What the live view shows. Written every STATUS_EVERY_S, unless `now`."""
+        """What the status view shows. Written every STATUS_EVERY_S, unless `now`."""
         self._status |= facts
         if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
             self._status_at_s = time.monotonic()
-            self.on_status(self._status)
+            if self.on_status:
+                self.on_status(self._status)
             try:
                 self.storage.write_json(STATUS, self._status | {"updated": time.time()})
             except Exception as error:  # Who looks on misses something; the run does not.
                 log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
 
     def close(self) -> None:
-        """Let go of the files. What cannot be written any more is told and does not hide why the run ends."""
+        """Let go of the files. What cannot be written any more is a warning and does not hide why the run ends."""
         try:
             self.flush()
             if self._file is not None:

@@ -1,13 +1,16 @@
-"""A run seen from outside, from the status that rank 0 keeps in the run folder: progress bar, or a line now and then.
+"""A run seen from outside: a progress bar, or a line now and then.
 
-run.dir/status.json ──▶ [live view] ──▶ the terminal of whoever started the run; `launch/status.py`
+    run.dir/status.json ──▶ [status view] ──▶ the terminal of whoever started the run; `launch/status.py`
+
+Rank 0 keeps the status, wherever it runs; whoever looks on needs only the run folder.
 """
 
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -19,14 +22,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.run.run_folder import STATUS
+from cluster.run.run_folder import read_status
 from cluster.run.storage import Storage
 
 LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def follow(run_dir: str, images: dict[str, int]):
+def follow(run_dir: str, images: dict[str, int]) -> Iterator[None]:
     """Show a run's progress while the block runs. `images`: number of images per split, for sequential passes."""
     done = threading.Event()
     viewer = threading.Thread(target=_watch, args=(Storage(run_dir), images, done), daemon=True)
@@ -38,28 +41,31 @@ def follow(run_dir: str, images: dict[str, int]):
         viewer.join(timeout=5)
 
 
-def read_status(run: Storage) -> dict[str, Any]:
-    """The newest status, or nothing where there is none yet."""
-    try:
-        return run.read_json(STATUS)
-    except (OSError, ValueError):
-        return {}
+class Activity(NamedTuple):
+    """What a run is doing, for a progress bar."""
+
+    text: str
+    done: int
+    """Steps or images."""
+    total: int | None
+    """None: not known."""
+    speed: str
 
 
-def describe(status: dict[str, Any], images: dict[str, int]) -> tuple[str, int, int | None, str]:
-    """(what is going on, units done, units in all, speed) of a status."""
+def activity_of(status: dict[str, Any], images: dict[str, int]) -> Activity:
+    """images: number of images per split."""
     speed = f"{status['images_per_s']:.0f} images/s" if status.get("images_per_s") else ""
     phase = status.get("phase", "waiting for workers")
     if phase == "start" and status["restarts"]:
         place = status["resumed_from"] or "the beginning"
-        return f"going on from {place}, restarts so far: {status['restarts']}", 0, None, ""
+        return Activity(f"going on from {place}, restarts so far: {status['restarts']}", 0, None, "")
     if phase.startswith("stage "):
         text = f"{phase}, epoch {status['epoch']}/{status['epochs']}, loss {status['loss']:.3f}"
-        return text, status["step"], status["step"] + status["steps_left"], speed
+        return Activity(text, status["step"], status["step"] + status["steps_left"], speed)
     if phase == "stopped" or phase.startswith("failed: "):
-        return phase, 0, None, ""
+        return Activity(phase, 0, None, "")
     total = images.get("train", 0) if "training images" in phase else images.get("evaluation", 0)
-    return phase, min(status.get("images", 0), total), total or None, speed
+    return Activity(phase, min(status.get("images", 0), total), total or None, speed)
 
 
 def summary(status: dict[str, Any], now_s: float) -> list[str]:
@@ -103,9 +109,14 @@ def _fresh(run: Storage, started: float) -> dict[str, Any]:
 
 def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, started: float) -> None:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task, phase, table = progress.add_task("waiting for workers", total=None, speed=""), None, None
         while not done.wait(0.3):
@@ -113,7 +124,7 @@ def _draw_bar(run: Storage, images: dict[str, int], done: threading.Event, start
             if status.get("workers_table") != table:
                 table = status.get("workers_table")
                 progress.console.print(table or "", highlight=False)
-            text, count, total, speed = describe(status, images)
+            text, count, total, speed = activity_of(status, images)
             if status.get("phase") != phase:
                 phase = status.get("phase")
                 progress.stop_task(task)
@@ -129,14 +140,14 @@ def _print_lines(run: Storage, images: dict[str, int], done: threading.Event, st
         if status.get("workers_table") != table:
             table = status.get("workers_table")
             print(table or "", file=sys.stderr)
-        text, count, total, speed = describe(status, images)
+        text, count, total, speed = activity_of(status, images)
         if status.get("phase") != phase:
             phase, first = status.get("phase"), (count, time.monotonic())
         elif time.monotonic() - printed_at < LINE_EVERY_S:
             continue
         printed_at = time.monotonic()
         line = [text, f"{count}/{total}" if total else "", speed, _time_left(count, total, first)]
-        print(" | ".join(part for part in line if part), file=sys.stderr, flush=True)
+        print(" | ".join(column for column in line if column), file=sys.stderr, flush=True)
 
 
 def _time_left(count: int, total: int | None, first: tuple[int, float]) -> str:

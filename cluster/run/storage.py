@@ -1,5 +1,7 @@
 """A run's folder on any storage that all nodes see: a local path or an fsspec URL.
 
+    run folder, checkpoints, results of stage 1 ──▶ [storage] ──▶ shards.storage
+
 A file appears under its final name only when it is complete.
 """
 

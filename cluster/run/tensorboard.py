@@ -1,9 +1,12 @@
 """Figures for TensorBoard, one folder of events for each of stage1, stage2 and eval.
 
-run_folder.py ── "stage2/loss", value, step ──▶ [events] ──▶ run.dir/tensorboard/stage2/
+    run_folder.py ── "stage2/loss", value, step ──▶ [events] ──▶ run.dir/tensorboard/stage2/
+
+A run that goes on from a checkpoint shows each step once.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from cluster.run.manifest import Position
@@ -30,7 +33,7 @@ class Events:
         for writer in self._writers.values():
             self._try(writer.close)
 
-    def _try(self, work) -> None:
+    def _try(self, work: Callable[[], Any]) -> None:
         try:
             work()
         except Exception as error:  # Each kind of storage has errors of its own.
@@ -55,4 +58,4 @@ def first_new_step(group: str, position: Position | None) -> int:
     if group == "eval":
         return position.epoch + position.epoch_done if position.stage == 2 else 1
     stage = int(group.removeprefix("stage"))
-    return position.total + 1 if stage == position.stage else 1
+    return position.step + 1 if stage == position.stage else 1

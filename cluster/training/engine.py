@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Fragment:
-    """The part of one parameter that this rank's optimizer owns: flat elements start … start + value.numel()."""
+    """The piece of one parameter that this rank's optimizer owns: flat elements start … start + value.numel()."""
 
     name: str
     start: int
@@ -34,7 +34,7 @@ class Fragment:
     exp_avg_sq: Tensor
 
 
-def prepare_deepspeed(device: torch.device):
+def prepare_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed with what a CPU needs set first, and its chatter off."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")  # A single process has nobody to set it.
@@ -49,9 +49,9 @@ def prepare_deepspeed(device: torch.device):
 
 
 def _zero_settings(stage: int) -> dict[str, Any]:
-    settings = {"stage": stage, "reduce_bucket_size": 50_000_000}
-    # The norm is of no use without clipping. Reading it halts the GPU in every step, and where it is not finite
-    # DeepSpeed leaves the step out without a word.
+    settings: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000}
+    # The norm is of no use without clipping. Reading it costs a host-device synchronisation in every step, and where it
+    # is not finite DeepSpeed leaves the step out without a word.
     return settings if stage == 0 else settings | {"compute_grad_norm": False}
 
 
@@ -80,11 +80,11 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=adam, config=settings
             )
-        self._remembered: list[tuple[list[Tensor], list[Tensor]]] | None = None
+        self._remembered: list[tuple[list[Tensor], list[Tensor]]] = []
         self.steps = 0
         """Optimizer steps taken, over all epochs of the stage."""
 
-    def __call__(self, *inputs) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -97,7 +97,7 @@ class Engine:
 
     def remember_buffers(self) -> None:
         """Keep a copy of the running statistics, which a forward pass changes before its loss is known."""
-        if self._remembered is None:
+        if not self._remembered:
             alike: dict[torch.dtype, list[Tensor]] = {}  # One kernel copies many tensors of one type.
             for buffer in self.module.buffers():
                 alike.setdefault(buffer.dtype, []).append(buffer)
@@ -135,8 +135,7 @@ class Engine:
                 if rank == 0:  # Every rank holds the same state: one of them speaks for all.
                     state = self._moments(parameter)
                     yield Fragment(name, 0, parameter.detach().flatten(), *(state[m].flatten() for m in MOMENTS))
-            elif parameter._hp_mapping is not None:
-                mapping = parameter._hp_mapping
+            elif (mapping := cast(Any, parameter)._hp_mapping) is not None:  # An attribute that DeepSpeed adds.
                 at = mapping.hp_fragment_address
                 flat = self._adam.param_groups[mapping.param_group_index]["params"][0]
                 state = self._moments(flat)
@@ -156,8 +155,7 @@ class Engine:
     def load(self, full: dict[str, dict[str, Tensor]], steps: int, rank: int) -> None:
         """Take on a state: per parameter name flat float32 "value", "exp_avg" and "exp_avg_sq", and Adam's step count.
 
-        Raises:
-            TrainingError: a trained parameter is missing or has another size.
+        Raises TrainingError where a trained parameter is missing or has another size.
         """
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
@@ -170,9 +168,9 @@ class Engine:
                 parameter.copy_(full[name]["value"].view_as(parameter))
         # Every rank's own fragments, also under ZeRO 0, where each holds all of them.
         for piece in self.fragments(rank=0 if self.zero_stage == 0 else rank):
-            part = slice(piece.start, piece.start + piece.value.numel())
+            elements = slice(piece.start, piece.start + piece.value.numel())
             for key in ("value", *MOMENTS):
-                getattr(piece, key).copy_(full[piece.name][key][part])
+                getattr(piece, key).copy_(full[piece.name][key][elements])
         for state in self._adam.state.values():
             state["step"].fill_(float(steps))
         self.steps = steps
@@ -180,7 +178,7 @@ class Engine:
 
     def _check_settings(self) -> None:
         """The optimizer's settings are the configuration's, whatever was loaded."""
-        for group, wanted in zip(self._adam.param_groups, self._settings, strict=True):
-            for key, value in wanted.items():
+        for group, expected in zip(self._adam.param_groups, self._settings, strict=True):
+            for key, value in expected.items():
                 if group[key] != value:
                     raise TrainingError(f"optimizer has {key} {group[key]} after loading, the settings say {value}")

@@ -8,14 +8,21 @@ that memory itself, not a second copy of it.
 
 import json
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 """As the safetensors format calls them."""
 
 
@@ -49,16 +56,18 @@ class HostCopy:
         return [name for name, t in numbers if not all(math.isfinite(end) for end in t.aminmax())]
 
     def safetensors(self, metadata: dict[str, str]) -> list[memoryview | bytes]:
-        """The parts of a safetensors file: its header, then the tensors' own memory, which must not change yet."""
-        header, parts, end = {"__metadata__": metadata}, [], 0
+        """A safetensors file in chunks: its header, then the tensors' own memory, which must not change yet."""
+        header: dict[str, Any] = {"__metadata__": metadata}
+        chunks: list[memoryview] = []
+        end = 0
         # The widest types first, so that every tensor begins at a multiple of its element's size.
         for name, tensor in sorted(self._tensors.items(), key=lambda item: -item[1].element_size()):
-            parts.append(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-            start, end = end, end + len(parts[-1])
+            chunks.append(tensor.flatten().view(torch.uint8).numpy().data)
+            start, end = end, end + len(chunks[-1])
             header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        return [len(text).to_bytes(8, "little") + text, *parts]
+        return [len(text).to_bytes(8, "little") + text, *chunks]
 
 
 def _host_memory(tensor: Tensor) -> Tensor:

@@ -1,25 +1,26 @@
 """The training loop, the same for both stages: batch, losses, finite?, backward, step, log, checkpoint.
 
     stage (stage1.py, stage2.py) ──▶ [loop] ──▶ log, checkpoints
-                                       ▲
-                    SIGTERM, the clock ┘
 
-One small all-reduce a step carries the loss parts and the wishes of the ranks (a checkpoint by the clock, a stop,
-a failed write), so that all ranks log, save and stop at the same step.
+One small all-reduce a step carries the loss parts and what each rank asks for (a checkpoint by the clock, a stop, the
+end after a failed write), so that all ranks log, save and stop at the same step.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cluster.errors import Drained, Preempted, TrainingError
+from cluster.errors import Preempted, TrainingError
 from cluster.ranks.team import PATIENCE, Team
+from cluster.run.interrupts import Interrupts, Pending
 from cluster.run.manifest import Position
-from cluster.training.checkpoint import Checkpoints, Due
+from cluster.run.reporter import Reporter, headline
+from cluster.training.checkpoint_writer import CheckpointWriter, Due
 from cluster.training.engine import Engine
 
 
@@ -42,170 +43,157 @@ class Stage(Protocol):
         """This rank's identities in the batch, for messages."""
 
 
-class Reporter(Protocol):
-    """Where the loop's news go; rank 0 has a run folder behind it, the others nothing."""
-
-    def step(self, entry: dict[str, Any], *, steps_left: int, epochs: int) -> None: ...
-    def flush(self) -> None: ...
-    def saved(self, name: str) -> None: ...
-    def epoch(self, stage: int, epoch: int) -> float | None:
-        """Called by every rank at the end of an epoch, before its checkpoint; mAP, where it was evaluated."""
-
-    def should_stop(self) -> bool: ...
-    def wants_drain_notice(self) -> bool:
-        """Whether it is time for all ranks to ask for one."""
-
-    def drain_notice(self) -> bool:
-        """Called by every rank together: is a worker's node about to be taken away?"""
-
-
-def run_stage(
-    stage: Stage,
-    team: Team,
-    checkpoints: Checkpoints,
-    reporter: Reporter,
-    due: Due,
-    start: Position,
-    every_epochs: int,
-) -> None:
-    """Train from `start` (what is done already) to the stage's last epoch.
-
-    Raises:
-        Preempted: a stop was asked for; the checkpoint is complete.
-        TrainingError: a loss is not finite, or a checkpoint could not be written.
-    """
-    step, total = (0 if start.epoch_done else start.step), start.total
-    for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
-        stage.engine.set_lr(stage.lr(epoch))
-        steps = stage.num_steps(epoch)
-        team.barrier(f"begin stage {stage.number}, epoch {epoch}")  # Patiently: ranks come from very different work.
-        meter = _Meter()
-        for batch in stage.batches(epoch, step + 1):
-            here = Position(stage.number, epoch, step + 1, total + 1, False)
-            entry, wanted = _train_step(stage, team, checkpoints, reporter, due, batch, here)
-            step, total = step + 1, total + 1
-            entry["images_per_s"] = round(meter.rate(stage.global_images), 2)
-            reporter.step(entry, steps_left=steps - step + steps * (stage.epochs - epoch), epochs=stage.epochs)
-            if wanted.stop or (wanted.save and step < steps):  # After a stop the next start ends the epoch.
-                _save(checkpoints, stage, reporter, due, here, None)
-            if wanted.stop:
-                checkpoints.finish()
-                kind = Drained if wanted.drain else Preempted
-                raise kind(f"stopped after {here.words}")
-        mAP = reporter.epoch(stage.number, epoch)
-        if mAP is not None or epoch == stage.epochs or (every_epochs and epoch % every_epochs == 0):
-            _save(checkpoints, stage, reporter, due, Position(stage.number, epoch, step, total, True), mAP)
-        step = 0
-    checkpoints.finish()
-
-
-def _train_step(
-    stage: Stage, team: Team, checkpoints: Checkpoints, reporter: Reporter, due: Due, batch: Any, here: Position
-) -> tuple[dict[str, Any], "_Wanted"]:
-    """One optimizer step. The log entry, and what any rank wants after it."""
-    patience = PATIENCE if here.step == 1 else 1.0  # Compiling and warming up come with a first step.
-    with team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.total}", patience):
-        stage.engine.remember_buffers()
-        losses = stage.losses(batch)
-        wishes = (
-            team.is_first and due.by_clock(), reporter.should_stop(), reporter.wants_drain_notice(), checkpoints.failed
-        )  # fmt: skip
-        news = _NewsOfStep(team, losses, wishes)
-        stage.engine.backward(losses["loss"])
-        # The news was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
-        means, (save, stop, ask, failed) = news.arrived()
-        _check_finite(means, stage, team, checkpoints, batch, here)
-        stage.engine.step()
-        if failed:
-            checkpoints.finish()
-        drain = ask and reporter.drain_notice()
-    entry = {"stage": here.stage, "epoch": here.epoch, "step": here.total, **means, "lr": stage.lr(here.epoch)}
-    stop = stop or drain
-    return entry, _Wanted(due.by_steps(here.total) or save or stop, stop, drain)
-
-
-class _Wanted(NamedTuple):
-    """What is to be done after a step, the same on every rank."""
+class Requests(NamedTuple):
+    """What a rank asks for at a step, or any of them."""
 
     save: bool
+    """A checkpoint, by the clock."""
     stop: bool
-    drain: bool
+    drain_poll: bool
+    """As in `Pending`."""
+    failed: bool
+    """A write in the background has failed: the run has to end."""
 
 
-class _NewsOfStep:
-    """Loss parts averaged over ranks and the ranks' wishes, on their way from the device to the host."""
+@dataclass
+class Loop:
+    """Takes a stage through its epochs, with what every stage of a run shares."""
 
-    def __init__(self, team: Team, losses: dict[str, Tensor], wishes: tuple[bool, ...]):
-        self.names = list(losses)
-        parts = torch.stack([losses[n].detach().to(torch.float64) for n in self.names]) / team.world_size
+    team: Team
+    writer: CheckpointWriter
+    due: Due
+    reporter: Reporter
+    interrupts: Interrupts
+    evaluate: Callable[[int], dict[str, Any] | None] = lambda epoch: None
+    """Called by every rank at the end of an epoch, before its checkpoint: metrics, where they are due."""
+
+    def run(self, stage: Stage, start: Position) -> None:
+        """Train from `start` (what is done already) to the stage's last epoch.
+
+        Raises:
+            Preempted: a stop was asked for; the checkpoint is complete.
+            TrainingError: a loss is not finite, or a checkpoint could not be written.
+        """
+        epoch_step, step = (0 if start.epoch_done else start.epoch_step), start.step
+        for epoch in range(start.epoch + start.epoch_done, stage.epochs + 1):
+            stage.engine.set_lr(stage.lr(epoch))
+            num_steps = stage.num_steps(epoch)
+            # Patiently: ranks come from very different work.
+            self.team.barrier(f"begin stage {stage.number}, epoch {epoch}")
+            throughput = _Throughput(stage.global_images)
+            for batch in stage.batches(epoch, epoch_step + 1):
+                epoch_step, step = epoch_step + 1, step + 1
+                here = Position(stage.number, epoch, epoch_step, step, False)
+                entry, save, interrupt = self._train_step(stage, batch, here)
+                entry["images_per_s"] = round(throughput.after_a_step(), 2)
+                steps_left = num_steps - epoch_step + num_steps * (stage.epochs - epoch)
+                self.reporter.step(entry, steps_left=steps_left, epochs=stage.epochs)
+                if interrupt or (save and epoch_step < num_steps):  # After a stop the next start ends the epoch.
+                    self._save(stage, here)
+                if interrupt:
+                    self.writer.finish()
+                    raise interrupt(f"stopped after {here.words}")
+            self._end_epoch(stage, Position(stage.number, epoch, epoch_step, step, True))
+            epoch_step = 0
+        self.writer.finish()
+
+    def _train_step(
+        self, stage: Stage, batch: Any, here: Position
+    ) -> tuple[dict[str, Any], bool, type[Preempted] | None]:
+        """One optimizer step: the log entry, whether a checkpoint is due, and what interrupts the run, if anything."""
+        patience = PATIENCE if here.epoch_step == 1 else 1.0  # Compiling and warming up come with a first step.
+        with self.team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.step}", patience):
+            stage.engine.remember_buffers()
+            losses = stage.losses(batch)
+            by_clock = self.team.is_first and self.due.by_clock()
+            own = Requests(by_clock, *self.interrupts.pending(), failed=self.writer.failed)
+            reduction = StepReduction(self.team, losses, own)
+            stage.engine.backward(losses["loss"])
+            # It was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
+            means, requests = reduction.wait()
+            self._check_finite(means, stage, batch, here)
+            stage.engine.step()
+            if requests.failed:
+                self.writer.finish()
+            interrupt = self.interrupts.confirm(Pending(requests.stop, requests.drain_poll))
+        entry = {"stage": here.stage, "epoch": here.epoch, "step": here.step, **means, "lr": stage.lr(here.epoch)}
+        return entry, self.due.by_steps(here.step) or requests.save, interrupt
+
+    def _check_finite(self, means: dict[str, float], stage: Stage, batch: Any, here: Position) -> None:
+        """Stop before a loss that is not finite moves a parameter; the state before the step is saved first."""
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        by_rank = self.team.all_gather_objects(stage.identities(batch), "name identities")
+        identities = sorted({identity for own in by_rank for identity in own})
+        stage.engine.restore_buffers()
+        # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
+        sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
+        outcome = "the state before this step is saved"
+        try:
+            if sound:
+                before = here._replace(epoch_step=here.epoch_step - 1, step=here.step - 1)
+                self.writer.save(before, stage.engine)
+            else:
+                outcome = "the step before left parameters that are not finite"
+            self.writer.finish()
+        except TrainingError as error:
+            outcome = str(error)
+        self.team.barrier("save the state before the step")
+        raise TrainingError(
+            f"{here.words}: {', '.join(bad)} is not finite "
+            f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(identities)}; "
+            f"{outcome}; a smaller learning rate or train.precision=float32 may help, "
+            "and `launch/pack.py verify` tells whether the images are sound"
+        )
+
+    def _end_epoch(self, stage: Stage, done: Position) -> None:
+        metrics = self.evaluate(done.epoch)
+        self.reporter.epoch(done.stage, done.epoch, metrics)
+        if metrics or done.epoch == stage.epochs or self.due.by_epochs(done.epoch):
+            self._save(stage, done, mAP=headline(metrics)["mAP"] if metrics else None)
+
+    def _save(self, stage: Stage, position: Position, mAP: float | None = None) -> None:
+        self.reporter.flush()  # First, so that no checkpoint is further than the log.
+        self.writer.save(position, stage.engine, mAP=mAP)
+        self.due.saved()
+        self.reporter.saved(position.words)
+
+
+class StepReduction:
+    """Loss parts averaged over ranks, and what any rank asks for, on their way from the device to the host."""
+
+    def __init__(self, team: Team, losses: dict[str, Tensor], own: Requests):
+        self._names = list(losses)
+        parts = torch.stack([losses[n].detach().to(torch.float64) for n in self._names]) / team.world_size
         # From ordinary memory the copy might wait for the work queued before.
-        asked = torch.tensor(wishes, dtype=parts.dtype, pin_memory=parts.is_cuda).to(parts.device, non_blocking=True)
+        asked = torch.tensor(own, dtype=parts.dtype, pin_memory=parts.is_cuda).to(parts.device, non_blocking=True)
         total = team.all_reduce_sum(torch.cat([parts, asked]))
-        self.event = None
-        self.values = total
+        self._copied: torch.cuda.Event | None = None
+        self._values = total
         if total.device.type == "cuda":
-            self.values = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
-            self.values.copy_(total, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self._values = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+            self._values.copy_(total, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    def arrived(self) -> tuple[dict[str, float], tuple[bool, ...]]:
-        if self.event is not None:
-            self.event.synchronize()
-        values = self.values.tolist()
-        means = dict(zip(self.names, values, strict=False))
-        return means, tuple(wish > 0 for wish in values[len(means) :])
-
-
-def _check_finite(
-    means: dict[str, float], stage: Stage, team: Team, checkpoints: Checkpoints, batch: Any, here: Position
-) -> None:
-    """Stop before a loss that is not finite moves a parameter; the state before the step is saved first."""
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if not bad:
-        return
-    names = sorted({i for part in team.all_gather_objects(stage.identities(batch), "name identities") for i in part})
-    stage.engine.restore_buffers()
-    # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
-    sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
-    outcome = "the state before this step is saved" if sound else "the step before left parameters that are not finite"
-    try:
-        if sound:
-            checkpoints.save(here._replace(step=here.step - 1, total=here.total - 1), stage.engine)
-        checkpoints.finish()
-    except TrainingError as error:
-        outcome = str(error)
-    team.barrier("save the state before the step")
-    raise TrainingError(
-        f"{here.words}: {', '.join(bad)} is not finite "
-        f"({', '.join(f'{n} {means[n]}' for n in bad)}); identities of the batch: {', '.join(names)}; "
-        f"{outcome}; a smaller learning rate or train.precision=float32 may help, "
-        "and `launch/pack.py verify` tells whether the images are sound"
-    )
+    def wait(self) -> tuple[dict[str, float], Requests]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = self._values.tolist()
+        means = dict(zip(self._names, values, strict=False))
+        return means, Requests(*(count > 0 for count in values[len(means) :]))
 
 
-def _save(
-    checkpoints: Checkpoints,
-    stage: Stage,
-    reporter: Reporter,
-    due: Due,
-    position: Position,
-    mAP: float | None,
-) -> None:
-    reporter.flush()  # First, so that no checkpoint is further than the log.
-    checkpoints.save(position, stage.engine, mAP=mAP)
-    due.saved()
-    reporter.saved(position.words)
-
-
-class _Meter:
+class _Throughput:
     """Images per second over the last steps of this epoch."""
 
     WINDOW = 20
 
-    def __init__(self):
-        self.times = [time.perf_counter()]
+    def __init__(self, images_per_step: int):
+        self.images_per_step = images_per_step
+        self.times_s = [time.perf_counter()]
 
-    def rate(self, images: int) -> float:
-        self.times = [*self.times[-self.WINDOW :], time.perf_counter()]
-        return images * (len(self.times) - 1) / (self.times[-1] - self.times[0])
+    def after_a_step(self) -> float:
+        self.times_s = [*self.times_s[-self.WINDOW :], time.perf_counter()]
+        return self.images_per_step * (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])

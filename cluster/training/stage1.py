@@ -1,6 +1,8 @@
 """Stage 1 on many workers: image features once, then only the identities' prompt tokens learn.
 
-shards ──▶ frozen encoder ──▶ feature bank ──▶ [stage 1] ──▶ tokens, text features ──▶ stage1.safetensors ──▶ stage 2
+    shards ──▶ frozen encoder ──▶ feature bank ──▶ [stage 1] ──▶ tokens, text features ──▶ stage1.safetensors
+
+Stage 2 starts from that file. A step encodes each of the batch's identities once, over all ranks.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipreid import stage1 as method
 from clipreid.model.prompts import PromptedText
@@ -21,16 +23,15 @@ from clipreid.optim import parameter_groups, stage1_lr
 from clipreid.weights.card import read_metadata
 from cluster.errors import ConfigError
 from cluster.ranks.team import Team
+from cluster.run.run_folder import STAGE1_RESULT
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
 from shards.loading.index import SplitIndex
 
-RESULT = "stage1.safetensors"
-
 
 class Stage1:
-    """Batches, losses and learning rate of stage 1, as `loop.run_stage` asks for them."""
+    """Batches, losses and learning rate of stage 1, as `loop.Loop` asks for them."""
 
     number = 1
 
@@ -102,8 +103,8 @@ class Stage1Result:
             "tokens": self.tokens.cpu().contiguous(),
             "text_features": self.text_features.cpu().contiguous(),
         }
-        with storage.writing(RESULT):
-            storage.write(RESULT, dump_safetensors(tensors, {"stage1": json.dumps(meta)}))
+        with storage.writing(STAGE1_RESULT):
+            storage.write(STAGE1_RESULT, dump_safetensors(tensors, {"stage1": json.dumps(meta)}))
 
     @classmethod
     def read(cls, content: bytes) -> "Stage1Result":
@@ -127,7 +128,7 @@ class Stage1Result:
             raise ConfigError("\n".join(faults))
 
 
-def encoder_hash(model: nn.Module) -> str:
+def encoder_hash(model: ReIDModel) -> str:
     """Identifies the image encoder's weights (SIE, necks and classifiers do not count: stage 1 does not see them)."""
     digest = hashlib.sha256()
     for name, value in sorted(model.image_encoder.state_dict().items()):

@@ -1,7 +1,9 @@
 """Stage 2 on many workers: the image encoder learns from PK batches, against the gathered batch and frozen texts.
 
-shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
-                         stage1.safetensors ──▶ text features ┘
+    shards ──▶ PK loader ──▶ augment ──▶ [stage 2: encoder, losses] ──▶ model.safetensors
+                             stage1.safetensors ──▶ text features ┘
+
+Images arrive as uint8; augmentation is done on the device.
 """
 
 from collections.abc import Iterator
@@ -61,14 +63,23 @@ class ToDevice:
 
 
 class Stage2:
-    """Batches, losses and learning rate of stage 2, as `loop.run_stage` asks for them."""
+    """Batches, losses and learning rate of stage 2, as `loop.Loop` asks for them."""
 
     number = 2
 
     def __init__(
-        self, config: Config, team: Team, model: ReIDModel, text: PromptedText | None, text_features: Tensor | None,
+        self,
+        config: Config,
+        team: Team,
+        model: ReIDModel,
+        text: PromptedText | None,
+        text_features: Tensor | None,
         index: ShardIndex,
-    ):  # fmt: skip
+    ):
+        """text: trained in the one-stage method only. text_features: float32 [N, D], of the two-stage method.
+
+        Raises DataError where the batch does not fit the dataset.
+        """
         s = config.stage2
         self.config = config
         self.team = team
@@ -76,18 +87,15 @@ class Stage2:
         self.epochs = s.epochs
         self.global_images = config.batch_images
         self.label_names = index.split("train").label_names
-        one_stage = config.method == "one_stage"
+        learning_text = text if config.method == "one_stage" else None
         if team.world_size > 1:
             globalize_batchnorm(model, team)
         if config.train.compile:
             model.image_encoder.compile(dynamic=False)
-        module = Stage2Module(model, text if one_stage else None, s.images_per_identity)
-        self.engine = Engine(module, self._groups(model, text), team=team, zero_stage=config.train.zero_stage)
-        self.loss_settings = LossSettings(
-            id_weight=s.id_weight, triplet_weight=s.triplet_weight, text_weight=s.text_weight,
-            label_smoothing=s.label_smoothing, margin=s.margin, triplet_levels=s.triplet_levels,
-            text_loss="i2t+t2i" if one_stage else s.text_loss,
-        )  # fmt: skip
+        module = Stage2Module(model, learning_text, s.images_per_identity)
+        groups = self._groups(model, learning_text)
+        self.engine = Engine(module, groups, team=team, zero_stage=config.train.zero_stage)
+        self.loss_settings = loss_settings(config)
         self.augment_settings = augment_settings(config)
         # Convolutions are fastest with a pixel's channels side by side. The weights stay as they are: ZeRO lays them
         # out flat, and checkpoints take them as such.
@@ -99,8 +107,7 @@ class Stage2:
     def _groups(self, model: ReIDModel, text: PromptedText | None) -> list[dict]:
         s = self.config.stage2
         groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
-        if self.config.method == "one_stage":
-            assert text is not None
+        if text is not None:
             stage1 = self.config.stage1
             groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
         return groups
@@ -135,10 +142,11 @@ class Stage2:
         images, labels, cameras, views, positions = self.to_device(
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
+        seed, settings = self.config.run.seed, self.augment_settings
         images = augment(
-            images, positions, seed=self.config.run.seed, epoch=batch.epoch, epoch_step=batch.epoch_step,
-            settings=self.augment_settings,
-        ).contiguous(memory_format=self.memory_format)  # fmt: skip
+            images, positions, seed=seed, epoch=batch.epoch, epoch_step=batch.epoch_step, settings=settings
+        )
+        images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             output, own_texts = self.engine(images, labels, cameras, views)
         return method.losses(output, labels, self.text_features, self.loss_settings, self.team, own_texts)
@@ -149,6 +157,19 @@ class Stage2:
     def close(self) -> None:
         self.loader.close()
         self.engine.close()
+
+
+def loss_settings(config: Config) -> LossSettings:
+    s = config.stage2
+    return LossSettings(
+        id_weight=s.id_weight,
+        triplet_weight=s.triplet_weight,
+        text_weight=s.text_weight,
+        label_smoothing=s.label_smoothing,
+        margin=s.margin,
+        triplet_levels=s.triplet_levels,
+        text_loss="i2t+t2i" if config.method == "one_stage" else s.text_loss,
+    )
 
 
 def sampler_settings(config: Config) -> PKSettings:

@@ -1,12 +1,11 @@
 """What every worker does, from shards to metrics: the same under Ray Train, torchrun, and alone.
 
-    shards ─▶ untrained metrics ─▶ stage 1 ─▶ text features ─▶ stage 2 ─▶ metrics.json, model.safetensors
+    shards ──▶ untrained metrics ──▶ stage 1 ──▶ text features ──▶ stage 2 ──▶ metrics.json, model.safetensors
 
 A run that was interrupted goes on from its newest complete checkpoint; what is finished is not done again.
 """
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,42 +17,45 @@ from clipreid import stage1 as method
 from clipreid.augment import normalise
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
-from clipreid.weights.file import ModelCard, save_model
+from clipreid.weights.card import MODEL_FILE, ModelCard
+from clipreid.weights.file import save_model
 from clipreid.weights.initial import build_models
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
-from cluster.evaluation.features import extract
+from cluster.evaluation.features import PassSettings, extract
 from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
-from cluster.run.manifest import Manifest, Position
-from cluster.run.reporter import RunReporter
+from cluster.run.interrupts import Interrupts
+from cluster.run.manifest import Position
+from cluster.run.reporter import Report, open_reporter
+from cluster.run.run_folder import STAGE1_RESULT, read_metrics
 from cluster.run.storage import Storage
 from cluster.settings.config import Config, results_settings
 from cluster.settings.model_spec import model_spec
-from cluster.training.checkpoint import Checkpoints, Due
-from cluster.training.loop import run_stage
-from cluster.training.stage1 import RESULT, Stage1, Stage1Result, encoder_hash, image_features
+from cluster.training.checkpoint import Checkpoint, Retention, find_newest
+from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
+from cluster.training.engine import Engine
+from cluster.training.loop import Loop
+from cluster.training.stage1 import Stage1, Stage1Result, encoder_hash, image_features
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
 
-MODEL = "model.safetensors"
 
-
-def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def train(config: Config, team: Team, report: Report | None = None) -> dict[str, Any]:
     """Train as configured; metrics as in metrics.json, on every rank.
 
-    `report` is told the metrics of every epoch, by all ranks (under Ray Train: `ray.train.report`).
+    report: takes the figures of every epoch, from all ranks (under Ray Train: `ray.train.report`).
 
     Raises:
         ConfigError, DataError, ModelError: mistakes that only show with weights and data at hand.
         Preempted: a stop was asked for; a checkpoint of the last step is complete.
         TrainingError: a loss was not finite, or a checkpoint could not be written.
     """
-    workers = preflight(config, team)
+    table = preflight(config, team)
     run = Run(fit_loaders(config, team.cpus), team, report)
     try:
-        run.reporter.show_workers(workers)
+        run.reporter.workers(table)
         run.start()
         if run.wants_stage(1):
             run.stage1()
@@ -73,7 +75,7 @@ def train(config: Config, team: Team, report: Callable[[dict[str, Any]], None] |
 class Run:
     """One worker's view of a run, and the steps of `train` in their order."""
 
-    def __init__(self, config: Config, team: Team, report: Callable | None):
+    def __init__(self, config: Config, team: Team, report: Report | None):
         self.config = config
         self.team = team
         self.storage = Storage(config.run.dir)
@@ -84,55 +86,73 @@ class Run:
         self.text: PromptedText | None  # None with an authors' baseline checkpoint, which has no text side.
         self.model, self.text = build_models(self.spec, config.model.pretrained, config.run.seed)
         self.encoder_hash = encoder_hash(self.model)
-        self.checkpoints = Checkpoints(
-            self.storage, team, settings=results_settings(config), fingerprint=self.index.fingerprint,
-            keep=config.checkpoint.keep, timeout_s=PATIENCE / 2 * config.cluster.timeout_s, encoder=self.encoder_hash,
-        )  # fmt: skip
-        self.resumed: Manifest | None = self.checkpoints.newest(config.run.resume)
-        self._check_began_alike()
-        if self.text is not None and 1 in config.stages and self.position and self.position.stage == 2:
-            team.on_first(self._bring_stage1_result, "find stage 1's result")
-        self.reporter = RunReporter(config, team, self.position, report, self.evaluate)
-        self.due = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+        search = find_newest(self.storage, team, config.run.resume)
+        self.resumed: Checkpoint | None = search.checkpoint
+        if self.resumed:
+            self._go_on_from(self.resumed)
+        self.writer = CheckpointWriter(
+            self.storage,
+            team,
+            Origin(results_settings(config), self.index.fingerprint, self.encoder_hash),
+            Retention(config.checkpoint.keep, search.passed_over),
+            timeout_s=PATIENCE / 2 * config.cluster.timeout_s,
+            newest=search.own(self.storage),
+        )
+        self.reporter = open_reporter(config, team, self.position, report)
+        self.interrupts = Interrupts(self.storage, is_first=team.is_first, under_ray=report is not None)
+        every = config.checkpoint
+        self.due = Due(every.every_steps, every.every_minutes, every.every_epochs)
         self.metrics: dict[str, Any] = {}
 
     @property
     def position(self) -> Position | None:
+        """What is done already, None at the beginning."""
         return None if self.resumed is None else self.resumed.position
 
-    def _check_began_alike(self) -> None:
-        """A file of weights may move, or be replaced by another: only its weights tell."""
-        if self.resumed is not None and self.resumed.encoder not in ("", self.encoder_hash):
+    @property
+    def prompts(self) -> PromptedText:
+        """The text side, in the methods that train with one: weights without it were refused before the run."""
+        assert self.text is not None
+        return self.text
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Raises ConfigError where the run began with other weights, or lacks what belongs to the checkpoint."""
+        if checkpoint.manifest.encoder not in ("", self.encoder_hash):  # A file may be replaced: only its weights tell.
             raise ConfigError(
                 f"model.pretrained: {self.config.model.pretrained} gives image encoder {self.encoder_hash}, but the "
-                f"checkpoint {self.checkpoints.source.url} began with {self.resumed.encoder}: use the same "
+                f"checkpoint {checkpoint.folder.url} began with {checkpoint.manifest.encoder}: use the same "
                 "weights, or another run.dir"
             )
+        if self.text is not None and 1 in self.config.stages and checkpoint.position.stage == 2:
+            self.team.on_first(lambda: self._bring_stage1_result(checkpoint), "find stage 1's result")
 
-    def _bring_stage1_result(self) -> None:
+    def _bring_stage1_result(self, checkpoint: Checkpoint) -> None:
         """A checkpoint of another run's stage 2 goes with the text features of that run."""
-        if self.storage.exists(RESULT):
+        if self.storage.exists(STAGE1_RESULT):
             return
-        theirs = Storage(self.checkpoints.source.url.rsplit("/", 2)[0])
-        if not theirs.exists(RESULT):
+        theirs = Storage(checkpoint.folder.url.rsplit("/", 2)[0])
+        if not theirs.exists(STAGE1_RESULT):
             raise ConfigError(
-                f"{self.storage.place(RESULT)}: no such file, nor {theirs.place(RESULT)}, but checkpoint "
-                f"{self.checkpoints.source.url} is in stage 2: copy the file there from the run that wrote it"
+                f"{self.storage.place(STAGE1_RESULT)}: no such file, nor {theirs.place(STAGE1_RESULT)}, but checkpoint "
+                f"{checkpoint.folder.url} is in stage 2: copy the file there from the run that wrote it"
             )
-        with self.storage.writing(RESULT):
-            self.storage.write(RESULT, theirs.read(RESULT))
+        with self.storage.writing(STAGE1_RESULT):
+            self.storage.write(STAGE1_RESULT, theirs.read(STAGE1_RESULT))
 
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""
         self.model.to(self.team.device)
         if self.text is not None:
             self.text.to(self.team.device)
-        known = self.team.broadcast_object(self.reporter.known_metrics(), "known metrics")
+        known = self.team.on_first(lambda: read_metrics(self.storage), "read the metrics of an earlier start")
         if 2 not in self.config.stages:
             return
         untrained = known.get("untrained") if self.position else None
         self.metrics["untrained"] = untrained or self.evaluate("evaluate the untrained encoder")
-        self.reporter.write_metrics(self.metrics)
+        self._report_metrics()
+
+    def _report_metrics(self) -> None:
+        self.team.on_first(lambda: self.reporter.metrics(self.metrics), "write the metrics")
 
     def wants_stage(self, number: int) -> bool:
         return number in self.config.stages and (self.position is None or self.position.stage <= number)
@@ -142,7 +162,14 @@ class Run:
         self.model.eval()
         # The encoder compiled for training has static shapes: every size of a batch would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            return evaluate(self.model, self.index, self.config, self.team, on_images=self.reporter.images)
+            return evaluate(self.model, self.index, self.config, self.team, progress=self.reporter.images)
+
+    def _evaluate_epoch(self, epoch: int) -> dict[str, Any] | None:
+        """Metrics after an epoch of stage 2, where they are due; those of the last one belong to the finished run."""
+        every = self.config.eval.every_epochs
+        if not every or epoch % every or epoch == self.config.stage2.epochs:
+            return None
+        return self.evaluate(f"evaluate epoch {epoch}")
 
     def stage1(self) -> None:
         """Learn the prompt tokens and write them with the text features of all identities."""
@@ -150,16 +177,12 @@ class Run:
         if not (start.epoch_done and start.epoch == self.config.stage1.epochs):
             self.model.eval()
             self.reporter.phase("encode the training images")
-            bank = extract(
-                self._encode_frozen, self.index, "train", self.team,
-                image_size=self.spec.image_size, batch=self.config.eval.batch, loaders=self.config.data.loaders,
-                cache_dir=self.config.data.cache_dir, cache_gb=self.config.data.cache_gb,
-                on_images=self.reporter.images,
-            )  # fmt: skip
-            self.text.eval()
-            self._run(Stage1(self.config, self.team, self.text, bank, self.train_split), start)
-        else:
-            self._take_tokens()
+            settings, progress = PassSettings.of(self.config), self.reporter.images
+            bank = extract(self._encode_frozen, self.index, "train", self.team, settings, progress)
+            self.prompts.eval()
+            self._run(Stage1(self.config, self.team, self.prompts, bank, self.train_split), start)
+        elif self.resumed:
+            self._take_tokens(self.resumed)
         result = self._stage1_result()
         self.team.on_first(lambda: result.write(self.storage), "write stage 1's result")
 
@@ -169,12 +192,14 @@ class Run:
             return image_features(self.model, pixels)
 
     def _stage1_result(self) -> Stage1Result:
-        """The bridge: every rank encodes its part of the identities' prompts."""
+        """The bridge: every rank encodes the prompts of its share of the identities."""
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
-            features = method.all_text_features(self.text, self.spec.identities, team, team.device)
+            features = method.all_text_features(
+                self.prompts, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
+            )
         return Stage1Result(
-            self.text.tokens.detach(),
+            self.prompts.tokens.detach(),
             features,
             self.train_split.label_names,
             self.index.fingerprint,
@@ -183,44 +208,46 @@ class Run:
 
     def stage2(self) -> None:
         """Train the image encoder."""
-        texts = self._text_features()
-        self._run(Stage2(self.config, self.team, self.model, self.text, texts, self.index), self._start_of(2))
+        stage = Stage2(self.config, self.team, self.model, self.text, self._text_features(), self.index)
+        self._run(stage, self._start_of(2))
 
     def _text_features(self) -> Tensor | None:
         if self.config.method != "two_stage":
             return None
         if 1 not in self.config.stages and not self.config.stage1.result:
             return self._stage1_result().text_features  # The tokens came with model.pretrained.
-        source = self.config.stage1.result or f"{self.storage.url}/{RESULT}"
+        source = self.config.stage1.result or f"{self.storage.url}/{STAGE1_RESULT}"
         folder, _, name = source.rpartition("/")
         result = Stage1Result.read(Storage(folder or ".").read(name))
         result.check_fits(source, self.index.fingerprint, self.encoder_hash, self.spec.prompt_tokens)
         with torch.no_grad():
-            self.text.tokens.copy_(result.tokens)
+            self.prompts.tokens.copy_(result.tokens)
         return result.text_features.to(self.team.device)
 
     @torch.no_grad()
-    def _take_tokens(self) -> None:
+    def _take_tokens(self, checkpoint: Checkpoint) -> None:
         """The tokens of a finished stage 1 whose result was not written yet."""
-        full = self.checkpoints.read(self.resumed, self.text)
-        for name, parameter in self.text.named_parameters():
+        full = checkpoint.read(self.prompts)
+        for name, parameter in self.prompts.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(full[name]["value"].view_as(parameter))
 
     def _run(self, stage: Stage1 | Stage2, start: Position) -> None:
         self._restore(stage.engine, stage.number)
-        every = self.config.checkpoint.every_epochs
+        loop = Loop(self.team, self.writer, self.due, self.reporter, self.interrupts)
+        if stage.number == 2:
+            loop.evaluate = self._evaluate_epoch
         try:
-            run_stage(stage, self.team, self.checkpoints, self.reporter, self.due, start, every)
+            loop.run(stage, start)
         except BaseException:
             with suppress(Exception):  # What went wrong matters more, such as a lost rank: DeepSpeed needs them all.
                 stage.close()
             raise
         stage.close()
 
-    def _restore(self, engine, stage: int) -> None:
-        if self.position is not None and self.position.stage == stage:
-            self.checkpoints.load(self.resumed, engine)
+    def _restore(self, engine: Engine, stage: int) -> None:
+        if self.resumed and self.resumed.position.stage == stage:
+            self.resumed.load(engine, self.team)
 
     def _start_of(self, stage: int) -> Position:
         if self.position is not None and self.position.stage == stage:
@@ -231,16 +258,16 @@ class Run:
         """Final metrics and weights."""
         if 2 in self.config.stages:
             self.metrics = {**self.evaluate("evaluate"), **self.metrics}
-            self.reporter.write_metrics(self.metrics)
+            self._report_metrics()
             self.team.on_first(self._write_model, "write the model")
-        self.reporter.finished()
+        self.team.on_first(self.reporter.finished, "write the log")
         return self.metrics
 
     def _write_model(self) -> None:
         data = self.config.data
         card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / MODEL
+            path = Path(folder) / MODEL_FILE
             save_model(path, self.model, card, self.text)
-            with self.storage.writing(MODEL):
-                self.storage.write(MODEL, path.read_bytes())
+            with self.storage.writing(MODEL_FILE):
+                self.storage.write(MODEL_FILE, path.read_bytes())

@@ -60,7 +60,8 @@ class Bench:
     def __init__(self, arch: str, image_size: tuple[int, int], batch: int | None, folder: str):
         from cluster.ranks.team import join_process_group
         from cluster.run.storage import Storage
-        from cluster.training.checkpoint import Checkpoints
+        from cluster.training.checkpoint import Retention
+        from cluster.training.checkpoint_writer import CheckpointWriter, Origin
         from cluster.training.engine import Engine
 
         self.team = join_process_group(timeout_s=600)
@@ -71,9 +72,8 @@ class Bench:
         groups = parameter_groups(model.named_parameters(), weight_decay=1e-4, bias_lr_factor=2.0)
         self.engine = Engine(model, groups, team=self.team, zero_stage=1)
         self.engine.set_lr(5e-6)
-        self.checkpoints = Checkpoints(
-            Storage(folder), self.team, settings={}, fingerprint="bench", keep=1, timeout_s=600
-        )  # fmt: skip
+        origin = Origin(settings={}, fingerprint="bench")
+        self.writer = CheckpointWriter(Storage(folder), self.team, origin, Retention(keep=1), timeout_s=600)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(self.batch, 3, *image_size, generator=generator).to(device)
         self.labels = (torch.arange(self.batch) // 4).to(device)
@@ -90,7 +90,7 @@ class Bench:
         from cluster.run.manifest import Position
 
         self.saved += 1
-        self.checkpoints.save(Position(2, 1, self.saved, self.saved, False), self.engine)
+        self.writer.save(Position(2, 1, self.saved, self.saved, False), self.engine)
 
     def measure(self, rounds: int) -> dict[str, Any]:
         """Medians. A round: a step, a checkpoint, a step beside its writing; and a checkpoint that is waited for."""
@@ -99,14 +99,14 @@ class Bench:
         self.step()
         self.save()
         for _ in range(rounds):
-            self.checkpoints.finish()
+            self.writer.finish()
             times["step"].append(seconds(self.step, device))
             times["stalled"].append(seconds(self.save, device))
             times["beside"].append(seconds(self.step, device))
-            self.checkpoints.finish()
+            self.writer.finish()
             start = time.perf_counter()
             self.save()
-            self.checkpoints.finish()
+            self.writer.finish()
             times["write"].append(time.perf_counter() - start)
         step, stalled, beside, write = (statistics.median(values) for values in times.values())
         pieces = [piece.value for piece in self.engine.fragments(self.team.rank)]

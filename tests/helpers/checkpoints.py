@@ -1,14 +1,40 @@
-"""Checkpoints without DeepSpeed: an engine that stands in for it, and stores to save to, damage and go on from."""
+"""Checkpoints without DeepSpeed: what stands in for it and for all else that the loop needs, and stores to save to,
+damage and go on from."""
 
 import torch
 from torch import nn
 
+from cluster.errors import Preempted
 from cluster.ranks.team import Team
+from cluster.run.interrupts import Pending
 from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
 from cluster.settings.yaml_file import parse_config
-from cluster.training.checkpoint import Checkpoints
+from cluster.training.checkpoint import Retention, find_newest
+from cluster.training.checkpoint_writer import CheckpointWriter, Origin
 from cluster.training.engine import Fragment
+
+
+class Log(SilentReporter):
+    """Keeps the steps' entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = []
+
+    def step(self, entry, **_):
+        self.entries.append(entry)
+
+
+class NoInterrupts:
+    """Stands where signals and files would ask for a stop."""
+
+    def pending(self):
+        return Pending(stop=False, drain_poll=False)
+
+    def confirm(self, pending):
+        return Preempted if pending.stop else None
 
 
 class PlainEngine:
@@ -32,28 +58,36 @@ class PlainEngine:
         self.loaded = full, steps
 
 
-def store(folder, keep=2, fingerprint="f", settings=None):
-    settings = {} if settings is None else settings
-    return Checkpoints(Storage(str(folder)), Team(), settings=settings, fingerprint=fingerprint, keep=keep, timeout_s=5)
+def writer_at(folder, keep=2, settings=None, team=None):
+    """As a run makes one at its start."""
+    run, team = Storage(str(folder)), team or Team()
+    search = find_newest(run, team)
+    retention = Retention(keep, search.passed_over)
+    return CheckpointWriter(run, team, Origin(settings or {}, "f"), retention, timeout_s=5, newest=search.own(run))
 
 
-def at(total, stage=2):
-    return Position(stage, 1, total, total, False)
+def newest_at(folder, resume="auto", team=None):
+    """The checkpoint that a run goes on from."""
+    return find_newest(Storage(str(folder)), team or Team(), resume).checkpoint
 
 
-def save(checkpoints, *totals, mAP=None):
-    for total in totals:
-        checkpoints.save(at(total), PlainEngine(float(total)), mAP=mAP)
-    checkpoints.finish()
+def at(step, stage=2):
+    return Position(stage, 1, step, step, False)
+
+
+def save(writer, *steps, mAP=None):
+    for step in steps:
+        writer.save(at(step), PlainEngine(float(step)), mAP=mAP)
+    writer.finish()
 
 
 def names(folder):
-    return [m.position.total for m in read_manifests(Storage(str(folder)))[0]]
+    return [m.position.step for m in read_manifests(Storage(str(folder)))[0]]
 
 
 def damage(folder, kind):
-    newest = sorted((folder / FOLDER).iterdir())[-1]
-    weights = next(newest.glob("*.safetensors"))
+    last = sorted((folder / FOLDER).iterdir())[-1]
+    weights = next(last.glob("*.safetensors"))
     if kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:-7])
     elif kind == "flipped":
@@ -61,16 +95,16 @@ def damage(folder, kind):
         content[-5] ^= 1
         weights.write_bytes(content)
     elif kind == "unreadable manifest":
-        (newest / "manifest.json").write_text("{")
+        (last / "manifest.json").write_text("{")
     else:
-        (newest / "manifest.json").unlink()
+        (last / "manifest.json").unlink()
     return weights.name
 
 
-def loaded(checkpoints, chosen="auto"):
+def loaded(folder, resume="auto"):
     """The step count and the first weight of the checkpoint that a run goes on from."""
     engine = PlainEngine(0.0)
-    checkpoints.load(checkpoints.newest(chosen), engine)
+    newest_at(folder, resume).load(engine, Team())
     full, steps = engine.loaded
     return steps, full["0.weight"]["value"][0].item()
 

@@ -11,12 +11,14 @@ from cluster.run.manifest import Position
 from cluster.run.storage import Storage
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
-from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.checkpoint import Retention, find_newest
+from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
 from cluster.training.engine import MOMENTS
-from cluster.training.loop import run_stage
+from cluster.training.loop import Loop
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
+from tests.helpers.checkpoints import Log, NoInterrupts
 
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}
@@ -50,42 +52,21 @@ def make_parts(folder, **changes):
 def make_stage(team, folder, **changes):
     """Stage 2 on the shards in `folder`, with random text features."""
     config, index, spec, model, text = make_parts(folder, **changes)
-    generator = torch.Generator().manual_seed(1)
-    texts = torch.randn(spec.identities, model.image_encoder.widths[2], generator=generator)
+    texts = torch.randn(spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1))
     return Stage2(config, team, model, text, texts, index)
 
 
-class Log(list):
-    """A reporter that only keeps the steps' entries."""
-
-    def step(self, entry, **_):
-        self.append(entry)
-
-    def flush(self):
-        pass
-
-    def saved(self, name):
-        pass
-
-    def epoch(self, stage, epoch):
-        return None
-
-    def should_stop(self):
-        return False
-
-    def wants_drain_notice(self):
-        return False
-
-
 def train(team, stage, folder):
-    """Run the stage: its log, its checkpoints, and the message it stopped with."""
-    checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=30)
+    """Run the stage: its log, its newest checkpoint, and the message it stopped with."""
+    run = Storage(folder)
+    writer = CheckpointWriter(run, team, Origin(settings={}, fingerprint="f"), Retention(keep=2), timeout_s=30)
     log, message = Log(), ""
     try:
-        run_stage(stage, team, checkpoints, log, Due(0, 0), Position(stage.number, 1, 0, 0, False), 0)
+        loop = Loop(team, writer, Due(), log, NoInterrupts())
+        loop.run(stage, Position(stage.number, 1, 0, 0, False))
     except TrainingError as error:
         message = str(error)
-    return list(log), checkpoints, message
+    return log.entries, find_newest(run, team).checkpoint, message
 
 
 def pieces_of(engine):
@@ -138,12 +119,11 @@ def failing_run(team, folder, kind):
         return inner(batch)
 
     stage.losses = poisoned
-    log, checkpoints, message = train(team, stage, f"{folder}/{kind}")
-    newest = checkpoints.newest()
+    log, newest, message = train(team, stage, f"{folder}/{kind}")
     saved = {}
     if newest is not None:
         fresh = make_stage(team, folder, **RESNET)
-        saved["pieces"] = checkpoints.read(newest, fresh.engine.module)
+        saved["pieces"] = newest.read(fresh.engine.module)
         saved["buffers"] = dict(fresh.engine.module.named_buffers())
         saved["position"] = newest.position
         fresh.close()
@@ -167,9 +147,8 @@ def failing_stage1(team, folder):
         return inner(batch)
 
     stage.losses = watched
-    log, checkpoints, message = train(team, stage, f"{folder}/stage1-{team.world_size}")
-    newest = checkpoints.newest()
-    saved = {"pieces": checkpoints.read(newest, stage.engine.module), "position": newest.position}
+    log, newest, message = train(team, stage, f"{folder}/stage1-{team.world_size}")
+    saved = {"pieces": newest.read(stage.engine.module), "position": newest.position}
     identities = sorted(stage.identities(batches[2]))
     stage.close()
     return {"message": message, "identities": identities, "steps": len(log), "before": before[2], "saved": saved}
@@ -188,8 +167,8 @@ def one_rank_fails(team, folder):
         return parts
 
     stage.losses = poisoned
-    log, checkpoints, message = train(team, stage, f"{folder}/one-of-{team.world_size}")
-    position = checkpoints.newest().position
+    log, newest, message = train(team, stage, f"{folder}/one-of-{team.world_size}")
+    position = newest.position
     stage.close()
     return {"message": message, "identities": batches[-1], "steps": len(log), "position": position}
 

@@ -61,17 +61,29 @@ class RayHead:
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.process = subprocess.Popen(
             [
-                str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={self.port}",
-                f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus}",
-                "--object-store-memory=100000000", f"--temp-dir={self.folder}",
+                str(BIN / "ray"),
+                "start",
+                "--head",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                f"--port={self.port}",
+                f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--num-cpus={cpus}",
+                "--object-store-memory=100000000",
+                f"--temp-dir={self.folder}",
             ],
-            env=environment(**_AUTH, RAY_AUTH_TOKEN_PATH=str(_token(self.folder))), stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            env=environment(**_AUTH, RAY_AUTH_TOKEN_PATH=str(_token(self.folder))),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.environment = environment(
-            **_AUTH, RAY_AUTH_TOKEN_PATH=str(_token(self.folder)), RAY_ADDRESS=f"127.0.0.1:{self.port}",
+            **_AUTH,
+            RAY_AUTH_TOKEN_PATH=str(_token(self.folder)),
+            RAY_ADDRESS=f"127.0.0.1:{self.port}",
             PATH=f"{BIN}:{os.environ['PATH']}",
-        )  # fmt: skip
+        )
         wait_for_port(dashboard)
 
     def stop(self):

@@ -14,10 +14,12 @@ from clipreid.weights.initial import build_models
 from cluster.run.manifest import Position
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
-from cluster.training.loop import run_stage
+from cluster.training.checkpoint_writer import Due
+from cluster.training.loop import Loop
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
+from tests.helpers.checkpoints import Log, NoInterrupts
 from tests.helpers.processes import on_processes
 from tests.helpers.tolerances import within
 
@@ -32,24 +34,13 @@ CASES = {
 LR = 1e-3  # Large, so that the steps are felt.
 
 
-class Log:
-    """Stands where checkpoints and reporter would: keeps what is logged."""
+class NoCheckpoints:
+    """Stands where checkpoints would be written."""
 
     failed = False
 
-    def __init__(self):
-        self.entries = []
-
-    def step(self, entry, **_):
-        self.entries.append(entry)
-
-    def epoch(self, stage, epoch):
-        return None
-
-    def nothing(self, *_, **__):
-        return False
-
-    should_stop = wants_drain_notice = by_clock = by_steps = flush = saved = save = finish = nothing
+    def save(self, *_, **__): ...
+    def finish(self): ...
 
 
 def settings(shards, arch, epochs):
@@ -88,7 +79,8 @@ def follow(stage, team, log, dtype):
     # DeepSpeed sums gradients as float32, and refuses others, unless told.
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64]
     stage.engine._engine.communication_data_type = dtype
-    run_stage(stage, team, log, log, log, Position(stage.number, 1, 0, 0, False), every_epochs=0)
+    loop = Loop(team, NoCheckpoints(), Due(), log, NoInterrupts())
+    loop.run(stage, Position(stage.number, 1, 0, 0, False))
     stage.close()
 
 

@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms_and_repeats_exactly(tin
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["phase"].startswith(f"failed: stage {stage}, epoch 1, step {step + 1}: ")
     newest = read_manifests(Storage(tmp_path / "run"))[0][-1]
-    assert (newest.position.stage, newest.position.total) == (stage, step)
+    assert (newest.position.stage, newest.position.step) == (stage, step)
     for name in newest.files:
         values = load_file(tmp_path / "run" / "checkpoints" / newest.name / name)
         assert all(value.isfinite().all() for value in values.values())

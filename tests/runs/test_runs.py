@@ -80,9 +80,13 @@ def test_stage_2_starts_from_the_result_of_an_earlier_stage_1(local_run, tiny_sh
 
 def test_stage_2_refuses_the_result_of_another_encoder(local_run, tiny_shards, tmp_path):
     settings = overrides(
-        tiny_shards, tmp_path / "run", stages="[2]", run__seed=5, cluster__launcher="local",
+        tiny_shards,
+        tmp_path / "run",
+        stages="[2]",
+        run__seed=5,
+        cluster__launcher="local",
         stage1__result=local_run[0] / "stage1.safetensors",
-    )  # fmt: skip
+    )
     done = train(config_file(tmp_path), *settings, check=False)
     assert done.returncode == 2
     assert "was learned with image encoder" in done.stderr and "Traceback" not in done.stderr

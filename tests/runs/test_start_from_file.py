@@ -22,11 +22,15 @@ IDENTITIES = {f"t{number}": 4 for number in range(8)}
 def settings(folder, pretrained, *, run="run", **changes):
     model = {"arch": "configs/models/tiny_vit.json", "image_size": [32, 16], "pretrained": str(pretrained)}
     tree = {
-        "run": {"dir": str(folder / run)}, "data": {"shards": str(folder / "shards"), "loaders": 0},
-        "model": model | changes.pop("model", {}), "stages": [2], "stage1": {"epochs": 1, "batch": 12},
+        "run": {"dir": str(folder / run)},
+        "data": {"shards": str(folder / "shards"), "loaders": 0},
+        "model": model | changes.pop("model", {}),
+        "stages": [2],
+        "stage1": {"epochs": 1, "batch": 12},
         "stage2": {"epochs": 1, "lr": 1e-3, "identities": 4, "images_per_identity": 2, "warmup_epochs": 0},
-        "augment": {"pad": 2}, "cluster": {"launcher": "local"},
-    }  # fmt: skip
+        "augment": {"pad": 2},
+        "cluster": {"launcher": "local"},
+    }
     return parse_config(tree | changes)
 
 

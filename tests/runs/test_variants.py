@@ -22,12 +22,24 @@ from tests.helpers.tolerances import close
 TRAIN = {f"t{number}": 4 for number in range(8)}
 TEST = {f"q{number}": 3 for number in range(4)}
 BASE = {
-    "data.loaders": 0, "model.arch": "configs/models/tiny_vit.json", "model.pretrained": None,
-    "model.image_size": [32, 16], "stage1.epochs": 1, "stage1.batch": 12, "stage2.epochs": 1, "stage2.lr": 1e-3,
-    "stage2.identities": 4, "stage2.images_per_identity": 2, "stage2.warmup_epochs": 0, "stage2.milestones": [],
-    "stage2.text_weight": 0.5, "augment.pad": 2, "checkpoint.every_minutes": 0, "cluster.launcher": "torchrun",
+    "data.loaders": 0,
+    "model.arch": "configs/models/tiny_vit.json",
+    "model.pretrained": None,
+    "model.image_size": [32, 16],
+    "stage1.epochs": 1,
+    "stage1.batch": 12,
+    "stage2.epochs": 1,
+    "stage2.lr": 1e-3,
+    "stage2.identities": 4,
+    "stage2.images_per_identity": 2,
+    "stage2.warmup_epochs": 0,
+    "stage2.milestones": [],
+    "stage2.text_weight": 0.5,
+    "augment.pad": 2,
+    "checkpoint.every_minutes": 0,
+    "cluster.launcher": "torchrun",
     "eval.batch": 8,
-}  # fmt: skip
+}
 DESCRIPTORS = [parts for size in (1, 2, 3) for parts in combinations(("pre", "img", "proj"), size)]
 VARIANTS = {
     "two_stage": {},

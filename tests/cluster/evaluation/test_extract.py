@@ -24,6 +24,7 @@ from cluster.evaluation import feature_parts, features
 from cluster.evaluation.evaluate import encode_split
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
 from cluster.evaluation.feature_file import read_pair, write_features
+from cluster.evaluation.features import PassSettings
 from cluster.ranks.team import Team
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import load_config
@@ -100,7 +101,7 @@ def test_two_workers_evaluate_and_rerank_as_one_does(arguments, tmp_path):
     assert one == two and one["rerank"]["mAP"] != one["mAP"]
 
 
-def judged_features(team, arguments):
+def evaluated_features(team, arguments):
     """What evaluate.py prints on each rank that torchrun started."""
     with redirect_stdout(StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
         evaluate.main(arguments)
@@ -123,7 +124,7 @@ def test_workers_share_a_feature_file_and_tell_the_metrics_once(protocol, tmp_pa
     found = []
     for ranks in (1, 2):
         printed = on_processes(
-            ranks, judged_features, ["--features", *files, *protocol, "--out", str(tmp_path / "m.json")]
+            ranks, evaluated_features, ["--features", *files, *protocol, "--out", str(tmp_path / "m.json")]
         )
         assert [text.count("metrics:") for text in printed] == [1] + [0] * (ranks - 1)
         assert not any(printed[1:])
@@ -135,7 +136,7 @@ def threaded_evaluation(team, threads, arguments):
     """The gallery's features and all metrics on each rank, which has that many threads."""
     torch.set_num_threads(threads)
     model, index, config = applied(arguments)
-    seen = encode_split(model, index, "gallery", config, team, lambda count: None)
+    seen = encode_split(model, index, "gallery", config, team)
     return np.array(seen), evaluate_in_team(model, index, config, team)
 
 
@@ -160,7 +161,7 @@ def test_features_and_metrics_do_not_depend_on_ranks_or_threads(arguments):
 def test_threads_evaluate_a_compiled_encoder_as_it_was_written_and_without_gradient(arguments):
     """What compiles for training has static shapes, and neither this choice nor grad mode may end at a thread."""
     model, index, config = applied(arguments)
-    plain = encode_split(model, index, "query", config, Team(), lambda count: None)
+    plain = encode_split(model, index, "query", config, Team())
     model.image_encoder.compile(backend="eager", dynamic=False)
     seen = []
     model.image_encoder.register_forward_hook(lambda *_: seen.append((threading.get_ident(), torch.is_grad_enabled())))
@@ -170,7 +171,7 @@ def test_threads_evaluate_a_compiled_encoder_as_it_was_written_and_without_gradi
     try:
         Run.evaluate(run, "evaluate")
         with torch.compiler.set_stance("force_eager"):
-            compiled = encode_split(model, index, "query", config, Team(), lambda count: None)
+            compiled = encode_split(model, index, "query", config, Team())
     finally:
         torch.set_num_threads(1)
     assert np.array_equal(compiled, plain)
@@ -186,7 +187,7 @@ def test_a_folder_of_parts_holds_what_the_file_holds_in_order(arguments, alone, 
     assert pq.read_table(out)["keys"].to_pylist() == alone["keys"].tolist()  # as another program reads it
 
 
-def test_folders_of_parts_are_judged_as_files_are(arguments, tmp_path):
+def test_folders_of_parts_are_evaluated_as_files_are(arguments, tmp_path):
     metrics = []
     for ending in ("npz", "parquet"):
         files = [tmp_path / f"{split}.{ending}" for split in ("query", "gallery")]
@@ -197,7 +198,7 @@ def test_folders_of_parts_are_judged_as_files_are(arguments, tmp_path):
     assert metrics[0] == metrics[1]
 
 
-def test_vehicleid_is_judged_from_one_folder_of_parts(tmp_path):
+def test_vehicleid_is_evaluated_from_one_folder_of_parts(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
         "features": rng.standard_normal((40, 6), np.float32),
@@ -282,21 +283,17 @@ def one_image_and_a_broken_one(team, folder, shards):
             raise DataError("shard x, key y: can't be decoded")
         return images.float().mean((2, 3))
 
-    images = FolderImages(folder, ["red.png"], (8, 8))
-    loader = SequentialLoader(images, rank=team.rank, world_size=team.world_size, batch_size=3)
-    rows = features.extract_batches(encode, loader, 1, 3, team)
+    rows = features.extract_images(encode, FolderImages(folder, ["red.png"], (8, 8)), team, PassSettings((8, 8), 3))
     try:
-        features.extract(encode, ShardIndex.open(shards), "train", team, image_size=(8, 8), batch=5)
+        features.extract(encode, ShardIndex.open(shards), "train", team, PassSettings((8, 8), 5))
     except DataError as error:
         return np.array(rows).tolist(), str(error)
 
 
 def mapping_of_the_bank(team, shards):
     """(device, inode) of the file behind this rank's features."""
-    bank = features.extract(
-        lambda images, rows: images.float().mean((2, 3)), ShardIndex.open(shards), "train", team, image_size=(8, 8),
-        batch=5,
-    )  # fmt: skip
+    index, settings = ShardIndex.open(shards), PassSettings((8, 8), batch_size=5)
+    bank = features.extract(lambda images, rows: images.float().mean((2, 3)), index, "train", team, settings)
     address = bank.__array_interface__["data"][0]
     for line in Path("/proc/self/maps").read_text().splitlines():
         extent, _, _, device, inode, *_ = line.split()

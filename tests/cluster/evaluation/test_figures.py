@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked, tsne
+from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked_lists, tsne
 from cluster.evaluation.find_weights import card_of
 from cluster.settings.yaml_file import load_config
 from launch import figures
@@ -18,9 +18,7 @@ from tests.helpers.runs import config_file, overrides, train
 def run(tiny_shards, tmp_path_factory):
     """Folder of a finished run."""
     folder = tmp_path_factory.mktemp("figures")
-    settings = overrides(
-        tiny_shards, folder / "run", cluster__launcher="local", stage1__epochs=1, stage2__epochs=1
-    )  # fmt: skip
+    settings = overrides(tiny_shards, folder / "run", cluster__launcher="local", stage1__epochs=1, stage2__epochs=1)
     train(config_file(folder), *settings)
     return folder / "run"
 
@@ -42,8 +40,10 @@ def test_all_figures_are_drawn(run, tmp_path, capsys):
 def test_frames_of_the_ranked_lists_tell_right_from_wrong(run):
     """Colours of the frames against a sort of all distances of one query after the other."""
     subject = subject_of(run)
-    query, gallery = (subject.applied.extract_split(subject.index, name, progress_bar) for name in ("query", "gallery"))
-    figure = ranked(subject)
+    query, gallery = (
+        subject.inference.extract_split(subject.index, name, progress_bar) for name in ("query", "gallery")
+    )
+    figure = ranked_lists(subject)
     lines = len(figure.axes) // 11
     for line in range(lines):
         row = line * len(query["keys"]) // lines

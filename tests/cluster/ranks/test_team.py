@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 from cluster.errors import RankLost
-from cluster.evaluation.features import extract
+from cluster.evaluation.features import PassSettings, extract
 from cluster.ranks import watchdog
 from cluster.ranks.team import Team, join_process_group, leave_process_group
 from cluster.ranks.watchdog import Watchdog
@@ -31,7 +31,7 @@ def gather_and_share(team, shards):
     gathered = team.all_gather(own)
     (gathered * torch.arange(4.0)[:, None] * (team.rank + 1)).sum().backward()
     index = ShardIndex.open(str(shards))
-    rows = extract(lambda images, rows: rows[:, None] * torch.ones(3), index, "train", team, image_size=(8, 8), batch=5)
+    rows = extract(lambda images, rows: rows[:, None] * torch.ones(3), index, "train", team, PassSettings((8, 8), 5))
     return gathered.detach(), own.grad, np.array(rows), team.all_gather_objects(team.rank * 10, "numbers")
 
 

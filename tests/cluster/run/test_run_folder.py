@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster.errors import TrainingError
 from cluster.launchers import ray as orchestrate
-from cluster.ranks.team import Team
+from cluster.run.interrupts import Interrupts, request_stop
 from cluster.run.manifest import Position
-from cluster.run.reporter import RunReporter, StopRequest, request_stop
+from cluster.run.reporter import RunReporter
 from cluster.run.run_folder import RunFolder
-from cluster.run.status_view import describe
+from cluster.run.status_view import activity_of
 from cluster.run.storage import Storage
 from cluster.run.tensorboard import Events, first_new_step
 from cluster.settings.yaml_file import parse_config
@@ -91,15 +91,17 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
     cluster = {"launcher": "local", "cpus_per_worker": 1}
     config = parse_config({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}, "cluster": cluster})
     request_stop(config.run.dir)
-    monkeypatch.setattr("cluster.training.worker.train", lambda config, team: StopRequest(config, team).asked())
-    assert orchestrate.run(config) is False
+    monkeypatch.setattr(
+        "cluster.training.worker.train", lambda config, team: Interrupts(Storage(config.run.dir)).pending()
+    )
+    assert orchestrate.run(config).stop is False
 
 
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
 def test_the_live_view_says_from_where_a_run_goes_on(place):
     status = {"phase": "start", "restarts": 2, "resumed_from": place}
-    assert describe(status, {})[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
-    assert describe(status | {"restarts": 0}, {})[0] == "start"
+    assert activity_of(status, {})[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
+    assert activity_of(status | {"restarts": 0}, {})[0] == "start"
 
 
 def full_disk(*_, **__):
@@ -164,10 +166,10 @@ def test_what_a_run_does_again_is_taken_off_its_curves(position, first):
 
 
 def test_the_status_says_how_a_run_ended_and_its_last_checkpoint(place):
-    reporter = RunReporter(config_at(place), Team(), None, None, evaluate=None)
+    reporter = RunReporter(config_at(place), None, {"host": 1})
     reporter.phase("stage 2")
     reporter.saved("stage 2, epoch 1, step 3")
     assert Storage(place).read_json("status.json")["checkpoint"] == "stage 2, epoch 1, step 3"
     reporter.ended("failed: the disk is full")
     assert Storage(place).read_json("status.json")["phase"] == "failed: the disk is full"
-    assert describe(Storage(place).read_json("status.json"), {}) == ("failed: the disk is full", 0, None, "")
+    assert activity_of(Storage(place).read_json("status.json"), {}) == ("failed: the disk is full", 0, None, "")

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not counted, damaged ones skipped by name, old ones kept or removed as asked."""
 
+import json
 import logging
 import threading
 
@@ -10,42 +11,53 @@ import torch
 
 from cluster.errors import Preempted, TrainingError
 from cluster.ranks.team import Team
+from cluster.run.interrupts import Pending
 from cluster.run.manifest import FOLDER, Position, read_manifests
+from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
-from cluster.training.checkpoint import Checkpoints, Due
+from cluster.training.checkpoint_writer import Due
 from cluster.training.engine import MOMENTS, Fragment
 from cluster.training.host_copy import HostCopy
-from cluster.training.loop import run_stage
-from tests.helpers.checkpoints import PlainEngine, at, damage, loaded, names, save, store
+from cluster.training.loop import Loop
+from tests.helpers.checkpoints import NoInterrupts, PlainEngine, at, damage, loaded, names, newest_at, save, writer_at
 from tests.helpers.object_store import s3_server
 from tests.helpers.processes import on_processes
 
 
 def test_the_newest_comes_back_with_values_moments_buffers_and_step_count(tmp_path):
-    save(store(tmp_path), 3, 7)
-    fresh, engine = store(tmp_path), PlainEngine(0.0)
-    found = fresh.newest()
-    fresh.load(found, engine)
+    save(writer_at(tmp_path), 3, 7)
+    found, engine = newest_at(tmp_path), PlainEngine(0.0)
+    found.load(engine, Team())
     full, steps = engine.loaded
     assert (found.position, steps) == (at(7), 7)
     assert [full["0.weight"][k][0].item() for k in ("value", *MOMENTS)] == [7, 8, 9]
     assert engine.module[1].running_mean.tolist() == [7, 7]
 
 
+def test_a_manifest_keeps_the_keys_of_its_format_on_disk(tmp_path):
+    """Checkpoints of earlier versions are read, and earlier versions read ours."""
+    save(writer_at(tmp_path), 7)
+    (path,) = (tmp_path / FOLDER).glob("*/manifest.json")
+    tree = json.loads(path.read_text())
+    assert tree["position"] == {"stage": 2, "epoch": 1, "step": 7, "total": 7, "epoch_done": False}
+    path.write_text(json.dumps(tree | {"position": tree["position"] | {"step": 3}}))
+    assert newest_at(tmp_path).position == Position(2, 1, epoch_step=3, step=7, epoch_done=False)
+
+
 def test_keep_newest_and_best_by_map(tmp_path):
-    checkpoints = store(tmp_path, keep=2)
-    save(checkpoints, 1, mAP=0.9)
-    save(checkpoints, 2, mAP=0.5)
-    save(checkpoints, 3, 4)
+    writer = writer_at(tmp_path, keep=2)
+    save(writer, 1, mAP=0.9)
+    save(writer, 2, mAP=0.5)
+    save(writer, 3, 4)
     assert names(tmp_path) == [1, 3, 4]
 
 
 def test_a_later_stage_is_newer_than_any_step_of_an_earlier_one(tmp_path):
-    checkpoints = store(tmp_path)
-    checkpoints.save(at(500, stage=1), PlainEngine(1.0))
-    checkpoints.save(at(2, stage=2), PlainEngine(2.0))
-    checkpoints.finish()
-    assert store(tmp_path).newest().position == at(2, stage=2)
+    writer = writer_at(tmp_path)
+    writer.save(at(500, stage=1), PlainEngine(1.0))
+    writer.save(at(2, stage=2), PlainEngine(2.0))
+    writer.finish()
+    assert newest_at(tmp_path).position == at(2, stage=2)
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -60,26 +72,26 @@ def remote(request):
 
 
 def test_checkpoints_in_an_object_store_are_kept_skipped_and_gone_on_from_as_on_a_disk(remote):
-    save(store(remote, keep=2), 3, 5, 7)
+    save(writer_at(remote, keep=2), 3, 5, 7)
     assert names(remote) == [5, 7]
-    assert loaded(store(remote)) == (7, 7.0)
+    assert loaded(remote) == (7, 7.0)
     newest = Storage(f"{remote}/{FOLDER}/{Storage(remote).names(FOLDER)[-1]}")
     content = bytearray(newest.read("rank-0-of-1.safetensors"))
     content[-5] ^= 1
     newest.write("rank-0-of-1.safetensors", bytes(content))
-    again = store(remote, keep=2)
-    assert loaded(again) == (5, 5.0)
-    assert loaded(store("memory://elsewhere"), newest.url.replace("00000007", "00000005")) == (5, 5.0)
+    again = writer_at(remote, keep=2)
+    assert loaded(remote) == (5, 5.0)
+    assert loaded("memory://elsewhere", newest.url.replace("00000007", "00000005")) == (5, 5.0)
     save(again, 9)
     assert names(remote) == [5, 9]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "unreadable manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_named(tmp_path, kind, caplog):
-    save(store(tmp_path), 3, 7)
+    save(writer_at(tmp_path), 3, 7)
     name = damage(tmp_path, kind)
     with caplog.at_level(logging.WARNING):
-        assert store(tmp_path).newest().position == at(3)
+        assert newest_at(tmp_path).position == at(3)
     if kind in ("truncated", "flipped"):
         assert name in caplog.text
     elif kind == "unreadable manifest":
@@ -90,32 +102,32 @@ def test_what_an_interrupted_write_left_is_removed_by_the_next(tmp_path):
     left = tmp_path / FOLDER / "stage2-00000009-dead"
     left.mkdir(parents=True)
     (left / "rank-0-of-1.safetensors").write_bytes(b"half")
-    save(store(tmp_path), 3)
+    save(writer_at(tmp_path), 3)
     assert not left.exists()
 
 
 def test_a_failed_write_is_reported_and_leaves_the_one_before(tmp_path, monkeypatch):
-    checkpoints = store(tmp_path)
-    save(checkpoints, 3)
+    writer = writer_at(tmp_path)
+    save(writer, 3)
 
     def full_disk(name, *parts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.run, "write", full_disk)
-    checkpoints.save(at(7), PlainEngine(7.0))
+    monkeypatch.setattr(writer.run, "write", full_disk)
+    writer.save(at(7), PlainEngine(7.0))
     with pytest.raises(TrainingError, match="No space left.*stage2-00000003.*intact.*repeat the command"):
-        checkpoints.finish()
-    assert store(tmp_path).newest().position == at(3)
+        writer.finish()
+    assert newest_at(tmp_path).position == at(3)
 
 
 def test_a_state_that_is_not_finite_is_refused_and_leaves_the_one_before(tmp_path):
-    checkpoints, engine = store(tmp_path), PlainEngine(7.0)
-    save(checkpoints, 3)
+    writer, engine = writer_at(tmp_path), PlainEngine(7.0)
+    save(writer, 3)
     engine.module[1].bias.data[1] = float("nan")
-    checkpoints.save(at(7), engine)
+    writer.save(at(7), engine)
     words = r"value/1.bias and 2 more not finite after stage 2, epoch 1, step 7.*stage2-00000003.*intact.*learning rate"
     with pytest.raises(TrainingError, match=words):
-        checkpoints.finish()
+        writer.finish()
     assert names(tmp_path) == [3]
     assert len(list((tmp_path / FOLDER).iterdir())) == 1
 
@@ -153,16 +165,15 @@ class SpoiltStage:
         return ["0007"]
 
 
-class NoNews:
-    should_stop = wants_drain_notice = flush = saved = step = lambda *_, **__: False
+def loop_over(writer, due, interrupts=None):
+    """Nobody looks on, and nothing interrupts."""
+    return Loop(Team(), writer, due, SilentReporter(), interrupts or NoInterrupts())
 
 
 def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_named(tmp_path):
-    checkpoints = store(tmp_path)
+    writer = writer_at(tmp_path)
     with pytest.raises(TrainingError) as caught:
-        run_stage(
-            SpoiltStage(), Team(), checkpoints, NoNews(), Due(every_steps=1, every_minutes=0), at(0), every_epochs=0
-        )
+        loop_over(writer, Due(every_steps=1)).run(SpoiltStage(), at(0))
     said = str(caught.value)
     assert "step 4: loss is not finite" in said and "identities of the batch: 0007" in said
     assert "value/0.weight and 2 more not finite after stage 2, epoch 1, step 3" in said
@@ -170,22 +181,15 @@ def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_nam
     assert names(tmp_path) == [1, 2]
 
 
-class StopsAtTheEndOfAnEpoch(NoNews):
-    """Asked to stop in the last step of the first epoch, once."""
+class StopInStep(NoInterrupts):
+    """Asked to stop in one step."""
 
-    def __init__(self):
-        self.steps, self.evaluated, self.asked = 0, [], False
+    def __init__(self, step):
+        self.step, self.steps = step, 0
 
-    def step(self, entry, **_):
+    def pending(self):
         self.steps += 1
-
-    def should_stop(self):
-        stop, self.asked = self.steps == 8 and not self.asked, self.asked or self.steps == 8
-        return stop
-
-    def epoch(self, stage, epoch):
-        self.evaluated.append(epoch)
-        return 0.25 * epoch
+        return Pending(stop=self.steps == self.step, drain_poll=False)
 
 
 class SoundStage(SpoiltStage):
@@ -196,19 +200,24 @@ class SoundStage(SpoiltStage):
 
 
 def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
-    reporter = StopsAtTheEndOfAnEpoch()
+    interrupts, evaluated = StopInStep(9), []
+
+    def evaluate(epoch):
+        evaluated.append(epoch)
+        return dict.fromkeys(("mAP", "R1", "R5", "R10"), 0.25 * epoch)
 
     def start(position):
-        checkpoints, due = store(tmp_path, keep=9), Due(every_steps=3, every_minutes=0)
-        checkpoints.newest()
-        run_stage(SoundStage(), Team(), checkpoints, reporter, due, position, every_epochs=1)
+        writer = writer_at(tmp_path, keep=9)
+        loop = loop_over(writer, Due(every_steps=3, every_epochs=1), interrupts)
+        loop.evaluate = evaluate
+        loop.run(SoundStage(), position)
 
     with pytest.raises(Preempted):
         start(Position(2, 1, 0, 0, False))
-    assert store(tmp_path).newest().position == Position(2, 1, 9, 9, False) and reporter.evaluated == []
-    start(store(tmp_path).newest().position)
-    assert (reporter.evaluated, reporter.steps) == ([1, 2], 18)
-    scored = [(m.position.total, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
+    assert newest_at(tmp_path).position == Position(2, 1, 9, 9, False) and evaluated == []
+    start(newest_at(tmp_path).position)
+    assert (evaluated, interrupts.steps) == ([1, 2], 18)
+    scored = [(m.position.step, m.mAP) for m in read_manifests(Storage(str(tmp_path)))[0] if m.mAP is not None]
     assert scored == [(9, 0.25), (18, 0.5)]
 
 
@@ -220,13 +229,12 @@ class OtherPieces(PlainEngine):
 
 
 def test_pieces_that_do_not_cover_the_model_are_refused_by_name(tmp_path):
-    checkpoints = store(tmp_path)
-    checkpoints.save(at(3), OtherPieces(3.0))
-    checkpoints.finish()
+    writer = writer_at(tmp_path)
+    writer.save(at(3), OtherPieces(3.0))
+    writer.finish()
     engine = PlainEngine(0.0)
-    fresh = store(tmp_path)
     with pytest.raises(TrainingError, match="holds 0 elements of 0.weight, the model has 6: it is of another model"):
-        fresh.load(fresh.newest(), engine)
+        newest_at(tmp_path).load(engine, Team())
     assert engine.loaded is None
 
 
@@ -252,12 +260,12 @@ def test_a_copy_is_a_safetensors_file_and_its_memory_is_used_again():
 
 
 def test_a_write_that_hangs_is_given_up_with_the_rank(tmp_path, monkeypatch):
-    checkpoints = store(tmp_path)
-    checkpoints.timeout_s, released = 0.1, threading.Event()
-    monkeypatch.setattr(checkpoints.run, "write", lambda *_: released.wait())
-    checkpoints.save(at(3), PlainEngine(3.0))
+    writer = writer_at(tmp_path)
+    writer.timeout_s, released = 0.1, threading.Event()
+    monkeypatch.setattr(writer.run, "write", lambda *_: released.wait())
+    writer.save(at(3), PlainEngine(3.0))
     with pytest.raises(TrainingError, match="rank 0 is not done after 0.1 s.*make room or mend the storage"):
-        checkpoints.finish()
+        writer.finish()
     released.set()
 
 
@@ -269,21 +277,21 @@ class FirstOfTwo(Team):
 
 
 def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
-    checkpoints = store(tmp_path)
-    checkpoints.team, checkpoints.timeout_s = FirstOfTwo(0, 2), 0.1
-    checkpoints.save(at(3), PlainEngine(3.0))
+    writer = writer_at(tmp_path)
+    writer.team, writer.timeout_s = FirstOfTwo(0, 2), 0.1
+    writer.save(at(3), PlainEngine(3.0))
     with pytest.raises(TrainingError, match="rank-1-of-2.safetensors"):
-        checkpoints.finish()
+        writer.finish()
     assert names(tmp_path) == []
 
 
 def test_a_complete_checkpoint_is_not_written_again(tmp_path):
     done = at(3)._replace(epoch_done=True)
-    checkpoints = store(tmp_path)
-    checkpoints.save(done, PlainEngine(3.0), mAP=0.5)
-    checkpoints.finish()
-    for again in (checkpoints, store(tmp_path)):
-        assert again.newest().position == done
+    writer = writer_at(tmp_path)
+    writer.save(done, PlainEngine(3.0), mAP=0.5)
+    writer.finish()
+    for again in (writer, writer_at(tmp_path)):
+        assert newest_at(tmp_path).position == done
         again.save(Position(2, 2, 0, 3, False), PlainEngine(3.0))
         again.finish()
         (manifest,) = read_manifests(Storage(str(tmp_path)))[0]
@@ -306,22 +314,22 @@ class Halves(PlainEngine):
 
 
 def save_on_two(team, folder):
-    checkpoints = Checkpoints(Storage(folder), team, settings={}, fingerprint="f", keep=2, timeout_s=20)
-    checkpoints.save(at(3), Halves())
-    checkpoints.finish()
+    writer = writer_at(folder, team=team)
+    writer.timeout_s = 20
+    writer.save(at(3), Halves())
+    writer.finish()
 
 
 def load_on_two(team, folder):
-    checkpoints, engine = store(folder), PlainEngine(0.0)
-    checkpoints.team = team
-    checkpoints.load(checkpoints.newest(), engine)
+    engine = PlainEngine(0.0)
+    newest_at(folder, team=team).load(engine, team)
     return engine.loaded[0]["0.weight"]["value"].tolist()
 
 
 def test_a_checkpoint_is_read_by_fewer_and_by_more_ranks_than_wrote_it(tmp_path):
     on_processes(2, save_on_two, str(tmp_path / "by two"))
     assert load_on_two(Team(), tmp_path / "by two") == [0, 1, 2, 3, 4, 5]
-    save(store(tmp_path / "by one"), 3)
+    save(writer_at(tmp_path / "by one"), 3)
     assert on_processes(2, load_on_two, str(tmp_path / "by one")) == [[3.0] * 6] * 2
 
 

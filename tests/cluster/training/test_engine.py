@@ -16,10 +16,14 @@ def make_module():
 
 def groups_of(module):
     return [
-        {"params": [p for n, p in module.named_parameters() if ("bias" in n) == bias], "lr_factor": 1.0 + bias,
-         "weight_decay": 1e-2, "betas": (0.9, 0.999)}
+        {
+            "params": [p for n, p in module.named_parameters() if ("bias" in n) == bias],
+            "lr_factor": 1.0 + bias,
+            "weight_decay": 1e-2,
+            "betas": (0.9, 0.999),
+        }
         for bias in (False, True)
-    ]  # fmt: skip
+    ]
 
 
 def batch(step):
