@@ -11,8 +11,8 @@ from pathlib import Path
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
+from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
-from cluster.run.manifest import check_may_continue
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.errors import DataError
