@@ -4,7 +4,6 @@ python launch/train.py --config configs/demo.yaml stage2.epochs=10
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> int:
     index, _ = check_run(config)
     from cluster.launchers.run import train_and_show
 
-    return train_and_show(config, index, started=time.time())
+    return train_and_show(config, index)
 
 
 if __name__ == "__main__":

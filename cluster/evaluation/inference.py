@@ -21,7 +21,8 @@ from cluster.evaluation.evaluate import describe, encode_split, measure
 from cluster.evaluation.features import extract_batches
 from cluster.evaluation.metrics import Progress
 from cluster.evaluation.per_query import PerQueryFile
-from cluster.ranks.team import Team, choose_device
+from cluster.ranks.process import choose_device
+from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.settings.model_spec import configured_spec, model_spec
 from shards.loading.folder import FolderLoader

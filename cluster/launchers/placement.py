@@ -1,6 +1,6 @@
 """What a worker gets of a node, and how many workers the nodes have room for. Plain arithmetic, no Ray.
 
-Ray's nodes, Config ──▶ [placement] ──▶ orchestrate (CPUs and GPU of each worker), workers (threads, loaders)
+Ray's nodes, Config ──▶ [placement] ──▶ ray (CPUs and GPU of each worker), workers (threads, loaders)
 """
 
 from cluster.settings.config import Config

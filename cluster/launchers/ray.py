@@ -1,9 +1,8 @@
-"""Placing workers: Ray Train on a cluster, the processes that torchrun started, or this process alone.
+"""Ray Train as the launcher: it places the workers and starts them again after a failure.
 
-    launch/train.py ──▶ [orchestrate] ──▶ worker.train on every worker ──▶ metrics.json in the run folder
+    Config ──▶ run ──▶ [ray] ──▶ worker.train on every worker ──▶ metrics.json in the run folder
 
-Ray Train places the workers and starts them again after a failure; what they compute is `worker.train`, which
-does not know who placed it.
+What the workers compute is `worker.train`, which does not know who placed it.
 """
 
 import json
@@ -13,104 +12,27 @@ import signal
 import tempfile
 import threading
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
+from cluster.errors import Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.placement import shortage, worker_needs
-from cluster.ranks.team import PATIENCE, Team, join_process_group, leave_process_group
+from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
+from cluster.ranks.team import PATIENCE, Team
 from cluster.run.manifest import FOLDER, read_manifests
 from cluster.run.reporter import STOP, request_stop, withdraw_stop
 from cluster.run.run_folder import METRICS
 from cluster.run.status_view import read_status
 from cluster.run.storage import Storage
-from cluster.settings.config import ClusterSection, Config
+from cluster.settings.config import Config
 from cluster.settings.yaml_file import parse_config
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 
-STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
-
-class Stopped(Exception):
-    """The run saved a checkpoint and stopped because it was asked to."""
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Train with the configured launcher; the metrics of metrics.json.
-
-    Raises:
-        ConfigError, TrainingError, DataError, ModelError: as the workers raised them.
-        Stopped: on SIGTERM, after a checkpoint.
-    """
-    if config.cluster.launcher == "ray":
-        return run_with_ray(config)
-    return run_in_this_process(config)
-
-
-def run_in_this_process(config: Config) -> dict[str, Any]:
-    """The launchers torchrun (this process is one of its workers) and local (the only one)."""
-    quiet_libraries()
-    import torch
-
-    from cluster.training.worker import train
-
-    cpus = threads_per_worker(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    team = join_process_group(config.cluster.timeout_s, cpus)
-    check_world_size(config, team.world_size)
-    if team.device.type == "cpu":
-        torch.set_num_threads(cpus)
-    try:
-        team.on_first(lambda: withdraw_stop(config.run.dir), "withdraw an earlier request to stop")
-        return train(config, team)
-    except Preempted as stop:
-        raise Stopped(str(stop)) from None
-    finally:
-        leave_process_group(team)
-
-
-def check_world_size(config: Config, world_size: int) -> None:
-    """Raises ConfigError where the launcher's number of workers does not divide the batch by whole identities."""
-    identities = config.stage2.identities
-    if 2 in config.stages and identities % world_size:
-        fits = [n for n in range(1, identities + 1) if identities % n == 0]
-        raise ConfigError(f"{world_size} workers do not divide stage2.identities {identities}; possible: {fits}")
-
-
-def threads_per_worker(settings: ClusterSection, workers_on_node: int) -> int:
-    """Torch's threads on a CPU. Sums round differently with another number of threads, so where a run may move between
-    machines of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
-    return settings.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
-
-
-def quiet_libraries() -> None:
-    """Libraries print at import and at start; a user wants to read about the run."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
-    # None is all others: Ray tells of every report by a logger that it named after a file.
-    for name in ("ray.train", "ray.tune", "torch.distributed", None):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Otherwise everything is printed twice.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # Otherwise relative paths change their meaning in the workers.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # A worker behind a silent link never answers.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-
-def run_with_ray(config: Config) -> dict[str, Any]:
+def train_with_ray(config: Config) -> dict[str, Any]:
     """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost."""
     quiet_libraries()
     import ray
@@ -155,13 +77,13 @@ def run_with_ray(config: Config) -> dict[str, Any]:
         trainer.fit()
     except Exception as error:
         if trainer.ended:
-            raise Stopped("stopped while no worker was running; the same command starts it or goes on") from None
+            raise Preempted("stopped while no worker was running; the same command starts it or goes on") from None
         raise final_cause(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
     finally:
         stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
         withdraw_stop(config.run.dir)
     if stopped:
-        raise Stopped("stopped as asked, after a checkpoint; the same command goes on from it")
+        raise Preempted("stopped as asked, after a checkpoint; the same command goes on from it")
     return run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
 
 
@@ -201,7 +123,7 @@ def _connect(config: Config) -> None:
 def _variables(config: Config) -> dict[str, str]:
     """The environment of controller and workers. What a user has set there already stays."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    ours = dict(_QUIET)
+    ours = dict(QUIET_ENVIRONMENT)
     low, high = config.cluster.worker_range
     if low != high:
         # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
@@ -211,30 +133,27 @@ def _variables(config: Config) -> dict[str, str]:
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
-    quiet_libraries()
     import ray
-    import torch
 
     from cluster.launchers.ray_policies import FINAL
-    from cluster.training.worker import train
 
     config = parse_config(settings["config"])
     cpus = int(ray.get_runtime_context().get_assigned_resources()["CPU"])
-    team = join_process_group(config.cluster.timeout_s, cpus)
-    if team.device.type == "cpu":
-        torch.set_num_threads(cpus)
-    try:
-        train(config, team, report=partial(_report_to_ray, Storage(config.run.dir), team))
-    except (Drained, *FINAL):
-        raise  # What comes of them is `RestartPolicy`'s to decide.
-    except Preempted:
-        return
-    except RankLost as error:
-        log.error("%s", error)
-        raise
-    except Exception:
-        log.exception("worker %d failed", team.rank)
-        raise
+    with joined(config.cluster.timeout_s, cpus) as team:
+        from cluster.training.worker import train
+
+        try:
+            train(config, team, report=partial(_report_to_ray, Storage(config.run.dir), team))
+        except (Drained, *FINAL):
+            raise  # What comes of them is `RestartPolicy`'s to decide.
+        except Preempted:
+            return
+        except RankLost as error:
+            log.error("%s", error)
+            raise
+        except Exception:
+            log.exception("worker %d failed", team.rank)
+            raise
 
 
 def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ class Bench:
     """A model under the engine, a batch to train on, and checkpoints of it."""
 
     def __init__(self, arch: str, image_size: tuple[int, int], batch: int | None, folder: str):
-        from cluster.ranks.team import join_process_group
+        from cluster.ranks.process import join_process_group
         from cluster.run.storage import Storage
         from cluster.training.checkpoint import Checkpoints
         from cluster.training.engine import Engine

@@ -15,7 +15,8 @@ from torch.multiprocessing import ProcessExitedException
 from cluster.errors import RankLost
 from cluster.evaluation.features import extract
 from cluster.ranks import watchdog
-from cluster.ranks.team import Team, join_process_group, leave_process_group
+from cluster.ranks.process import join_process_group, leave_process_group
+from cluster.ranks.team import Team
 from cluster.ranks.watchdog import Watchdog
 from cluster.settings.paths import at_project_root
 from cluster.settings.yaml_file import parse_config

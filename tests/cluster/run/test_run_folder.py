@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.errors import TrainingError
-from cluster.launchers import ray as orchestrate
+from cluster.launchers.run import run
 from cluster.ranks.team import Team
 from cluster.run.manifest import Position
 from cluster.run.reporter import RunReporter, StopRequest, request_stop
@@ -92,7 +92,7 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
     config = parse_config({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}, "cluster": cluster})
     request_stop(config.run.dir)
     monkeypatch.setattr("cluster.training.worker.train", lambda config, team: StopRequest(config, team).asked())
-    assert orchestrate.run(config) is False
+    assert run(config) is False
 
 
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
