@@ -110,10 +110,10 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
 
     from cluster.checks.before_run import check_evaluation
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from cluster.settings.paths import at_project_root
+    from cluster.settings.paths import with_absolute_paths
     from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = with_absolute_paths(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
         index = check_evaluation(config)
         if options.per_query and "test" in index.splits:

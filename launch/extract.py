@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> None:
     from cluster.checks.before_run import check_split
     from cluster.evaluation.feature_file import write_features
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from cluster.settings.paths import at_project_root
+    from cluster.settings.paths import with_absolute_paths
     from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = with_absolute_paths(load_config(options.config, options.overrides))
     with local_weights(options.weights) as path:
         index = names = None
         if options.split is not None:

@@ -25,10 +25,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     from cluster.checks.before_run import check_run
-    from cluster.settings.paths import at_project_root
+    from cluster.settings.paths import with_absolute_paths
     from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = with_absolute_paths(load_config(options.config, options.overrides))
     index, _ = check_run(config)
     from cluster.launchers.run import train_and_show
 

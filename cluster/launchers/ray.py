@@ -26,10 +26,10 @@ from cluster.run.run_folder import METRICS
 from cluster.run.status_view import read_status
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
+from cluster.settings.paths import PROJECT_ROOT
 from cluster.settings.yaml_file import parse_config
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def train_with_ray(config: Config) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _connect(config: Config) -> None:
 
 def _variables(config: Config) -> dict[str, str]:
     """The environment of controller and workers. What a user has set there already stays."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     ours = dict(QUIET_ENVIRONMENT)
     low, high = config.cluster.worker_range
     if low != high:

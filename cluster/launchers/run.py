@@ -80,10 +80,11 @@ def train_in_this_process(config: Config) -> dict[str, Any]:
 
 def check_world_size(config: Config, world_size: int) -> None:
     """Raises ConfigError where the launcher's number of workers does not divide the batch by whole identities."""
-    identities = config.stage2.identities
-    if 2 in config.stages and identities % world_size:
-        possible = [n for n in range(1, identities + 1) if identities % n == 0]
-        raise ConfigError(f"{world_size} workers do not divide stage2.identities {identities}; possible: {possible}")
+    if 2 in config.stages and world_size not in config.possible_workers():
+        raise ConfigError(
+            f"{world_size} workers do not divide stage2.identities {config.stage2.identities}; possible: "
+            f"{config.possible_workers()}"
+        )
 
 
 def dataset_facts(index: ShardIndex) -> str:
