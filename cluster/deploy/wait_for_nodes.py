@@ -30,7 +30,7 @@ def wait_for_nodes(address: str, wanted: int) -> int:
         time.sleep(1)
     print(
         f"error: {len(alive)} of {wanted} nodes at {address} after {PATIENCE_S:.0f} s: {', '.join(alive) or cause}. "
-        f"The others cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
+        "The others cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
         file=sys.stderr,
     )
     return 1

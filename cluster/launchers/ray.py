@@ -14,7 +14,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.placement import shortage, worker_needs
@@ -29,37 +29,62 @@ from cluster.settings.config import Config
 from cluster.settings.paths import PROJECT_ROOT
 from cluster.settings.yaml_file import parse_config
 
+if TYPE_CHECKING:
+    from cluster.launchers.ray_policies import Trainer
+
 log = logging.getLogger(__name__)
 
 
 def train_with_ray(config: Config) -> dict[str, Any]:
-    """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost."""
-    quiet_libraries()
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost.
 
-    from cluster.launchers.ray_policies import Trainer, final_cause
+    Returns the metrics of metrics.json. Raises as `cluster.launchers.run.run`.
+    """
+    quiet_libraries()
+    from cluster.launchers.ray_policies import final_error
 
     run_dir = Storage(config.run.dir)
     withdraw_stop(config.run.dir)
     _connect(config)
+    trainer = _trainer(config, run_dir)
+    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
+    try:
+        trainer.fit()
+    except Exception as error:
+        if trainer.ended:
+            raise Preempted("stopped while no worker was running; the same command starts it or goes on") from None
+        raise final_error(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
+    finally:
+        stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
+        withdraw_stop(config.run.dir)
+    if stopped:
+        raise Preempted("stopped as asked, after a checkpoint; the same command goes on from it")
+    return run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
+
+
+def _trainer(config: Config, run_dir: Storage) -> "Trainer":
+    """For the nodes that the cluster has now. `ray.train` has these classes too, typed as its first version."""
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    from cluster.launchers.ray_policies import Trainer
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    use_gpu = config.cluster.gpus_per_worker
-    if use_gpu is None:
-        use_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
-    need = worker_needs(config, nodes, bool(use_gpu))
+    gpus = config.cluster.gpus_per_worker
+    use_gpu = any(node.get("GPU", 0) >= 1 for node in nodes) if gpus is None else bool(gpus)
+    need = worker_needs(config, nodes, use_gpu)
     if line := shortage(config, nodes, need):
         log.warning("%s", line)
     low, high = config.cluster.worker_range
-    trainer = Trainer(
+    return Trainer(
         _ray_worker,
         sizes=config.allowed_workers(),
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
-            use_gpu=bool(use_gpu),
+            use_gpu=use_gpu,
             resources_per_worker=need,
             placement_strategy=config.cluster.placement,
         ),
@@ -72,22 +97,9 @@ def train_with_ray(config: Config) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
-    try:
-        trainer.fit()
-    except Exception as error:
-        if trainer.ended:
-            raise Preempted("stopped while no worker was running; the same command starts it or goes on") from None
-        raise final_cause(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
-    finally:
-        stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
-        withdraw_stop(config.run.dir)
-    if stopped:
-        raise Preempted("stopped as asked, after a checkpoint; the same command goes on from it")
-    return run_dir.read_json(METRICS) if run_dir.exists(METRICS) else {}
 
 
-def _stop(config: Config, trainer: Any) -> None:
+def _stop(config: Config, trainer: "Trainer") -> None:
     request_stop(config.run.dir)
     # In a thread: the main one is inside Ray, which asks its controller while it handles the signal.
     threading.Thread(target=trainer.end_unless_running, daemon=True).start()
@@ -109,7 +121,7 @@ def _connect(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine alone."""
     import ray
 
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
+    options: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return
@@ -157,7 +169,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
 
 def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> None:
-    """Tell Ray Train of an epoch. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
+    """Report an epoch to Ray Train. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
     copy the state, and it records a checkpoint only some time after the report."""
     import ray.train
 
@@ -171,13 +183,13 @@ def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> Non
 
 
 def _root_cause(error: BaseException, max_failures: int) -> str:
-    """The workers' own words out of Ray's wrapping, in one line."""
+    """The workers' own messages out of Ray's wrapping, in one line."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return _last_line(error)
-    words = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
+    messages = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
     return (
-        f"{words}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
+        f"{messages}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
         "checkpoint; cluster.max_failures allows for more"
     )
 

@@ -38,9 +38,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
     # None is all others: Ray reports by a logger that it named after a file.
-    loggers: tuple[str | None, ...] = ("ray.train", "ray.tune", "torch.distributed", None)
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for logger in ("ray.train", "ray.tune", "torch.distributed", None):
+        logging.getLogger(logger).setLevel(logging.WARNING)
 
 
 @contextmanager
