@@ -1,6 +1,8 @@
 """Train, evaluate, and write a run folder. Also what `ray job submit` runs.
 
-python launch/train.py --config configs/demo.yaml stage2.epochs=10
+    python launch/train.py --config configs/demo.yaml stage2.epochs=10
+
+Repeating a command goes on from the run's newest checkpoint.
 """
 
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, run
+from launch.cli import Parser, add_settings, load_settings, run
 
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
@@ -20,15 +22,12 @@ Repeating a command goes on from the run's newest checkpoint."""
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, for example configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add_settings(parser)
     options = parser.parse_intermixed_args(arguments)
 
     from cluster.checks.before_run import check_run
-    from cluster.settings.paths import with_absolute_paths
-    from cluster.settings.yaml_file import load_config
 
-    config = with_absolute_paths(load_config(options.config, options.overrides))
+    config = load_settings(options)
     index, _ = check_run(config)
     from cluster.launchers.run import train_and_show
 

@@ -1,6 +1,8 @@
 """Wait until a Ray cluster has as many nodes as it should, between `ray start` on the nodes and `ray job submit`.
 
-python cluster/deploy/wait_for_nodes.py 10.0.0.1:6379 2
+    python cluster/deploy/wait_for_nodes.py 10.0.0.1:6379 2
+
+Exits with 1 where they have not all come in time.
 """
 
 import logging

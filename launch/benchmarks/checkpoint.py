@@ -4,6 +4,7 @@ A step (forward, losses, backward, Adam) of the ViT-B/16 under the engine of a r
 of its whole state (values and two moments in float32) between the steps.
 """
 
+import argparse
 import logging
 import statistics
 import tempfile
@@ -17,7 +18,7 @@ from clipreid.model.arch import check_arch
 from clipreid.model.reid import build_models
 from clipreid.model.spec import ModelSpec
 from clipreid.optim import parameter_groups
-from launch.benchmarks._timing import facts, seconds
+from launch.benchmarks._timing import machine_facts, seconds
 from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
@@ -32,12 +33,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="checkpoint-bench-", dir=options.dir) as folder:
         bench = Bench(options.arch, options.image_size, options.batch, folder)
-        figures = bench.measure(options.rounds)
+        figures = bench.medians(options.rounds)
     where = {"dir": options.dir or tempfile.gettempdir(), "arch": options.arch, "batch": bench.batch}
-    return {"bench": "checkpoint", **facts(bench.team.device), **where, "rounds": options.rounds, **figures}
+    return {"bench": "checkpoint", **machine_facts(bench.team.device), **where, "rounds": options.rounds, **figures}
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py checkpoint", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
@@ -74,7 +75,7 @@ class Bench:
         self.engine.set_lr(5e-6)
         self.checkpoints = Checkpoints(
             Storage(folder), self.team, settings={}, fingerprint="bench", keep=1, timeout_s=600
-        )  # fmt: skip
+        )
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(self.batch, 3, *image_size, generator=generator).to(device)
         self.labels = (torch.arange(self.batch) // 4).to(device)
@@ -93,7 +94,7 @@ class Bench:
         self.saved += 1
         self.checkpoints.save(Position(2, 1, self.saved, self.saved, False), self.engine)
 
-    def measure(self, rounds: int) -> dict[str, Any]:
+    def medians(self, rounds: int) -> dict[str, Any]:
         """Medians. A round: a step, a checkpoint, a step beside its writing; and a checkpoint that is waited for."""
         device = self.team.device
         times: dict[str, list[float]] = {"step": [], "stalled": [], "beside": [], "write": []}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipreid.retrieval.metrics import Labels
+from clipreid.retrieval.positives import Labels
 from launch.cli import Parser, positive
 
 
