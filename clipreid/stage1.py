@@ -9,6 +9,8 @@ b = images of this rank, B = images of the global batch, R = ranks, D = feature 
 U = distinct identities of the batch, N = all identities
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
 
 
 def step(
-    text: nn.Module,
+    text: Callable[[Tensor], Tensor],
     images_local: Tensor,
     labels_local: Tensor,
     labels_global: Tensor,

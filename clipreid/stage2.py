@@ -11,18 +11,21 @@ b = images of this rank, B = images of the global batch, N = identities, D = wid
 
 import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from clipreid.loss_settings import LossSettings
 from clipreid.losses import at_least_float32, batch_hard_triplet, image_to_text, smoothed_cross_entropy, text_to_image
-from clipreid.model.reid import ReIDOutput
 from clipreid.peers import ALONE, Peers
+
+if TYPE_CHECKING:
+    from clipreid.model.reid import ReIDOutput
 
 
 def losses(
-    output: ReIDOutput,
+    output: "ReIDOutput",
     labels: Tensor,
     text_features: Tensor | None,
     settings: LossSettings,

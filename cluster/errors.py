@@ -10,7 +10,7 @@ class TrainingError(RuntimeError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop; a checkpoint of this very step is written."""
+    """The run was asked to stop. Where workers were training, a checkpoint of their last step is written."""
 
 
 class Drained(Preempted):

@@ -1,6 +1,8 @@
 """Measure one part of the system; prints one JSON object.
 
-python launch/bench.py stage1
+    python launch/bench.py stage1
+
+Each benchmark is a file of `launch/benchmarks`.
 """
 
 import importlib

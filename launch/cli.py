@@ -1,4 +1,6 @@
-"""What the entry points share: mistakes as one line and exit code 2, argument parsing, a progress bar.
+"""What the entry points share: mistakes as one line and exit code 2, arguments, a progress bar.
+
+    command line ──▶ [cli] ──▶ options, Config ──▶ cluster, shards
 
 Imports nothing heavy, so that --help is quick.
 """
@@ -8,7 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from cluster.settings.config import Config
 
 USER_ERRORS = (
     ("shards.errors", "DataError"),
@@ -23,7 +28,7 @@ INTERRUPTED = 130
 def run(main: Callable[[list[str]], int | None]) -> int:
     """Exit code of main(arguments of the command line): its own (None is 0), 2 after a user's mistake.
 
-    A mistake is told on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
+    A mistake is printed on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
     """
     try:
         return main(sys.argv[1:]) or 0
@@ -41,7 +46,7 @@ def run(main: Callable[[list[str]], int | None]) -> int:
 
 
 def user_mistake(error: Exception) -> str:
-    """What to tell the user about an error that a user can cause; empty for a fault of the program."""
+    """The message of an error that a user can cause; empty for a fault of the program."""
     loaded = [getattr(sys.modules.get(module), name, ()) for module, name in USER_ERRORS]
     if any(isinstance(error, kind) for kind in loaded):
         return str(error)
@@ -54,7 +59,7 @@ def user_mistake(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse with one line for a mistake, no abbreviated options, and an epilog kept as it is written."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
@@ -62,11 +67,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
+def add_settings(parser: Parser, *, required: bool = True) -> None:
+    """`--config FILE` and overrides, which `load_settings` reads."""
+    parser.add_argument("--config", required=required, metavar="FILE", help="YAML settings, as those in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+
+
+def add_weights(parser: Parser, *, required: bool = True) -> None:
+    kinds = "run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights; also a URL"
+    parser.add_argument("--weights", required=required, metavar="FILE|RUN", help=kinds)
+
+
+def load_settings(options: argparse.Namespace) -> "Config":
+    """The settings of `add_settings`, with absolute paths. Raises ConfigError with every fault."""
+    from cluster.settings.paths import with_absolute_paths
+    from cluster.settings.yaml_file import load_config
+
+    return with_absolute_paths(load_config(options.config, options.overrides))
+
+
 def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
     return _whole(text, 1, "above 0")
 
 
 def not_negative(text: str) -> int:
+    """A whole number from 0, for argparse."""
     return _whole(text, 0, "from 0")
 
 

@@ -1,17 +1,29 @@
-"""Judge weights on a packed dataset, or features of any model: mAP and CMC into metrics.json.
+"""Evaluate weights on a packed dataset, or features of any model: mAP and CMC into metrics.json.
 
-python launch/evaluate.py --config configs/demo.yaml --weights runs/demo
+    python launch/evaluate.py --config configs/demo.yaml --weights runs/demo
+
+Under torchrun the processes share the work; the metrics are the same.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clipreid.retrieval.rules import Rule
-from launch.cli import Parser, check_out, not_negative, positive, progress_bar, run
+from clipreid.retrieval.rules import RULES, Rule
+from launch.cli import (
+    Parser,
+    add_settings,
+    add_weights,
+    check_out,
+    load_settings,
+    not_negative,
+    positive,
+    progress_bar,
+    run,
+)
 
 USAGE = """
   evaluate.py --config FILE --weights FILE|RUN [key.path=value ...] [--out metrics.json]
@@ -60,22 +72,20 @@ def main(arguments: list[str]) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--config", metavar="FILE", help="YAML settings: dataset, model, eval.*")
-    parser.add_argument(
-        "--weights", metavar="FILE|RUN",
-        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add_settings(parser, required=False)
+    add_weights(parser, required=False)
     parser.add_argument("--features", nargs="+", metavar="FILE.npz", help="features in place of weights")
     parser.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction,
-        help="scale features to length 1 first (default), or judge them by their plain Euclidean distance",
-    )  # fmt: skip
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale features to length 1 first (default), or compare them by their plain Euclidean distance",
+    )
     parser.add_argument(
-        "--rule", choices=get_args(Rule),
+        "--rule",
+        choices=RULES,
         help="gallery images of the query's identity that do not count: same camera (default), none, or same camera "
         "and time",
-    )  # fmt: skip
+    )
     parser.add_argument("--rerank", type=rerank_settings, metavar="K1,K2,LAMBDA", help="re-ranked figures as well")
     parser.add_argument("--protocol", choices=("vehicleid",), help="draw queries and gallery from the test lists")
     parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
@@ -111,14 +121,12 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
 
     from cluster.checks.before_run import check_evaluation
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from cluster.settings.paths import at_project_root
-    from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = load_settings(options)
     with local_weights(options.weights) as path:
         index = check_evaluation(config)
         if options.per_query and "test" in index.splits:
-            parser.error(f"--per-query: {index.name} is judged over draws, each with queries of its own")
+            parser.error(f"--per-query: {index.name} is evaluated over draws, each with queries of its own")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.evaluation.inference import Inference
@@ -134,8 +142,9 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     """None in all processes of torchrun but the first."""
     _check_feature_options(parser, options)
     from cluster.evaluation.feature_file import read_pair, read_test
+    from cluster.settings.config import EvalSection, RunSection
 
-    rule: Rule = options.rule or "camera"
+    rule: Rule = options.rule or EvalSection().rule
     normalize = options.normalize is not False
     sets = [read_test(options.features[0])] if options.protocol else read_pair(options.features, rule)
     from cluster.evaluation.metrics import DrawSettings, RetrievalSettings, metrics_of_pair, metrics_of_test
@@ -143,7 +152,7 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
 
     with this_team() as team:
         if options.protocol:
-            draws = DrawSettings(options.draws or 10, options.seed or 0)
+            draws = DrawSettings(options.draws or EvalSection().draws, options.seed or RunSection().seed)
             metrics = metrics_of_test(*sets, normalize=normalize, draws=draws, team=team)
         else:
             settings = RetrievalSettings(rule, options.rerank, _per_query_file(options))
@@ -162,7 +171,7 @@ def _per_query_file(options: argparse.Namespace) -> Any:
 def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
     for name in ("config", "weights"):
         if getattr(options, name) is not None:
-            parser.error(f"--{name} and --features exclude each other: features are judged without a model")
+            parser.error(f"--{name} and --features exclude each other: features are evaluated without a model")
     if options.overrides:
         parser.error(f"{options.overrides[0]}: with --features there are no settings to replace")
     most = 1 if options.protocol else 2
@@ -180,14 +189,14 @@ def show(metrics: dict[str, Any]) -> None:
     from rich.table import Table
 
     if "mAP" in metrics:
-        names = ("mAP", "mINP", "R1", "R5", "R10", "valid_queries")
-        parts = {"": metrics} | ({"re-ranked": metrics["rerank"]} if "rerank" in metrics else {})
+        names: tuple[str, ...] = ("mAP", "mINP", "R1", "R5", "R10", "valid_queries")
+        rows = {"": metrics} | ({"re-ranked": metrics["rerank"]} if "rerank" in metrics else {})
     else:
         names = ("mAP", "R1", "R5", "queries", "gallery")
-        parts = metrics
+        rows = metrics
     table = Table("", *(name.replace("_", " ") for name in names))
-    for title, part in parts.items():
-        table.add_row(title, *(_cell(part[name]) for name in names))
+    for title, figures in rows.items():
+        table.add_row(title, *(_cell(figures[name]) for name in names))
     Console(highlight=False).print(table)
 
 

@@ -1,6 +1,8 @@
 """Write a run's weights in the format of another system.
 
-python launch/export.py --weights runs/demo --format official --out demo.pth
+    python launch/export.py --weights runs/demo --format official --out demo.pth
+
+The format `official` loads into the model of CLIP-ReID's authors.
 """
 
 import sys

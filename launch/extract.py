@@ -1,6 +1,8 @@
 """Descriptors of a packed split, or of a plain folder of images, into features.npz or a folder of Parquet files.
 
-python launch/extract.py --config configs/demo.yaml --weights runs/demo --split query --out query.npz
+    python launch/extract.py --config configs/demo.yaml --weights runs/demo --split query --out query.npz
+
+Under torchrun the processes share the images; the features are the same.
 """
 
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, check_out, load_settings, progress_bar, run
 
 USAGE = """
   extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR)
@@ -36,18 +38,12 @@ def main(arguments: list[str]) -> None:
     from cluster.checks.before_run import check_split
     from cluster.evaluation.feature_file import write_features
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from cluster.settings.paths import at_project_root
-    from cluster.settings.yaml_file import load_config
+    from shards.datasets.layout import list_images
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = load_settings(options)
     with local_weights(options.weights) as path:
-        index = names = None
-        if options.split is not None:
-            index = check_split(config, options.split)
-        else:
-            from shards.datasets.layout import list_images
-
-            names = list_images(options.images)
+        index = None if options.split is None else check_split(config, options.split)
+        names = list_images(options.images) if index is None else []
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.evaluation.inference import Inference
@@ -74,18 +70,14 @@ def _check_out(parser: Parser, out: Path) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="extract.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings: dataset, model, eval.*")
-    parser.add_argument(
-        "--weights", required=True, metavar="FILE|RUN",
-        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
-    )  # fmt: skip
+    add_settings(parser)
+    add_weights(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--split", metavar="NAME", help="split of data.shards: train, query, gallery, test")
     what.add_argument("--images", metavar="DIR", help="folder, zip or URL with images, also in folders below it")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser
 
 

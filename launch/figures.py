@@ -1,6 +1,8 @@
 """Pictures of what a model learned: t-SNE, relevance maps and ranked lists, as PNG files.
 
-python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+    python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+
+They are figures 1, 3 and 4 of the paper, for the dataset and weights at hand.
 """
 
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, load_settings, progress_bar, run
 
 USAGE = """
   figures.py --config FILE --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
@@ -31,10 +33,8 @@ def main(arguments: list[str]) -> None:
 
     from cluster.checks.before_run import check_evaluation
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from cluster.settings.paths import at_project_root
-    from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = load_settings(options)
     with local_weights(options.weights) as path:
         index = check_evaluation(config)
         if card := card_of(path):
@@ -50,14 +50,10 @@ def main(arguments: list[str]) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="figures.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings: dataset, model, eval.*")
-    parser.add_argument(
-        "--weights", required=True, metavar="FILE|RUN",
-        help="run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights",
-    )  # fmt: skip
+    add_settings(parser)
+    add_weights(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--figure", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="default: all")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser
 
 

@@ -1,15 +1,18 @@
 """Raw dataset to tar shards and index; checks and shows what was packed.
 
-python launch/pack.py build --dataset veri776 --root data/VeRi --out data/veri776-shards
+    python launch/pack.py build --dataset veri776 --root data/VeRi --out data/veri776-shards
+
+Also draws a demo dataset to pack.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, progress_bar, run
+from launch.cli import Parser, check_out, positive, progress_bar, run
 
 EXAMPLE = """examples:
   python launch/pack.py render --out data/demo
@@ -53,9 +56,12 @@ def _add_build(parser: Parser) -> None:
         "--dataset", required=True, metavar="NAME[+NAME...]", help="layout of the root; + joins several"
     )
     parser.add_argument(
-        "--root", required=True, action="append", metavar="PATH",
+        "--root",
+        required=True,
+        action="append",
+        metavar="PATH",
         help="folder, zip or URL of the dataset, once for each NAME; manifest: FILE.csv [and the image folder]",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or fsspec URL")
     parser.add_argument(
         "--views", nargs="+", action="extend", metavar="FILE", help="veri776: key-point files with the viewpoints"
@@ -82,12 +88,6 @@ def _add_inspect(parser: Parser) -> None:
     parser.add_argument("url", metavar="URL", help="folder of a packed dataset")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a sheet of images, one identity a row")
     parser.set_defaults(command=inspect, parser=parser)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def jpeg_quality(text: str) -> int:
@@ -121,7 +121,7 @@ def build(options: argparse.Namespace) -> int:
     from shards.packing.build import build
     from shards.packing.tables import print_build
 
-    parser_options = {}
+    parser_options: dict[str, Any] = {}
     if options.views:
         parser_options["views"] = tuple(options.views)
     if options.drop_unlabelled:

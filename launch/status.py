@@ -1,6 +1,8 @@
 """What a run is doing: stage, epoch, step, loss, speed, time left, last checkpoint, restarts, workers per node.
 
-python launch/status.py runs/demo
+    python launch/status.py runs/demo
+
+Reads the run folder's status.json, which rank 0 writes.
 """
 
 import argparse

@@ -1,15 +1,16 @@
 """Train, evaluate, and write a run folder. Also what `ray job submit` runs.
 
-python launch/train.py --config configs/demo.yaml stage2.epochs=10
+    python launch/train.py --config configs/demo.yaml stage2.epochs=10
+
+Repeating a command goes on from the run's newest checkpoint.
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, run
+from launch.cli import Parser, add_settings, load_settings, run
 
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
@@ -21,19 +22,16 @@ Repeating a command goes on from the run's newest checkpoint."""
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, for example configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add_settings(parser)
     options = parser.parse_intermixed_args(arguments)
 
     from cluster.checks.before_run import check_run
-    from cluster.settings.paths import at_project_root
-    from cluster.settings.yaml_file import load_config
 
-    config = at_project_root(load_config(options.config, options.overrides))
+    config = load_settings(options)
     index, _ = check_run(config)
     from cluster.launchers.run import train_and_show
 
-    return train_and_show(config, index, started=time.time())
+    return train_and_show(config, index)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """What can be known to be wrong before any worker starts: paths, dataset, model name, sizes, earlier checkpoints.
 
-    Config ──▶ [check] ──▶ launcher
+    Config ──▶ [before_run] ──▶ launcher, or one ConfigError with every fault
 
 Reads the dataset's index and the model's name; torch is loaded only to look up a tag or to try a file of weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
+from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
-from cluster.run.manifest import check_may_continue
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.errors import DataError
@@ -21,12 +21,11 @@ from shards.storage import exists
 
 
 def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
-    """Raises ConfigError with every fault found, one line each."""
+    """The dataset, and the model to train on it. Raises ConfigError with every fault found, one line each."""
     index = _open_index(config)
     faults = [*_split_faults(index, config), *_batch_faults(index, config)]
     if 2 in config.stages:
         faults += _protocol_faults(index, config)
-    spec = None
     try:
         spec = model_spec(config, index)
         _check_weights(config, spec)
@@ -44,7 +43,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
 def check_evaluation(config: Config) -> ShardIndex:
     """The dataset, which has images in the splits of evaluation. Raises ConfigError, also for settings of evaluation
     that the dataset's protocol has no use for."""
-    index = _with_splits(config, _evaluated)
+    index = _with_splits(config, _evaluation_splits)
     if faults := list(_protocol_faults(index, config)):
         raise ConfigError("\n".join(faults))
     return index
@@ -62,7 +61,7 @@ def _with_splits(config: Config, wanted: Callable[[ShardIndex], list[str]]) -> S
     return index
 
 
-def _evaluated(index: ShardIndex) -> list[str]:
+def _evaluation_splits(index: ShardIndex) -> list[str]:
     return ["test"] if "test" in index.splits else ["query", "gallery"]
 
 
@@ -101,12 +100,12 @@ def _open_index(config: Config) -> ShardIndex:
         raise ConfigError(f"data.shards: {error}") from None
 
 
-def _split_faults(index: ShardIndex, config: Config):
-    wanted = ["train", *(_evaluated(index) if 2 in config.stages else [])]
+def _split_faults(index: ShardIndex, config: Config) -> Iterator[str]:
+    wanted = ["train", *(_evaluation_splits(index) if 2 in config.stages else [])]
     yield from _absent_splits(index, config, wanted)
 
 
-def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]):
+def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]) -> Iterator[str]:
     for split in wanted:
         if not index.splits.get(split, {}).get("images"):
             filled = ", ".join(name for name, facts in index.splits.items() if facts["images"])
@@ -116,17 +115,17 @@ def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]):
             )
 
 
-def _protocol_faults(index: ShardIndex, config: Config):
+def _protocol_faults(index: ShardIndex, config: Config) -> Iterator[str]:
     if "test" not in index.splits:
         return
-    why = f"has no effect on {index.name}, which is judged by the VehicleID protocol"
+    why = f"has no effect on {index.name}, which is evaluated by the VehicleID protocol"
     if config.eval.rerank:
         yield f"eval.rerank: {list(config.eval.rerank)} {why}, without re-ranking: set eval.rerank=null"
     if config.eval.rule == "camera_time":
         yield f"eval.rule: camera_time {why}, whose rule is none: set eval.rule=none"
 
 
-def _batch_faults(index: ShardIndex, config: Config):
+def _batch_faults(index: ShardIndex, config: Config) -> Iterator[str]:
     train = index.splits.get("train", {})
     identities, images = train.get("identities", 0), train.get("images", 0)
     if 2 in config.stages and 0 < identities < config.stage2.identities:

@@ -37,28 +37,32 @@ MARKERS = "preflight"
 
 @dataclass
 class WorkerFacts:
-    """What one worker says of itself. `faults` has a line for each thing that would stop the run later, `warnings` for
-    what may."""
+    """One worker's machine, and what it found."""
 
     rank: int
     host: str
     device: str
     versions: str
     memory_gb: float
+    """Free main memory."""
     disk_gb: float
+    """Free where data.cache_dir is."""
     threads: int
     config: str
+    """Hash of its settings."""
     dataset: str = ""
+    """Fingerprint of the shards that it sees."""
     bandwidth_gb_s: float = 0.0
     faults: list[str] = field(default_factory=list)
+    """A line for each thing that would stop the run later."""
     warnings: list[str] = field(default_factory=list)
+    """A line for each thing that may."""
 
 
 def preflight(config: Config, team: Team) -> str:
     """Check every worker's machine, storage and data against each other. Returns the table of all workers, as text.
 
-    Raises:
-        TrainingError: on every rank, one line per fault, each naming rank, host and remedy.
+    Raises TrainingError on every rank, with one line per fault that names rank, host and remedy.
     """
     facts = _facts(config, team)
     mark = team.broadcast_object(os.urandom(8).hex(), "preflight: mark").encode()
@@ -211,7 +215,8 @@ def _table(everyone: list[WorkerFacts]) -> str:
         speed = f"{w.bandwidth_gb_s} GB/s" if w.bandwidth_gb_s else "-"
         sizes = (f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
         table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset[:12])
-    console = Console(width=110, file=StringIO())
+    text = StringIO()
+    console = Console(width=110, file=text)
     console.print(f"all workers: {everyone[0].versions}", highlight=False)
     console.print(table)
-    return console.file.getvalue()
+    return text.getvalue()

@@ -1,6 +1,8 @@
 """Wait until a Ray cluster has as many nodes as it should, between `ray start` on the nodes and `ray job submit`.
 
-python cluster/deploy/wait_for_nodes.py 10.0.0.1:6379 2
+    python cluster/deploy/wait_for_nodes.py 10.0.0.1:6379 2
+
+Exits with 1 where they have not all come in time.
 """
 
 import logging
@@ -30,7 +32,7 @@ def wait_for_nodes(address: str, wanted: int) -> int:
         time.sleep(1)
     print(
         f"error: {len(alive)} of {wanted} nodes at {address} after {PATIENCE_S:.0f} s: {', '.join(alive) or cause}. "
-        f"The others cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
+        "The others cannot reach that address, or hold another token in RAY_AUTH_TOKEN_PATH.",
         file=sys.stderr,
     )
     return 1

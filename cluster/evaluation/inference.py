@@ -23,7 +23,8 @@ from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
 from cluster.evaluation.metrics import ShowProgress, measure, show_nothing
 from cluster.evaluation.per_query import PerQueryFile
-from cluster.ranks.team import Team, choose_device
+from cluster.ranks.process import choose_device
+from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.settings.model_spec import configured_spec, model_spec
 from shards.loading.folder_images import FolderImages

@@ -1,6 +1,6 @@
 """What a worker gets of a node, and how many workers the nodes have room for. Plain arithmetic, no Ray.
 
-Ray's nodes, Config ──▶ [placement] ──▶ orchestrate (CPUs and GPU of each worker), workers (threads, loaders)
+Ray's nodes, Config ──▶ [placement] ──▶ ray (CPUs and GPU of each worker), workers (threads, loaders)
 """
 
 from cluster.settings.config import Config
@@ -45,10 +45,3 @@ def shortage(config: Config, nodes: list[Resources], need: Resources) -> str | N
         f"({there}: room for {room}); waiting for more; to ask for less, stop and change cluster.workers, "
         "cluster.cpus_per_worker, cluster.gpus_per_worker or cluster.placement"
     )
-
-
-def fit_loaders(config: Config, cpus: int | None) -> Config:
-    """The same settings with no more loaders than a worker has CPUs."""
-    if cpus is None or config.data.loaders <= cpus:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"loaders": cpus})})

@@ -1,9 +1,8 @@
-"""Placing workers: Ray Train on a cluster, the processes that torchrun started, or this process alone.
+"""Ray Train as the launcher: it places the workers and starts them again after a failure.
 
-    launch/train.py ──▶ [orchestrate] ──▶ worker.train on every worker ──▶ metrics.json in the run folder
+    Config ──▶ run ──▶ [ray] ──▶ worker.train on every worker ──▶ metrics.json in the run folder
 
-Ray Train places the workers and starts them again after a failure; what they compute is `worker.train`, which
-does not know who placed it.
+What the workers compute is `worker.train`, which does not know who placed it.
 """
 
 import json
@@ -13,130 +12,78 @@ import signal
 import tempfile
 import threading
 import time
-import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
+from cluster.errors import Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.placement import shortage, worker_needs
-from cluster.ranks.team import PATIENCE, Team, join_process_group, leave_process_group
+from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
+from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import STOP, request_stop, withdraw_stop
 from cluster.run.manifest import FOLDER, read_manifests
 from cluster.run.run_folder import read_metrics, read_status
 from cluster.run.storage import Storage
-from cluster.settings.config import ClusterSection, Config
+from cluster.settings.config import Config
+from cluster.settings.paths import PROJECT_ROOT
 from cluster.settings.yaml_file import parse_config
 
+if TYPE_CHECKING:
+    from cluster.launchers.ray_policies import Trainer
+
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[2]
-
-STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
-class Stopped(Exception):
-    """The run saved a checkpoint and stopped because it was asked to."""
+def train_with_ray(config: Config) -> dict[str, Any]:
+    """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost.
 
-
-def run(config: Config) -> dict[str, Any]:
-    """Train with the configured launcher; the metrics of metrics.json.
-
-    Raises:
-        ConfigError, TrainingError, DataError, ModelError: as the workers raised them.
-        Stopped: on SIGTERM, after a checkpoint.
+    Returns the metrics of metrics.json. Raises as `cluster.launchers.run.run`.
     """
-    if config.cluster.launcher == "ray":
-        return run_with_ray(config)
-    return run_in_this_process(config)
-
-
-def run_in_this_process(config: Config) -> dict[str, Any]:
-    """The launchers torchrun (this process is one of its workers) and local (the only one)."""
     quiet_libraries()
-    import torch
-
-    from cluster.training.worker import train
-
-    cpus = threads_per_worker(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    team = join_process_group(config.cluster.timeout_s, cpus)
-    check_world_size(config, team.world_size)
-    if team.device.type == "cpu":
-        torch.set_num_threads(cpus)
-    try:
-        team.on_first(lambda: withdraw_stop(config.run.dir), "withdraw an earlier request to stop")
-        return train(config, team)
-    except Preempted as stop:
-        raise Stopped(str(stop)) from None
-    finally:
-        leave_process_group(team)
-
-
-def check_world_size(config: Config, world_size: int) -> None:
-    """Raises ConfigError where the launcher's number of workers does not divide the batch by whole identities."""
-    identities = config.stage2.identities
-    if 2 in config.stages and identities % world_size:
-        fits = [n for n in range(1, identities + 1) if identities % n == 0]
-        raise ConfigError(f"{world_size} workers do not divide stage2.identities {identities}; possible: {fits}")
-
-
-def threads_per_worker(settings: ClusterSection, workers_on_node: int) -> int:
-    """Torch's threads on a CPU. Sums round differently with another number of threads, so where a run may move between
-    machines of different sizes, cluster.cpus_per_worker keeps its results the same bit by bit."""
-    return settings.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
-
-
-def quiet_libraries() -> None:
-    """Libraries print at import and at start; a user wants to read about the run."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
-    # None is all others: Ray tells of every report by a logger that it named after a file.
-    for name in ("ray.train", "ray.tune", "torch.distributed", None):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Otherwise everything is printed twice.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # Otherwise relative paths change their meaning in the workers.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # A worker behind a silent link never answers.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-
-def run_with_ray(config: Config) -> dict[str, Any]:
-    """Place the workers with Ray Train, and start them again from the newest checkpoint when one is lost."""
-    quiet_libraries()
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
-
-    from cluster.launchers.ray_policies import Trainer, final_cause
+    from cluster.launchers.ray_policies import final_error
 
     run_dir = Storage(config.run.dir)
     withdraw_stop(config.run.dir)
     _connect(config)
+    trainer = _trainer(config, run_dir)
+    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
+    try:
+        trainer.fit()
+    except Exception as error:
+        if trainer.ended:
+            raise Preempted("stopped while no worker was running; the same command starts it or goes on") from None
+        raise final_error(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
+    finally:
+        stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
+        withdraw_stop(config.run.dir)
+    if stopped:
+        raise Preempted("stopped as asked, after a checkpoint; the same command goes on from it")
+    return read_metrics(run_dir)
+
+
+def _trainer(config: Config, run_dir: Storage) -> "Trainer":
+    """For the nodes that the cluster has now. `ray.train` has these classes too, typed as its first version."""
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    from cluster.launchers.ray_policies import Trainer
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    use_gpu = config.cluster.gpus_per_worker
-    if use_gpu is None:
-        use_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
-    need = worker_needs(config, nodes, bool(use_gpu))
+    gpus = config.cluster.gpus_per_worker
+    use_gpu = any(node.get("GPU", 0) >= 1 for node in nodes) if gpus is None else bool(gpus)
+    need = worker_needs(config, nodes, use_gpu)
     if line := shortage(config, nodes, need):
         log.warning("%s", line)
     low, high = config.cluster.worker_range
-    trainer = Trainer(
+    return Trainer(
         _ray_worker,
         sizes=config.allowed_workers(),
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
-            use_gpu=bool(use_gpu),
+            use_gpu=use_gpu,
             resources_per_worker=need,
             placement_strategy=config.cluster.placement,
         ),
@@ -149,22 +96,9 @@ def run_with_ray(config: Config) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
-    try:
-        trainer.fit()
-    except Exception as error:
-        if trainer.ended:
-            raise Stopped("stopped while no worker was running; the same command starts it or goes on") from None
-        raise final_cause(error) or TrainingError(_root_cause(error, config.cluster.max_failures)) from error
-    finally:
-        stopped = run_dir.exists(STOP) and read_status(run_dir).get("phase") != "finished"
-        withdraw_stop(config.run.dir)
-    if stopped:
-        raise Stopped("stopped as asked, after a checkpoint; the same command goes on from it")
-    return read_metrics(run_dir)
 
 
-def _stop(config: Config, trainer: Any) -> None:
+def _stop(config: Config, trainer: "Trainer") -> None:
     request_stop(config.run.dir)
     # In a thread: the main one is inside Ray, which asks its controller while it handles the signal.
     threading.Thread(target=trainer.end_unless_running, daemon=True).start()
@@ -186,7 +120,7 @@ def _connect(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine alone."""
     import ray
 
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
+    options: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return
@@ -199,8 +133,8 @@ def _connect(config: Config) -> None:
 
 def _variables(config: Config) -> dict[str, str]:
     """The environment of controller and workers. What a user has set there already stays."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    ours = dict(_QUIET)
+    path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    ours = dict(QUIET_ENVIRONMENT)
     low, high = config.cluster.worker_range
     if low != high:
         # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
@@ -210,34 +144,31 @@ def _variables(config: Config) -> dict[str, str]:
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
-    quiet_libraries()
     import ray
-    import torch
 
     from cluster.launchers.ray_policies import FINAL
-    from cluster.training.worker import train
 
     config = parse_config(settings["config"])
     cpus = int(ray.get_runtime_context().get_assigned_resources()["CPU"])
-    team = join_process_group(config.cluster.timeout_s, cpus)
-    if team.device.type == "cpu":
-        torch.set_num_threads(cpus)
-    try:
-        train(config, team, report=partial(_report_to_ray, Storage(config.run.dir), team))
-    except (Drained, *FINAL):
-        raise  # What comes of them is `RestartPolicy`'s to decide.
-    except Preempted:
-        return
-    except RankLost as error:
-        log.error("%s", error)
-        raise
-    except Exception:
-        log.exception("worker %d failed", team.rank)
-        raise
+    with joined(config.cluster.timeout_s, cpus) as team:
+        from cluster.training.worker import train
+
+        try:
+            train(config, team, report=partial(_report_to_ray, Storage(config.run.dir), team))
+        except (Drained, *FINAL):
+            raise  # What comes of them is `RestartPolicy`'s to decide.
+        except Preempted:
+            return
+        except RankLost as error:
+            log.error("%s", error)
+            raise
+        except Exception:
+            log.exception("worker %d failed", team.rank)
+            raise
 
 
 def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> None:
-    """Tell Ray Train of an epoch. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
+    """Report an epoch to Ray Train. Its checkpoint is a pointer to the newest complete one in the run folder: Ray would
     copy the state, and it records a checkpoint only some time after the report."""
     import ray.train
 
@@ -251,13 +182,13 @@ def _report_to_ray(run_dir: Storage, team: Team, metrics: dict[str, Any]) -> Non
 
 
 def _root_cause(error: BaseException, max_failures: int) -> str:
-    """The workers' own words out of Ray's wrapping, in one line."""
+    """The workers' own messages out of Ray's wrapping, in one line."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return _last_line(error)
-    words = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
+    messages = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
     return (
-        f"{words}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
+        f"{messages}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
         "checkpoint; cluster.max_failures allows for more"
     )
 

@@ -1,19 +1,22 @@
 """Ray Train's trainer, with those of its inner parts changed that it offers no public way to change.
 
-    orchestrate ──▶ [trainer] ──▶ Ray Train's controller ──▶ worker groups
+    ray ──▶ [ray_policies] ──▶ Ray Train's controller ──▶ worker groups
 
-Ray's own elastic policy takes any number of workers between min and max. This one rounds what the cluster can hold
-down to the next size that splits a batch into whole identities. Ray's failure policy starts the workers again after
-every kind of error and counts them all; ours knows which of them a restart does not help, and which are a node's doing.
+Nothing of Ray's inside is imported anywhere else. Ray's own elastic policy takes any number of workers between min and
+max. This one rounds what the cluster can hold down to the next size that splits a batch into whole identities. Ray's
+failure policy starts the workers again after every kind of error and counts them all; ours knows which of them a
+restart does not help, and which are a node's doing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from clipreid.errors import ModelError
 from cluster.errors import ConfigError, Drained, TrainingError
@@ -25,23 +28,24 @@ ANSWER_S = 10.0
 """Ray's controller answers at once, unless it waits for nodes to place workers on."""
 
 
-def causes(error: BaseException) -> list[BaseException]:
+def worker_errors(error: BaseException) -> list[BaseException]:
     """What the workers raised, out of Ray's wrapping."""
     failures = getattr(error, "worker_failures", {}).values()
     return [getattr(failure, "_base_exc", failure) for failure in failures]
 
 
-def final_cause(error: BaseException) -> BaseException | None:
-    return next((cause for cause in causes(error) if isinstance(cause, FINAL)), None)
+def final_error(error: BaseException) -> BaseException | None:
+    """The first of the workers' errors that a restart would meet again."""
+    return next((each for each in worker_errors(error) if isinstance(each, FINAL)), None)
 
 
 class RestartPolicy(DefaultFailurePolicy):
     """Which errors end the run, and which of the others count towards max_failures."""
 
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if final_cause(training_failed_error):
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if final_error(training_failed_error):
             return FailureDecision.RAISE
-        if any(isinstance(cause, Drained) for cause in causes(training_failed_error)):
+        if any(isinstance(error, Drained) for error in worker_errors(training_failed_error)):
             return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
@@ -49,7 +53,7 @@ class RestartPolicy(DefaultFailurePolicy):
 class WholeIdentitiesPolicy(ElasticScalingPolicy):
     """`sizes`: the numbers of workers that may be, ascending."""
 
-    def __init__(self, scaling_config: Any, sizes: list[int]):
+    def __init__(self, scaling_config: ScalingConfig, sizes: list[int]):
         super().__init__(scaling_config)
         self.sizes = sizes
 
@@ -95,15 +99,19 @@ class Trainer(TorchTrainer):
         super()._register_sigint_handler(controller)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = RestartPolicy(self.run_config.failure_config)
-        if self.scaling_config.elasticity_enabled:
-            parts["scaling_policy"] = WholeIdentitiesPolicy(self.scaling_config, self.sizes)
+        # Ray annotates both with the classes of its first version.
+        failures = cast(FailureConfig, self.run_config.failure_config)
+        scaling = cast(ScalingConfig, self.scaling_config)
+        parts["failure_policy"] = RestartPolicy(failures)
+        if scaling.elasticity_enabled:
+            parts["scaling_policy"] = WholeIdentitiesPolicy(scaling, self.sizes)
         return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without Ray's cleaner of placement groups, an actor that asks whatever cluster it finds on the machine for
-        the run's controller. With several there it fails, or finds no such controller and takes the workers away. The
-        placement group goes with its driver anyway.
+        the run's controller. With several there it fails, or finds no such controller and takes the workers away.
+
+        The placement group goes with its driver anyway.
         """
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]

@@ -1,6 +1,12 @@
-"""One training run as its user sees it: facts first, progress while it works, a table and the run folder at the end."""
+"""One training run as its user sees it: facts first, progress while it works, a table and the run folder at the end.
+
+    Config ──▶ [run] ──▶ Ray Train, or this process ──▶ worker.train ──▶ metrics.json in the run folder
+
+This process is a worker itself under the launchers torchrun (one of its processes) and local (the only one).
+"""
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -8,8 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import RankLost, TrainingError
-from cluster.launchers.ray import STOPPED_EXIT_CODE, Stopped, run
+from cluster.errors import ConfigError, Preempted, RankLost, TrainingError
+from cluster.ranks.process import joined, threads_per_worker
+from cluster.run.interrupts import withdraw_stop
 from cluster.run.reporter import headline, run_identity
 from cluster.run.run_folder import read_metrics, read_status
 from cluster.run.status_view import follow
@@ -17,12 +24,14 @@ from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
 
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
-def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
+
+def train_and_show(config: Config, index: ShardIndex) -> int:
     """Train and print what came of it. The exit code: 0 when the work is done, 143 when it was asked to stop."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    console = Console(quiet=not speaks, highlight=False)
-    console.print(f"{index.name}: {describe(index)}")
+    is_first = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_first, highlight=False)
+    console.print(f"{index.name}: {dataset_facts(index)}")
     run_dir = Storage(config.run.dir)
     if is_finished(config):
         console.print(f"finished before: nothing to do in {run_dir.url}")
@@ -31,12 +40,12 @@ def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
         images = {name: facts["images"] for name, facts in index.splits.items()}
         images["evaluation"] = max((count for name, count in images.items() if name != "train"), default=0)
         try:
-            with follow(config.run.dir, images) if speaks else nullcontext():
+            with follow(config.run.dir, images) if is_first else nullcontext():
                 metrics = run(config)
         except (TrainingError, RankLost) as error:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
             return 1
-        except Stopped as stop:
+        except Preempted as stop:
             print(f"{stop}; run folder: {run_dir.url}", file=sys.stderr)
             return STOPPED_EXIT_CODE
     if "untrained" in metrics:
@@ -45,7 +54,41 @@ def train_and_show(config: Config, index: ShardIndex, started: float) -> int:
     return 0
 
 
-def describe(index: ShardIndex) -> str:
+def run(config: Config) -> dict[str, Any]:
+    """Train with the configured launcher; the metrics of metrics.json.
+
+    Raises:
+        ConfigError, TrainingError, DataError, ModelError: as the workers raised them.
+        Preempted: on SIGTERM, after a checkpoint.
+        RankLost: torchrun's other processes are gone; Ray Train starts them again instead.
+    """
+    if config.cluster.launcher == "ray":
+        from cluster.launchers.ray import train_with_ray
+
+        return train_with_ray(config)
+    return train_in_this_process(config)
+
+
+def train_in_this_process(config: Config) -> dict[str, Any]:
+    """As one of torchrun's processes, or alone. Raises as `run`."""
+    with joined(config.cluster.timeout_s, threads_per_worker(config.cluster)) as team:
+        check_world_size(config, team.world_size)
+        from cluster.training.worker import train
+
+        team.on_first(lambda: withdraw_stop(config.run.dir), "withdraw an earlier request to stop")
+        return train(config, team)
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raises ConfigError where the launcher's number of workers does not divide the batch by whole identities."""
+    if 2 in config.stages and world_size not in config.possible_workers():
+        raise ConfigError(
+            f"{world_size} workers do not divide stage2.identities {config.stage2.identities}; possible: "
+            f"{config.possible_workers()}"
+        )
+
+
+def dataset_facts(index: ShardIndex) -> str:
     """ "train 1,200 images of 60 identities; query …; 6 cameras"."""
     splits = [f"{name} {s['images']:,} images of {s['identities']:,} identities" for name, s in index.splits.items()]
     return "; ".join([*splits, f"{index.cameras} cameras" if index.cameras else "no cameras"])

@@ -1,14 +1,61 @@
-"""The processes that apply weights or judge features: those that torchrun started, or this one alone."""
+"""One process as a rank: it joins the group that its environment describes, takes a device and threads, and leaves.
 
+environment of torchrun or Ray Train ──▶ [process] ──▶ Team ──▶ training, evaluation, extraction
+"""
+
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
-from cluster.launchers.ray import quiet_libraries, threads_per_worker
-from cluster.ranks.team import Team, choose_device, join_process_group, leave_process_group
+from cluster.ranks.team import PATIENCE, Team
+from cluster.ranks.watchdog import Watchdog
 from cluster.settings.config import ClusterSection
+
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Otherwise everything is printed twice.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # Otherwise relative paths change their meaning in the workers.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # A worker behind a network partition never answers.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+"""Environment variables of every process of a run, as far as the user has not set them."""
+
+
+def quiet_libraries() -> None:
+    """Libraries print at import and at start; a user wants to read about the run."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
+    # None is all others: Ray reports by a logger that it named after a file.
+    for logger in ("ray.train", "ray.tune", "torch.distributed", None):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+
+
+@contextmanager
+def joined(timeout_s: float, cpus: int) -> Iterator[Team]:
+    """This process as a rank of its group, with `cpus` threads where it has no GPU. A group that Ray Train made stays
+    when the block ends, any other is left. DeepSpeed is to be imported inside of the block: it prints as it loads."""
+    quiet_libraries()
+    adopted = dist.is_initialized()
+    team = join_process_group(timeout_s, cpus)
+    if team.device.type == "cpu":
+        torch.set_num_threads(cpus)
+    try:
+        yield team
+    finally:
+        if not adopted:
+            leave_process_group(team)
 
 
 @contextmanager
@@ -18,13 +65,62 @@ def this_team(settings: ClusterSection | None = None) -> Iterator[Team]:
     Features and metrics are the same bit by bit for any number of them, and of threads on a CPU.
     """
     settings = settings or ClusterSection()
-    launched = "WORLD_SIZE" in os.environ
+    if "WORLD_SIZE" in os.environ:
+        with joined(settings.timeout_s, threads_per_worker(settings)) as team:
+            yield team
+        return
     quiet_libraries()
-    team = join_process_group(settings.timeout_s) if launched else Team(device=choose_device(0))
-    if team.device.type == "cpu" and (launched or settings.cpus_per_worker):
-        torch.set_num_threads(threads_per_worker(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    try:
-        yield team
-    finally:
-        if launched:
-            leave_process_group(team)
+    team = Team(device=choose_device(0))
+    if team.device.type == "cpu" and settings.cpus_per_worker:
+        torch.set_num_threads(settings.cpus_per_worker)
+    yield team
+
+
+def threads_per_worker(settings: ClusterSection) -> int:
+    """Torch's threads on a CPU, an equal share among the processes that torchrun started on this node.
+
+    Sums round differently with another number of threads, so where a run may move between machines of different sizes,
+    cluster.cpus_per_worker keeps its results the same bit by bit.
+    """
+    workers_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return settings.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+
+
+def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:
+    """Make the process group that torchrun's environment describes, or one of a single process.
+
+    Under Ray Train the group exists already and is adopted; one of gloo says that workers have no GPU, though a node's
+    may be in sight.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    without_gpu = dist.is_initialized() and dist.get_backend() == "gloo"
+    device = torch.device("cpu") if without_gpu else choose_device(local_rank)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return Team(rank, world_size, local_rank, device, cpus)
+    watchdog = Watchdog(rank, world_size, timeout_s)
+    patient = dist.new_group(timeout=timedelta(seconds=PATIENCE * timeout_s))
+    return Team(rank, world_size, local_rank, device, cpus, watchdog, patient)
+
+
+def leave_process_group(team: Team) -> None:
+    """At the end of the process. A thread of the watchdog that is in the store while Python ends would abort it."""
+    if team.watchdog is not None:
+        team.watchdog.close()
+    dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """This worker's GPU where there is one, else the CPU. Ray hides the other workers' GPUs, torchrun does not."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -4,11 +4,9 @@ Everything that crosses ranks goes through here, with the name of what it is for
 can say who is missing where. A team is the `Peers` of `clipreid`, which knows nothing of process groups.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -137,43 +135,3 @@ class PatientTeam:
             with self.team.within(self.operation, PATIENCE):
                 dist.all_reduce(total, group=self.team.patient_group)
         return total.to(tensor.device)
-
-
-def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:
-    """Make the process group that torchrun's environment describes, or one of a single process.
-
-    Under Ray Train the group exists already and is adopted; one of gloo says that workers have no GPU, though a node's
-    may be in sight.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    without_gpu = dist.is_initialized() and dist.get_backend() == "gloo"
-    device = torch.device("cpu") if without_gpu else choose_device(local_rank)
-    if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_s)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size == 1:
-        return Team(rank, world_size, local_rank, device, cpus)
-    watchdog = Watchdog(rank, world_size, timeout_s)
-    patient = dist.new_group(timeout=timedelta(seconds=PATIENCE * timeout_s))
-    return Team(rank, world_size, local_rank, device, cpus, watchdog, patient)
-
-
-def leave_process_group(team: Team) -> None:
-    """At the end of the process. A thread of the watchdog that is in the store while Python ends would abort it."""
-    if team.watchdog is not None:
-        team.watchdog.close()
-    dist.destroy_process_group()
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """This worker's GPU where there is one, else the CPU. Ray hides the other workers' GPUs, torchrun does not."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device

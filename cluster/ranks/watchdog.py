@@ -1,9 +1,9 @@
-"""Turning a hang into a failure that says who is missing and where.
+"""Turning a hang into a failure that names the missing ranks and the operation.
 
-    every rank ── heartbeat: what I am doing, since when ──▶ store of the process group ──▶ [watchdog] ──▶ error
+    every rank ── heartbeat: its operation, since when ──▶ store of the process group ──▶ [watchdog] ──▶ error
 
-A collective that gloo gives up, or that NCCL would wait for without end, fails here with the ranks that did not
-arrive and the operation. The process then ends, and Ray Train starts the workers again.
+A collective that gloo gives up, or that NCCL would wait for without end (a lost node, a network partition), fails here
+with the ranks that did not arrive and the operation. The process then ends, and Ray Train starts the workers again.
 """
 
 import json
@@ -22,34 +22,37 @@ from cluster.errors import RankLost
 
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
+"""Seconds from one heartbeat to the next."""
 GRACE_S = 15.0
+"""Seconds that a collective's own timeout has to fire first: its error says more."""
 STORE_S = 5.0
+"""Seconds to wait for the store's answer."""
 EXIT_CODE = 70
 
 
 @dataclass
 class Beat:
-    """What a rank last said of itself."""
+    """A rank's last heartbeat."""
 
     operation: str
     count: int
     """Number of operations that it has begun."""
     at_s: float
-    """Wall clock when it said so."""
+    """Wall clock of the heartbeat, seconds."""
 
 
 class Watchdog:
     """Publishes this rank's heartbeat, and ends the process where a collective lasts longer than it may."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float):
+        """world_size: at least 2; the process group exists."""
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._now = ("start", 0, time.monotonic(), float("inf"))
         self._stop = threading.Event()
-        self._store = _own_store() if world_size > 1 else None
+        self._store = _own_store()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._publish, self._watch)]
-        if self._store is not None:
-            for thread in self.threads:
-                thread.start()
+        for thread in self.threads:
+            thread.start()
 
     @contextmanager
     def during(self, operation: str, patience: float = 1.0) -> Iterator[None]:
@@ -65,8 +68,7 @@ class Watchdog:
     def close(self) -> None:
         self._stop.set()
         for thread in self.threads:
-            if thread.is_alive():
-                thread.join(timeout=2 * BEAT_S)
+            thread.join(timeout=2 * BEAT_S)
 
     def explain(self, error: BaseException) -> RankLost:
         """A failed collective in words: the operation, and who did not come to it."""
@@ -94,9 +96,12 @@ class Watchdog:
         return max(self.timeout_s / 2, 5 * BEAT_S)
 
     def _silence(self, heard: dict[int, tuple[Beat | None, float]]) -> float:
-        """Seconds by this rank's clock since the rank that is silent for the longest was heard of. `heard` holds what
-        earlier looks found."""
-        now, beats = time.monotonic(), {}
+        """Seconds by this rank's clock since the last heartbeat of the rank that is silent for the longest.
+
+        heard: each rank's last new heartbeat, and when this rank saw it.
+        """
+        now = time.monotonic()
+        beats: dict[int, Beat | None] = {}
         reader = threading.Thread(target=self._read_beats, args=(beats,), daemon=True)
         reader.start()
         reader.join(timeout=STORE_S)
@@ -106,7 +111,7 @@ class Watchdog:
         return max(now - at_s for _, at_s in heard.values())
 
     def _publish(self) -> None:
-        """In a thread of its own: behind a silent link the store never answers."""
+        """In a thread of its own: behind a network partition the store never answers."""
         while True:
             operation, count, *_ = self._now
             beat = {"operation": operation, "count": count, "at_s": time.time()}

@@ -1,20 +1,18 @@
-"""Which checkpoints of a run are complete, and whether a configuration may go on from one.
+"""Which checkpoints of a run are complete, and what their manifests say.
 
     checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors … manifest.json ──▶ [manifest] ──▶ checks, find_newest
 
 A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count.
-Imports no torch: these checks run before any worker starts.
+Imports no torch: manifests are read before any worker starts.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from cluster.run.storage import Storage
-from cluster.settings.config import STAGE1_EPOCHS, Config, results_settings
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -110,64 +108,6 @@ def none_usable(run: Storage, faults: Iterable[str]) -> ConfigError:
         f"run.dir: {run.url} has checkpoints, but none can be used ({'; '.join(faults)}): choose another run.dir, or "
         f"remove {run.place(FOLDER)} to begin anew"
     )
-
-
-def check_may_continue(config: Config, fingerprint: str) -> None:
-    """Refuse to go on from checkpoints of another dataset or with settings that change results.
-
-    Raises:
-        ConfigError: one line per differing key, or for a `run.resume` that does not fit the folder's checkpoints.
-    """
-    run = Storage(config.run.dir)
-    manifests, unreadable = read_manifests(run)
-    if unreadable and not manifests:
-        raise none_usable(run, unreadable.values())
-    resume, source = config.run.resume, run.url
-    if manifests:
-        newest = manifests[-1]
-        _check_resume(resume, run, newest)
-    elif resume in ("auto", "never"):
-        return
-    else:
-        newest, source = chosen_manifest(resume), resume
-    faults = []
-    if newest.fingerprint != fingerprint:
-        faults.append(
-            f"data.shards: {config.data.shards} is dataset {fingerprint}, the checkpoints of {source} are of "
-            f"{newest.fingerprint}: use that dataset, or another run.dir"
-        )
-    faults += _setting_faults(config, newest, source)
-    if faults:
-        raise ConfigError("\n".join([*faults, "such changes would change results: undo them, or use another run.dir"]))
-
-
-def _check_resume(resume: str, run: Storage, newest: CheckpointManifest) -> None:
-    """Whether `run.resume` lets a run with checkpoints of its own go on from its newest one."""
-    if resume == "never":
-        raise ConfigError(
-            f"run.resume: never, but {run.url} holds checkpoints up to {newest.name}: choose another run.dir, "
-            "or run.resume=auto to go on from it"
-        )
-    folder, _, name = resume.rstrip("/").rpartition("/")
-    if folder == run.place(FOLDER) and name != newest.name:
-        raise ConfigError(
-            f"run.resume: {resume} is not the newest checkpoint of this run.dir, which is {newest.name}: choose "
-            "another run.dir to branch off from it, or run.resume=auto"
-        )
-
-
-def _setting_faults(config: Config, newest: CheckpointManifest, source: str) -> Iterator[str]:
-    position = newest.position
-    now = json.loads(json.dumps(results_settings(config)))
-    for key in sorted(now.keys() | newest.settings.keys()):
-        before, after = newest.settings.get(key), now.get(key)
-        if before != after and not (key == STAGE1_EPOCHS and position.stage == 2):
-            yield f"{key}: {after}, but the checkpoints of {source} were made with {before}"
-    if position.stage == 2 and config.stage2.epochs < position.epoch:
-        yield (
-            f"stage2.epochs: {config.stage2.epochs}, but {newest.name} of {source} is in epoch {position.epoch} "
-            "already: set at least that"
-        )
 
 
 def chosen_manifest(path: str) -> CheckpointManifest:

@@ -1,23 +1,18 @@
 """Typed, closed settings of a run, and what they have to do with each other.
 
-    configs/*.yaml ──config_file──▶ [Config] ──check──▶ workers
+    configs/*.yaml ──yaml_file──▶ [config] ──checks──▶ workers
 
-Imports neither torch nor Ray, so that a mistake shows at once.
-What needs the dataset or the model's name is checked in `check.py`, also before any worker starts.
+Imports neither torch nor Ray, so that a mistake shows at once. What needs the dataset or the model's name is checked in
+`cluster/checks/before_run.py`, also before any worker starts. Tables and equations are those of the CLIP-ReID paper;
+"published" are the settings of its authors' released runs, which `configs/` has for every dataset.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from clipreid.loss_settings import TextLoss
 from clipreid.model.spec import FeatureName, Sie, SieTokens
@@ -35,7 +30,8 @@ class Section(BaseModel):
 
 class RunSection(Section):
     dir: str = "runs/run"
-    """Run folder: a path or fsspec URL that every node sees. Relative paths start at the project's root."""
+    """Run folder: a path or fsspec URL that every node sees. Relative paths start at the working folder (in a job
+    submitted to Ray: at the checkout that the job's Python belongs to)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes initial weights, data order and augmentation."""
     resume: str = "auto"
@@ -66,7 +62,9 @@ class DataSection(Section):
     loaders: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per worker; 0 decodes in the worker itself."""
     pixel_mean: RGB = (0.5, 0.5, 0.5)
+    """Subtracted from pixels in 0 … 1, per channel. Published: 0.5 for the ViT, ImageNet's mean for RN50."""
     pixel_std: RGB = (0.5, 0.5, 0.5)
+    """Divides pixels after that, per channel. Published: 0.5 for the ViT, ImageNet's for RN50."""
 
 
 class ModelSection(Section):
@@ -79,53 +77,81 @@ class ModelSection(Section):
     stride: PositiveInt | None = None
     """Stride of the ViT's patches, pixels (12 = overlapping patches, OLP); null: the patch size."""
     sie: Sie = "none"
+    """Side information (SIE, Table 7): a learned vector for each camera, view, or pair of them; for a ViT only."""
     sie_tokens: SieTokens = "cls"
+    """Tokens that side information is added to: the class token, or all of them (Table 7)."""
     sie_coefficient: float = 1.0
+    """Factor on side information. Published: 1."""
     prompt_tokens: PositiveInt = 4
     """M, learnable tokens per identity (Table 10)."""
 
 
 class Stage1Section(Section):
     epochs: PositiveInt = 120
+    """Passes over the training images. Published: 120 for a ViT on person datasets, 60 for all others."""
     lr: PositiveFloat = 3.5e-4
+    """Learning rate of the prompt tokens: warm-up leads towards it, the cosine falls from it, epoch by epoch."""
     batch: PositiveInt = 64
-    """Images in one global batch, over all workers."""
+    """Images in one global batch, over all workers. Published: 64; 256 for VehicleID."""
     features: Literal["instance", "average"] = "instance"
     """Image features as they are, or their mean over each identity (Table 8, Eq. 10)."""
     weight_decay: NonNegative = 1e-4
+    """L2 decay of the prompt tokens, part of Adam's gradient (not AdamW)."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs of linear warm-up; the cosine's clock runs through them, so `lr` itself is never reached. 0: none, and the
+    cosine falls from `lr`."""
     warmup_lr: NonNegative = 1e-5
+    """Learning rate at which warm-up begins, at epoch 0."""
     min_lr: NonNegative = 1e-6
+    """Learning rate at which the cosine ends, in the last epoch."""
     result: str | None = None
     """A finished stage 1 (stage1.safetensors) to start stage 2 from, for `stages: [2]`."""
 
 
 class Stage2Section(Section):
     epochs: PositiveInt = 60
+    """Epochs of PK batches. Published: 60 for the ViT, 120 for RN50."""
     lr: PositiveFloat = 5e-6
+    """Adam's learning rate after warm-up. Published: 5e-6 for the ViT (VehicleID 5e-5), 3.5e-4 for RN50."""
     weight_decay: NonNegative = 1e-4
+    """L2 decay of all parameters, part of Adam's gradient (not AdamW). Published: 1e-4 for the ViT, 5e-4 for RN50."""
     bias_lr_factor: PositiveFloat = 2.0
+    """Parameters with "bias" in their name take this multiple of `lr`. Published: 2."""
     identities: PositiveInt = 16
     """P: identities in one global batch, over all workers."""
     images_per_identity: Annotated[int, Field(ge=2)] = 4
     """K. At least 2: the triplet loss needs a positive pair inside the batch."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    """Epochs of linear warm-up; 0: none."""
     warmup_factor: Fraction = 0.1
+    """Part of `lr` that warm-up begins with, at epoch 0. Published: 0.1 for the ViT, 0.01 for RN50."""
     milestones: tuple[PositiveInt, ...] = (30, 50)
+    """Epochs from which on the learning rate is `gamma` times as high. Published: 30, 50 for the ViT, 40, 70 for
+    RN50."""
     gamma: PositiveFloat = 0.1
+    """Factor on the learning rate at each milestone."""
     id_weight: NonNegative = 0.25
+    """Weight of the identity loss (Eq. 6), cross-entropy summed over both classifiers. Published: 0.25 for the ViT, 1
+    for RN50 and for all baselines."""
     triplet_weight: NonNegative = 1.0
+    """Weight of the triplet loss (Eq. 7), batch-hard, summed over the levels of features."""
     text_weight: NonNegative = 1.0
+    """Weight of the text loss (Eq. 8), which `text_loss` chooses."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Probability that identity loss and i2tce spread over all identities. Published: 0.1; 0 for VehicleID with RN50
+    and in its ViT baseline."""
     text_loss: TextLoss = "i2tce"
     """Image-to-text losses of stage 2 (Table 6)."""
     triplet_levels: Literal[2, 3] = 3
     """3, or 2 without the earlier layer (Table 9)."""
     margin: NonNegative = 0.3
+    """Euclidean distance by which the nearest other identity has to be farther than the farthest image of its own
+    (Eq. 7)."""
 
 
 class AugmentSection(Section):
     flip: Fraction = 0.5
+    """Probability of a mirror image."""
     pad: Annotated[int, Field(ge=0)] = 10
     """Pixels of black on each side before the random crop."""
     erase: Fraction = 0.5
@@ -147,7 +173,7 @@ class EvalSection(Section):
     descriptor: tuple[FeatureName, ...] = ("img", "proj")
     """Features concatenated for retrieval (Table 11)."""
     flip: bool = False
-    """Describe an image by the mean of its features and its mirror image's, at twice the cost."""
+    """An image's descriptor is the mean of its features and its mirror image's, at twice the cost."""
     rule: Rule = "camera"
     """Gallery images of the query's identity that do not count: same camera, none, or same camera and time."""
     batch: PositiveInt = 128
@@ -164,17 +190,22 @@ class CheckpointSection(Section):
     every_minutes: NonNegative = 10.0
     """Write a checkpoint when the last one is older than this; 0: never for this reason."""
     every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Write a checkpoint after every n-th epoch; 0: only after evaluated epochs and a stage's last."""
     keep: PositiveInt = 2
     """Newest complete checkpoints kept, beside the best by mAP."""
 
 
 class Elastic(Section):
     min: PositiveInt
+    """Fewest workers that the run goes on with."""
     max: PositiveInt
+    """Most workers; it grows to them again when nodes come back."""
 
 
 class ClusterSection(Section):
     launcher: Literal["ray", "torchrun", "local"] = "ray"
+    """What places the workers: Ray Train (on the cluster of RAY_ADDRESS, else on this machine), torchrun, or local,
+    where this process is the only one."""
     workers: PositiveInt | Elastic = 1
     """Number of workers, or {min, max} to go on with fewer and grow again. Ignored by torchrun and local."""
     timeout_s: PositiveFloat = 120.0
@@ -184,6 +215,8 @@ class ClusterSection(Section):
     cpus_per_worker: PositiveInt | None = None
     """null: one for the worker and one for each loader, as far as the cluster has them; without GPUs an equal share."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy: workers on as few nodes as possible or spread over many; STRICT: on one node only, or
+    never two on a node."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts by Ray Train after a lost worker or node; -1: without limit."""
 
@@ -196,29 +229,38 @@ class ClusterSection(Section):
 
 class Config(Section):
     run: RunSection = RunSection()
+    """Where a run lives, its seed, and from where it goes on."""
     data: DataSection
+    """The packed dataset, and how it is read."""
     model: ModelSection = ModelSection()
+    """The network, its first weights and its input."""
     method: Literal["two_stage", "one_stage", "baseline"] = "two_stage"
     """two_stage as published, one_stage (Table 5), or baseline: stage 2 alone without text (Table 4)."""
     stages: tuple[Literal[1, 2], ...] = (1, 2)
+    """Stages to train: [1, 2]; [1], the prompts alone; or [2], from the prompts of stage1.result or of a checkpoint."""
     stage1: Stage1Section = Stage1Section()
+    """Learning the prompt tokens, encoders frozen (Eq. 5)."""
     stage2: Stage2Section = Stage2Section()
+    """Training the image encoder against the prompts' text features (Eq. 9)."""
     augment: AugmentSection = AugmentSection()
+    """What happens to the training images of stage 2, on the workers' device."""
     train: TrainSection = TrainSection()
+    """How steps are computed."""
     eval: EvalSection = EvalSection()
+    """Descriptors and the protocol of evaluation."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When checkpoints are written, and which are kept."""
     cluster: ClusterSection = ClusterSection()
+    """Workers: how many, where, and what becomes of failures."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        faults = [
-            *self._stage_faults(), *self._evaluation_faults(), *self._batch_faults(), *self._cluster_faults()
-        ]  # fmt: skip
-        if faults:
+        checks = (self._stage_faults, self._evaluation_faults, self._batch_faults, self._cluster_faults)
+        if faults := [fault for check in checks for fault in check()]:
             raise ValueError("\n".join(faults))
         return self
 
-    def _stage_faults(self):
+    def _stage_faults(self) -> Iterator[str]:
         if self.stages not in ((1,), (2,), (1, 2)):
             yield f"stages: {list(self.stages)} is none of [1], [2], [1, 2]"
         if self.method != "two_stage" and self.stages != (2,):
@@ -244,28 +286,24 @@ class Config(Section):
         if self.stage1.warmup_epochs and self.stage1.min_lr > self.stage1.lr:
             yield f"stage1.min_lr: {self.stage1.min_lr} is above stage1.lr {self.stage1.lr}"
 
-    def _evaluation_faults(self):
+    def _evaluation_faults(self) -> Iterator[str]:
         chosen = self.eval.descriptor
         if not chosen or len(set(chosen)) < len(chosen):
             yield f"eval.descriptor: {list(chosen)} has to name at least one of pre, img, proj, and none of them twice"
 
-    def _batch_faults(self):
+    def _batch_faults(self) -> Iterator[str]:
         identities, per = self.stage2.identities, self.stage2.images_per_identity
         low, high = self.cluster.worker_range
-        if (
-            self.cluster.launcher == "ray"
-            and 2 in self.stages
-            and not any(identities % n == 0 for n in range(low, high + 1))
-        ):
-            fits = [n for n in range(1, identities + 1) if identities % n == 0]
+        if self.cluster.launcher == "ray" and not self.allowed_workers() and low <= high:
             yield (
                 f"cluster.workers: {low if low == high else f'{low} to {high}'} does not divide the batch of "
-                f"{identities} identities x {per} images into whole identities (stage2.identities); possible: {fits}"
+                f"{identities} identities x {per} images into whole identities (stage2.identities); possible: "
+                f"{self.possible_workers()}"
             )
         if self.data.locality == "node" and identities % self.data.virtual_nodes:
-            yield (f"data.virtual_nodes: {self.data.virtual_nodes} does not divide stage2.identities {identities}")
+            yield f"data.virtual_nodes: {self.data.virtual_nodes} does not divide stage2.identities {identities}"
 
-    def _cluster_faults(self):
+    def _cluster_faults(self) -> Iterator[str]:
         low, high = self.cluster.worker_range
         if low > high:
             yield f"cluster.workers: min {low} is above max {high}"
@@ -285,32 +323,49 @@ class Config(Section):
         low, high = self.cluster.worker_range
         if 2 not in self.stages:
             return list(range(low, high + 1))
-        return [n for n in range(low, high + 1) if self.stage2.identities % n == 0]
+        return [n for n in self.possible_workers() if low <= n <= high]
+
+    def possible_workers(self) -> list[int]:
+        """Every number of workers that divides the PK batch by whole identities, ascending."""
+        return [n for n in range(1, self.stage2.identities + 1) if self.stage2.identities % n == 0]
 
 
 STAGE1_EPOCHS = "stage1.epochs"
 """Bends stage 1's learning rate from its first epoch on, and changes nothing when stage 1 is done."""
-# Keys that may change between a run and its continuation: none of them changes what is computed.
-HARMLESS = (
-    "run.dir", "run.resume", "data.shards", "data.on_error", "data.skip_limit", "data.cache_dir", "data.cache_gb",
-    "data.loaders", "model.pretrained", "stage2.epochs", "train.compile", "train.zero_stage", "eval", "checkpoint",
+MAY_CHANGE = (
+    "run.dir",
+    "run.resume",
+    "data.shards",
+    "data.on_error",
+    "data.skip_limit",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.loaders",
+    "model.pretrained",
+    "stage2.epochs",
+    "train.compile",
+    "train.zero_stage",
+    "eval",
+    "checkpoint",
     "cluster",
-)  # fmt: skip
+)
+"""Keys and sections that may change between a run and its continuation: none of them changes what is computed."""
 
 
 def results_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's results, flat: {"stage2.lr": 5e-6, ...}. The epochs of stage 2 may
-    grow later."""
+    """The settings that decide a run's results, flat: {"stage2.lr": 5e-6, ...}. Epochs of stage 2 may grow later."""
     flat = flatten(config.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if not any((key + ".").startswith(h + ".") for h in HARMLESS)}
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{k}.") for k in MAY_CHANGE)}
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
+    """The first 16 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"stage2": {"lr": 5e-6}} as {"stage2.lr": 5e-6}."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -1,21 +1,19 @@
-"""From settings and dataset to the model's specification; no weights, no torch."""
+"""From settings and dataset to the model's specification; no weights, no torch.
 
-from pathlib import Path
+Config, ShardIndex ──▶ [model_spec] ──▶ ModelSpec ──▶ clipreid's build_models
+"""
 
 from clipreid.model.arch import check_arch
 from clipreid.model.spec import ModelSpec
 from cluster.settings.config import Config
+from cluster.settings.paths import arch_file
 from shards.loading.index import ShardIndex
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def model_spec(config: Config, index: ShardIndex) -> ModelSpec:
     """For the dataset to train on. Raises ModelError where architecture, sizes or side information do not fit."""
-    return configured_spec(
-        config, cameras=index.cameras, views=index.views, identities=index.split("train").num_identities,
-        noun=index.noun,
-    )  # fmt: skip
+    identities = index.split("train").num_identities
+    return configured_spec(config, cameras=index.cameras, views=index.views, identities=identities, noun=index.noun)
 
 
 def configured_spec(config: Config, *, cameras: int, views: int, identities: int, noun: str) -> ModelSpec:
@@ -23,7 +21,7 @@ def configured_spec(config: Config, *, cameras: int, views: int, identities: int
     m = config.model
     return ModelSpec(
         arch=m.arch,
-        arch_config=check_arch(_place_of(m.arch)),
+        arch_config=check_arch(arch_file(m.arch)),
         image_size=m.image_size,
         stride=m.stride,
         sie=m.sie,
@@ -35,9 +33,3 @@ def configured_spec(config: Config, *, cameras: int, views: int, identities: int
         prompt_tokens=m.prompt_tokens,
         noun=noun,
     )
-
-
-def _place_of(arch: str) -> str:
-    """A JSON file's path starts at the working folder or, for the files shipped in configs/, at the project's root."""
-    shipped = ROOT / arch
-    return str(shipped) if arch.endswith(".json") and not Path(arch).exists() and shipped.exists() else arch

@@ -1,31 +1,46 @@
-"""Relative paths of a configuration made absolute, so that they mean the same on every worker."""
+"""Relative paths of a configuration made absolute, so that they mean the same on every worker.
+
+Config of the command line ──▶ [paths] ──▶ Config of the workers
+"""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from cluster.settings.config import Config
-from shards.storage import is_local, local_path
+from shards.storage import local_path
 
-PATHS = (("run", "dir"), ("run", "resume"), ("data", "shards"), ("stage1", "result"))
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PATH_SETTINGS = (("run", "dir"), ("run", "resume"), ("data", "shards"), ("stage1", "result"))
 
 
-def at_project_root(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """The same settings with local paths absolute; they start at the working folder.
 
     A submitted job works in Ray's copy of the project, which carries no data and is deleted with the job. There
     relative paths start at the checkout whose `.venv` runs the job, where there is one.
     """
-    root = _checkout_of_job() or Path.cwd()
-    sections = {}
-    for section, key in PATHS:
+    start = _checkout_of_job() or Path.cwd()
+    sections: dict[str, dict[str, Any]] = {}
+    for section, key in PATH_SETTINGS:
         value = getattr(getattr(config, section), key)
-        if value and is_local(value) and value not in ("auto", "never"):
-            path = root / local_path(value).expanduser()
-            sections.setdefault(section, getattr(config, section).model_dump())[key] = str(path)
+        if not value or value in ("auto", "never"):
+            continue
+        path = local_path(value)
+        if path is not None:
+            changed = sections.setdefault(section, getattr(config, section).model_dump())
+            changed[key] = str(start / path.expanduser())
     model = config.model
-    if model.pretrained and (root / model.pretrained).exists():
-        sections["model"] = model.model_dump() | {"pretrained": str(root / model.pretrained)}
+    if model.pretrained and (start / model.pretrained).exists():
+        sections["model"] = model.model_dump() | {"pretrained": str(start / model.pretrained)}
     return Config.model_validate(config.model_dump() | sections)
+
+
+def arch_file(arch: str) -> str:
+    """A JSON file's path starts at the working folder or, for the files shipped in configs/, at the project's root.
+    Names of open_clip's models stay as they are."""
+    shipped = PROJECT_ROOT / arch
+    return str(shipped) if arch.endswith(".json") and not Path(arch).exists() and shipped.exists() else arch
 
 
 def _checkout_of_job() -> Path | None:

@@ -108,7 +108,8 @@ class Stage1Result:
 
     @classmethod
     def read(cls, content: bytes) -> "Stage1Result":
-        return cls(**parse_safetensors(content), **read_metadata(content)["stage1"])
+        tensors, facts = parse_safetensors(content), read_metadata(content)["stage1"]
+        return cls(tensors["tokens"], tensors["text_features"], **facts)
 
     def check_fits(self, source: str, fingerprint: str, encoder: str, prompt_tokens: int) -> None:
         """Raises ConfigError where stage 2 would go on from another dataset, encoder or number of tokens."""

@@ -24,7 +24,6 @@ from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import PassSettings, extract
-from cluster.launchers.placement import fit_loaders
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts
 from cluster.run.manifest import Position
@@ -70,6 +69,13 @@ def train(config: Config, team: Team, report: Report | None = None) -> dict[str,
         raise
     finally:
         run.reporter.close()
+
+
+def fit_loaders(config: Config, cpus: int | None) -> Config:
+    """The same settings with no more loaders than a worker has CPUs."""
+    if cpus is None or config.data.loaders <= cpus:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"loaders": cpus})})
 
 
 class Run:
@@ -195,9 +201,7 @@ class Run:
         """The bridge: every rank encodes the prompts of its share of the identities."""
         team = self.team
         with team.within("encode the prompts of all identities", PATIENCE):
-            features = method.all_text_features(
-                self.prompts, self.spec.identities, team.rank, team.world_size, team.all_gather, team.device
-            )
+            features = method.all_text_features(self.prompts, self.spec.identities, team, team.device)
         return Stage1Result(
             self.prompts.tokens.detach(),
             features,

@@ -15,11 +15,13 @@ SAMPLE_S = 0.05
 
 
 class PeakMemory:
-    """Looks at the resident memory of a process and its children while the block runs. Shared pages count in each.
+    """Looks at the resident memory of a process and its children while the block runs.
 
-    with PeakMemory() as memory:
-        work()
-    memory.above_bytes
+        with PeakMemory() as memory:
+            work()
+        memory.above_bytes
+
+    Shared pages count in each process.
     """
 
     def __init__(self, pid: int | None = None):
@@ -48,9 +50,9 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, _family_bytes(self.pid))
 
 
-def measured(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+def seconds_and_memory(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
     """Seconds and metrics of `work`, and the most memory it held above what was held before."""
-    metrics = {}
+    metrics: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)

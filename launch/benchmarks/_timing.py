@@ -23,8 +23,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(device)
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What has to be known of a machine to judge a figure from it."""
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What has to be known of a machine to read a figure from it."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     return {"device": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -58,7 +58,7 @@ def median_seconds_in_turn(
 
     A round before these warms up and is not counted.
     """
-    durations = {name: [] for name in works}
+    durations: dict[str, list[float]] = {name: [] for name in works}
     for counted in [False] + [True] * rounds:
         for name, work in works.items():
             duration = seconds(work, device)

@@ -4,6 +4,7 @@ A step (forward, losses, backward, Adam) of the ViT-B/16 under the engine of a r
 of its whole state (values and two moments in float32) between the steps.
 """
 
+import argparse
 import logging
 import statistics
 import tempfile
@@ -16,7 +17,7 @@ from clipreid import stage2
 from clipreid.optim import parameter_groups
 from clipreid.weights.initial import build_models
 from launch.benchmarks._published import LOSSES, model_spec
-from launch.benchmarks._timing import facts, seconds
+from launch.benchmarks._timing import machine_facts, seconds
 from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
@@ -31,12 +32,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="checkpoint-bench-", dir=options.dir) as folder:
         bench = Bench(options.arch, options.image_size, options.batch, folder)
-        figures = bench.measure(options.rounds)
+        figures = bench.medians(options.rounds)
     where = {"dir": options.dir or tempfile.gettempdir(), "arch": options.arch, "batch": bench.batch}
-    return {"bench": "checkpoint", **facts(bench.team.device), **where, "rounds": options.rounds, **figures}
+    return {"bench": "checkpoint", **machine_facts(bench.team.device), **where, "rounds": options.rounds, **figures}
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py checkpoint", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
@@ -58,7 +59,7 @@ class Bench:
     """A model under the engine, a batch to train on, and checkpoints of it."""
 
     def __init__(self, arch: str, image_size: tuple[int, int], batch: int | None, folder: str):
-        from cluster.ranks.team import join_process_group
+        from cluster.ranks.process import join_process_group
         from cluster.run.storage import Storage
         from cluster.training.checkpoint import Retention
         from cluster.training.checkpoint_writer import CheckpointWriter, Origin
@@ -92,7 +93,7 @@ class Bench:
         self.saved += 1
         self.writer.save(Position(2, 1, self.saved, self.saved, False), self.engine)
 
-    def measure(self, rounds: int) -> dict[str, Any]:
+    def medians(self, rounds: int) -> dict[str, Any]:
         """Medians. A round: a step, a checkpoint, a step beside its writing; and a checkpoint that is waited for."""
         device = self.team.device
         times: dict[str, list[float]] = {"step": [], "stalled": [], "beside": [], "write": []}

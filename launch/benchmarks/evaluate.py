@@ -1,10 +1,11 @@
 """Seconds and memory of exact retrieval measures, beside the bare product of all queries with the gallery.
 
 Timed from features to measures: CMC, mAP, mINP and TPR@FPR. The features lie on a grid, so that their distances are
-exact in float32, and what is said of a sample of queries has to be what the plain version says: a row of distances to
-the whole gallery, sorted. The gallery of `million` is a file that is mapped into memory.
+exact in float32, and a sample of queries has to get what the plain version finds: a row of distances to the whole
+gallery, sorted. The gallery of `million` is a file that is mapped into memory.
 """
 
+import argparse
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from clipreid.retrieval.metrics import Retrieval, retrieve
 from clipreid.retrieval.positives import Labels
-from launch.benchmarks._memory import PeakMemory, measured
-from launch.benchmarks._sets import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
-from launch.benchmarks._timing import choose_device, facts, seconds
+from launch.benchmarks._made_features import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
+from launch.benchmarks._memory import PeakMemory, seconds_and_memory
+from launch.benchmarks._timing import choose_device, machine_facts, seconds
 from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
@@ -48,10 +49,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     figures["peak_memory_mb"] = round(whole.peak_bytes / 1e6)
     figures["sample"] = min(options.sample, size.queries)
     figures["sample_equals_plain"] = _equal_to_plain(found, sides, figures["sample"])
-    return {"bench": "evaluate", **facts(device), **asdict(size), "rounds": options.rounds, **figures}
+    return {"bench": "evaluate", **machine_facts(device), **asdict(size), "rounds": options.rounds, **figures}
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> tuple[argparse.Namespace, Size]:
     parser = Parser(prog="bench.py evaluate", description=__doc__, epilog=EXAMPLE)
     add_size_options(parser, ALL_SIZES)
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="times that both are timed (default 3)")
@@ -67,7 +68,7 @@ def _options(arguments: list[str]):
 def _compare(sides: Sides, rounds: int) -> tuple[dict[str, Any], Retrieval]:
     """Both in turn, after a product that warms up and brings a mapped gallery into memory."""
     query, _, gallery, _ = sides
-    found = []
+    found: list[Retrieval] = []
 
     def ours() -> dict[str, Any]:
         found[:] = [retrieve(*sides, rule="camera")]
@@ -77,7 +78,7 @@ def _compare(sides: Sides, rounds: int) -> tuple[dict[str, Any], Retrieval]:
     product_s, runs = [], []
     for _ in range(rounds):
         product_s.append(seconds(lambda: bare_product(query, gallery), query.device))
-        runs.append(measured(ours, query.device))
+        runs.append(seconds_and_memory(ours, query.device))
     most = {name: max(run[name] for run in runs) for name in runs[0] if "memory" in name}
     ratio = median(run["seconds"] / bare for run, bare in zip(runs, product_s, strict=True))
     figures = {
@@ -111,6 +112,7 @@ def _plain(sides: Sides, row: int) -> tuple[float, int]:
     distances = torch.cat([part.square().sum(1) - 2 * part @ query[row] for part in gallery.split(BLOCK)])
     order = np.argsort(distances.cpu().numpy(), kind="stable")
     same = gallery_labels.identities[order] == query_labels.identities[row]
+    assert query_labels.cameras is not None and gallery_labels.cameras is not None
     junk = same & (gallery_labels.cameras[order] == query_labels.cameras[row])
     ranks = np.flatnonzero(same[~junk]) + 1
     if not len(ranks):

@@ -1,7 +1,7 @@
 """Images per second from shards to PK batches, beside the usual one file per image, Pillow and torchvision code.
 
-python launch/bench.py loader
-python launch/bench.py loader --cases 120x300:256x128 --identities 40 --rounds 3
+    python launch/bench.py loader
+    python launch/bench.py loader --cases 120x300:256x128 --identities 40 --rounds 3
 
 (a) usual: open, decode, resize, pad, crop, to tensor, normalise and erase one file after another, then stack
 (b) ours, from shards to the uint8 batch: all that a CPU does when a GPU augments
@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ CASES = ("64x128:128x256", "120x300:128x256", "400x400:256x256")
 """Width x height of the JPEGs and of the network's input."""
 SETTINGS = PKSettings(identities=16, images_per_identity=4)
 Batches = Callable[[], Iterable[torch.Tensor]]
+Size = tuple[int, int]
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -54,11 +55,14 @@ def run(arguments: list[str]) -> dict[str, Any]:
     rows = []
     for source, target in [_case(case) if isinstance(case, str) else case for case in options.cases]:
         with tempfile.TemporaryDirectory(prefix="bench-loader-", dir=options.work) as folder:
-            rows.append(measure(Path(folder), source, target, options.identities, options.rounds))
+            rows.append(time_case(Path(folder), source, target, options.identities, options.rounds))
     return {"load_average": round(os.getloadavg()[0], 1), "rounds": options.rounds, "cases": rows}
 
 
-def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], identities: int, rounds: int) -> dict:
+def time_case(
+    folder: Path, source: tuple[int, int], target: tuple[int, int], identities: int, rounds: int
+) -> dict[str, Any]:
+    """One row of the result. source, target: width and height of the JPEGs and of the network's input, pixels."""
     mean_bytes = write_images(folder / "images", source, identities)
     build("manifest", [str(folder / "images" / "images.csv")], str(folder / "shards"), processes=1)
     index = ShardIndex.open(str(folder / "shards"), str(folder / "cache"))
@@ -81,17 +85,17 @@ def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], iden
     return row
 
 
-def warm(ways: dict[str, Callable[[], Batches]], *settings: Any) -> dict[str, float]:
+def warm(ways: Mapping[str, Callable[[], Batches]], *settings: Any) -> dict[str, float]:
     """`in_turn` with loaders that are made once. They are gone afterwards, so nothing keeps the shards mapped."""
     return in_turn({name: cache(make) for name, make in ways.items()}, *settings)
 
 
 def in_turn(
-    ways: dict[str, Callable[[], Batches]],
+    ways: Mapping[str, Callable[[], Batches]],
     rounds: int,
     images: int,
     clock: Callable[[], float],
-    before: Callable = lambda: None,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Median images per second over rounds in which each way has its turn, and the ratios to (a).
 
@@ -115,7 +119,7 @@ def in_turn(
     }
 
 
-def usual(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], workers: int) -> Batches:
+def usual(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: Size, num_loaders: int) -> Batches:
     """(a)"""
     transform = transforms.Compose(
         [
@@ -129,8 +133,8 @@ def usual(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[in
         ]
     )
     files = _Files(paths, transform)
-    context = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
-    return DataLoader(files, batch_sampler=plan.tolist(), num_workers=workers, **context).__iter__
+    context: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if num_loaders else {}
+    return DataLoader(files, batch_sampler=plan.tolist(), num_workers=num_loaders, **context).__iter__
 
 
 class _Files(Dataset):
@@ -145,15 +149,19 @@ class _Files(Dataset):
             return self.transform(image.convert("RGB"))
 
 
-def to_uint8(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], workers: int) -> Batches:
+def to_uint8(
+    index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], num_loaders: int
+) -> Batches:
     """(b)"""
-    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=workers)
+    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=num_loaders)
     return lambda: (batch.images for batch in loader.epoch(1))
 
 
-def to_float(index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], workers: int) -> Batches:
+def to_float(
+    index: ShardIndex, paths: list[Path], plan: np.ndarray, size: tuple[int, int], num_loaders: int
+) -> Batches:
     """(c)"""
-    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=workers)
+    loader = PKLoader(index, settings=SETTINGS, image_size=size, rank=0, world_size=1, num_loaders=num_loaders)
     return lambda: (
         augment(batch.images, batch.positions, seed=0, epoch=1, epoch_step=batch.epoch_step, settings=AUGMENT)
         for batch in loader.epoch(1)
@@ -175,7 +183,7 @@ def write_images(folder: Path, size: tuple[int, int], identities: int, each: int
         )
         for number in range(identities * each):
             coarse = rng.integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
-            pixels = np.asarray(Image.fromarray(coarse).resize(size, Image.BICUBIC)) + rng.normal(
+            pixels = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)) + rng.normal(
                 0, 5, (*size[::-1], 1)
             )
             data = io.BytesIO()

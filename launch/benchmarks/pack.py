@@ -1,7 +1,7 @@
 """Pack and verify a dataset of VehicleID's size, beside a plain loop over `tarfile`; then open and plan it.
 
-python launch/bench.py pack                   221,763 images of 26,267 identities, about 16 GB of temporary files
-python launch/bench.py pack --images 20000    the same on a smaller scale
+    python launch/bench.py pack                   221,763 images of 26,267 identities, about 16 GB of temporary files
+    python launch/bench.py pack --images 20000    the same on a smaller scale
 
 Making the images is not counted. They are JPEGs of random patterns, about 30 kB each as a 400 x 400 crop is.
 """
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
         built, again = timed(*build), timed(*build)
         verified = timed("verify", out, "--processes", options.processes)
         train_identities, _ = identity_counts(options.images)
-        sampled = sampler.measure(str(out), Path(folder) / "cache", min(16, train_identities), 4, SAMPLER_ROUNDS)
+        sampled = sampler.time_sampler(str(out), Path(folder) / "cache", min(16, train_identities), 4, SAMPLER_ROUNDS)
         shutil.rmtree(out)
         out.mkdir()
         plain_s = plain_loop(root, out)
@@ -109,7 +109,8 @@ def random_jpeg(seed: int) -> bytes:
     from PIL import Image
 
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((400, 400), Image.BICUBIC)
+    patches = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    coarse = np.asarray(patches.resize((400, 400), Image.Resampling.BICUBIC))
     fine = rng.normal(0, 4 + seed % 8, (400, 400, 3))
     buffer = io.BytesIO()
     Image.fromarray(np.clip(coarse + fine, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)

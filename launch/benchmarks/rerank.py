@@ -5,6 +5,7 @@ block into the same memory: without it no version finds an image's neighbours. T
 and every weight in matrices of all images x all images, as is usual; it is for small sizes.
 """
 
+import argparse
 from dataclasses import asdict
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import BLOCK, evaluate_reranked
-from launch.benchmarks._memory import measured
-from launch.benchmarks._sets import SIZES, add_size_options, chosen_size, make_sets
-from launch.benchmarks._timing import choose_device, facts, seconds
+from launch.benchmarks._made_features import SIZES, Size, add_size_options, chosen_size, make_sets
+from launch.benchmarks._memory import seconds_and_memory
+from launch.benchmarks._timing import choose_device, machine_facts, seconds
 from launch.cli import Parser
 from launch.evaluate import rerank_settings
 
@@ -37,20 +38,20 @@ def run(arguments: list[str]) -> dict[str, Any]:
     sides = query, query_labels, gallery, gallery_labels
     k1, k2, lam = options.settings
     settings = {"k1": k1, "k2": k2, "lam": lam}
-    result = {"bench": "rerank", **facts(device), **asdict(size), **settings}
+    result = {"bench": "rerank", **machine_facts(device), **asdict(size), **settings}
     result["metrics"] = retrieve(*sides, rule="camera").metrics()
-    result["rerank"] = ours = measured(lambda: evaluate_reranked(*sides, rule="camera", **settings), device)
+    result["rerank"] = ours = seconds_and_memory(lambda: evaluate_reranked(*sides, rule="camera", **settings), device)
     result["product_s"] = round(seconds(lambda: bare_product(query, gallery), device), 4)
     result["times_product"] = round(ours["seconds"] / result["product_s"], 2)
     if options.plain:
-        result["plain"] = measured(lambda: plain(*sides, **settings), device)
+        result["plain"] = seconds_and_memory(lambda: plain(*sides, **settings), device)
         result["equal_to_plain"] = all(
             abs(value - result["plain"]["metrics"][name]) < 1e-6 for name, value in ours["metrics"].items()
         )
     return result
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> tuple[argparse.Namespace, Size]:
     parser = Parser(prog="bench.py rerank", description=__doc__, epilog=EXAMPLE)
     add_size_options(parser, SIZES)
     parser.add_argument("--settings", type=rerank_settings, default=(20, 6, 0.3), metavar="K1,K2,LAMBDA")

@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-sampler-") as folder:
         url, cache = options.shards or made_up_index(Path(folder) / "shards"), Path(folder) / "cache"
-        return measure(url, cache, options.identities, options.images_per_identity, options.rounds)
+        return time_sampler(url, cache, options.identities, options.images_per_identity, options.rounds)
 
 
-def measure(url: str, cache: Path, identities: int, images_per_identity: int, rounds: int) -> dict[str, Any]:
+def time_sampler(url: str, cache: Path, identities: int, images_per_identity: int, rounds: int) -> dict[str, Any]:
     """Open the index of a packed dataset and plan its epochs. cache: a folder that may be deleted.
 
     Raises DataError where the dataset has too few training identities for a batch.
@@ -126,31 +126,47 @@ def made_up_index(folder: Path) -> str:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     identity = np.concatenate(
-        [_images_of(TRAIN_IDENTITIES, TRAIN_IMAGES, 0, rng),
-         _images_of(IDENTITIES - TRAIN_IDENTITIES, IMAGES - TRAIN_IMAGES, TRAIN_IDENTITIES, rng)]
-    )  # fmt: skip
+        [
+            _images_of(TRAIN_IDENTITIES, TRAIN_IMAGES, 0, rng),
+            _images_of(IDENTITIES - TRAIN_IDENTITIES, IMAGES - TRAIN_IMAGES, TRAIN_IDENTITIES, rng),
+        ]
+    )
     train = np.arange(IMAGES) < TRAIN_IMAGES
     shard = np.where(train, 0, 1000) + np.arange(IMAGES) // SHARD_IMAGES
     size = rng.integers(10_000, 40_000, IMAGES)
+    shard_names = [f"{'train' if number < 1000 else 'test'}-{number % 1000:06d}.tar" for number in shard.tolist()]
     columns = {
         "split": np.where(train, "train", "test"),
-        "shard": [f"{'train' if number < 1000 else 'test'}-{number % 1000:06d}.tar" for number in shard.tolist()],
+        "shard": shard_names,
         "key": [f"image_{number:07d}" for number in range(IMAGES)],
-        "offset": np.cumsum(size) - size, "size": size, "crc32": size.astype(np.uint32),
-        "identity": [f"{number:05d}" for number in identity.tolist()], "label": np.where(train, identity, -1),
-        "camera": rng.integers(0, 20, IMAGES), "view": np.full(IMAGES, -1), "time": [""] * IMAGES,
-        "lists": np.where(train, "", "800,1600,2400"), "width": np.full(IMAGES, 400), "height": np.full(IMAGES, 400),
-    }  # fmt: skip
+        "offset": np.cumsum(size) - size,
+        "size": size,
+        "crc32": size.astype(np.uint32),
+        "identity": [f"{number:05d}" for number in identity.tolist()],
+        "label": np.where(train, identity, -1),
+        "camera": rng.integers(0, 20, IMAGES),
+        "view": np.full(IMAGES, -1),
+        "time": [""] * IMAGES,
+        "lists": np.where(train, "", "800,1600,2400"),
+        "width": np.full(IMAGES, 400),
+        "height": np.full(IMAGES, 400),
+    }
     table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in index_schema()})
     pq.write_table(table, folder / INDEX_FILE, compression="none")
-    names = sorted(set(columns["shard"]))
+    names = sorted(set(shard_names))
     for name in names:
         (folder / name).touch()
     facts = {
-        "format_version": FORMAT_VERSION, "name": "made-up", "noun": "vehicle", "cameras": 20, "views": 0,
+        "format_version": FORMAT_VERSION,
+        "name": "made-up",
+        "noun": "vehicle",
+        "cameras": 20,
+        "views": 0,
         "splits": {"train": {"images": TRAIN_IMAGES}, "test": {"images": IMAGES - TRAIN_IMAGES}},
-        "fingerprint": "made-up", "options": {}, "files": {name: {"bytes": 0} for name in names},
-    }  # fmt: skip
+        "fingerprint": "made-up",
+        "options": {},
+        "files": {name: {"bytes": 0} for name in names},
+    }
     (folder / DATASET_FILE).write_text(json.dumps(facts))
     return str(folder)
 

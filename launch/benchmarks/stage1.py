@@ -5,6 +5,7 @@ once, no gradients for the frozen tower), backward pass and Adam. Plain: 77 posi
 gradients of the tower's weights computed and thrown away. Both give the same losses, which is checked on the way.
 """
 
+import argparse
 import copy
 from typing import Any
 
@@ -17,7 +18,7 @@ from clipreid.model.prompts import PromptedText
 from clipreid.optim import adam, parameter_groups
 from clipreid.weights.initial import build_models
 from launch.benchmarks._published import model_spec
-from launch.benchmarks._timing import choose_device, facts, median_seconds_in_turn
+from launch.benchmarks._timing import choose_device, machine_facts, median_seconds_in_turn
 from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
@@ -33,15 +34,23 @@ def run(arguments: list[str]) -> dict[str, Any]:
     options = _options(arguments)
     device = choose_device(options.device)
     spec = model_spec(options.arch, (256, 128), options.identities)
-    text = build_models(spec)[1].to(device).eval()
+    text = build_models(spec)[1]
+    assert text is not None
+    text.to(device).eval()
     cases = [_case(text, options, per, device) for per in (1, 4)]
     return {
-        "bench": "stage1", **facts(device), "arch": options.arch, "precision": options.precision,
-        "batch": options.batch, "dataset_identities": options.identities, "rounds": options.rounds, "cases": cases,
-    }  # fmt: skip
+        "bench": "stage1",
+        **machine_facts(device),
+        "arch": options.arch,
+        "precision": options.precision,
+        "batch": options.batch,
+        "dataset_identities": options.identities,
+        "rounds": options.rounds,
+        "cases": cases,
+    }
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py stage1", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--arch", default="ViT-B-16-quickgelu", help="open_clip model name or JSON file (random weights)"
@@ -68,12 +77,13 @@ def _case(text: PromptedText, options, per_identity: int, device: torch.device) 
     first = ours.loss().item(), plain.loss().item()
     taken = median_seconds_in_turn({"ours": ours, "plain": plain}, options.rounds, device)
     return {
-        "identities": len(distinct), "images_per_identity": per_identity,
+        "identities": len(distinct),
+        "images_per_identity": per_identity,
         "samples_per_s": round(options.batch / taken["ours"], 2),
         "plain_samples_per_s": round(options.batch / taken["plain"], 3),
         "ratio": round(taken["plain"] / taken["ours"], 2),
         "relative_loss_difference": abs(first[0] - first[1]) / abs(first[1]),
-    }  # fmt: skip
+    }
 
 
 def feature_width(text: PromptedText) -> int:

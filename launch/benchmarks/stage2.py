@@ -7,6 +7,7 @@ without); unfused Adam; every loss part read by `.item()`. Both train the same m
 device, without Ray, DeepSpeed or a dataset.
 """
 
+import argparse
 import copy
 import itertools
 import statistics
@@ -24,7 +25,7 @@ from clipreid.model.reid import ReIDModel
 from clipreid.optim import adam, parameter_groups
 from clipreid.weights.initial import build_models
 from launch.benchmarks._published import AUGMENT, LOSSES, model_spec
-from launch.benchmarks._timing import choose_device, facts, peak_memory_bytes, seconds
+from launch.benchmarks._timing import choose_device, machine_facts, peak_memory_bytes, seconds
 from launch.cli import Parser, positive
 
 EXAMPLE = """examples:
@@ -56,12 +57,17 @@ def run(arguments: list[str]) -> dict[str, Any]:
         rows += _case(case, batch, options, device, peak)
     note = {} if device.type == "cuda" else {"note": "no GPU: these figures say nothing about the aims for one"}
     return {
-        "bench": "stage2", **facts(device), **note, "precision": options.precision, "steps": options.steps,
-        "matmul_peak_tflops": _rounded(peak / 1e12), "rows": rows,
-    }  # fmt: skip
+        "bench": "stage2",
+        **machine_facts(device),
+        **note,
+        "precision": options.precision,
+        "steps": options.steps,
+        "matmul_peak_tflops": _rounded(peak / 1e12),
+        "rows": rows,
+    }
 
 
-def _options(arguments: list[str]):
+def _options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py stage2", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--cases", nargs="+", metavar="MODEL:HxW", help="models vit, rn50, tiny or a JSON file, and size"
@@ -85,7 +91,9 @@ def _options(arguments: list[str]):
     return options
 
 
-def _case(case: str, batch: int, options, device: torch.device, peak: float) -> list[dict[str, Any]]:
+def _case(
+    case: str, batch: int, options: argparse.Namespace, device: torch.device, peak: float
+) -> list[dict[str, Any]]:
     """Rows of one model, image size and batch: plain first, then ours in each mode."""
     name, _, size = case.rpartition(":")
     height, width = map(int, size.split("x"))
@@ -105,12 +113,19 @@ def _case(case: str, batch: int, options, device: torch.device, peak: float) -> 
         images_per_s = batch / _step_seconds(loop, options.steps, device)
         plain = plain or images_per_s
         speed = flops / batch * images_per_s
-        rows.append({
-            "model": name, "image_size": [height, width], "batch": batch, "mode": mode,
-            "images_per_s": _rounded(images_per_s), "model_tflops": _rounded(speed / 1e12),
-            "share_of_peak": _rounded(speed / peak), "peak_memory_bytes": peak_memory_bytes(device),
-            "times_plain": _rounded(images_per_s / plain),
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "image_size": [height, width],
+                "batch": batch,
+                "mode": mode,
+                "images_per_s": _rounded(images_per_s),
+                "model_tflops": _rounded(speed / 1e12),
+                "share_of_peak": _rounded(speed / peak),
+                "peak_memory_bytes": peak_memory_bytes(device),
+                "times_plain": _rounded(images_per_s / plain),
+            }
+        )
         del loop
     return rows
 

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
-from cluster.run.manifest import FOLDER, Position, check_may_continue
+from cluster.run.manifest import FOLDER, Position
 from cluster.run.storage import Storage
 from cluster.settings.config import results_settings
 from tests.helpers.checkpoints import PlainEngine, at, damage, loaded, newest_at, save, settings_of, writer_at

@@ -2,8 +2,9 @@
 
 import pytest
 
-from cluster.launchers.placement import fit_loaders, room_for, shortage, worker_needs
+from cluster.launchers.placement import room_for, shortage, worker_needs
 from cluster.settings.yaml_file import parse_config
+from cluster.training.worker import fit_loaders
 
 NODES = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 5.0, "GPU": 1.0}, {"CPU": 2.0}]
 

@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.errors import Drained, RankLost, TrainingError
 from cluster.launchers.ray import _root_cause, _variables, ray_storage
-from cluster.launchers.ray_policies import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_cause
+from cluster.launchers.ray_policies import RestartPolicy, Trainer, WholeIdentitiesPolicy, final_error
 from cluster.run.storage import Storage
 from cluster.settings.yaml_file import parse_config
 
@@ -55,14 +55,14 @@ def test_drains_do_not_count_towards_max_failures():
 def test_what_a_restart_would_meet_again_ends_the_run_with_its_own_error():
     error = failed(rank0=LOST, rank1=TrainingError("disk full"))
     assert RestartPolicy(FailureConfig(max_failures=-1)).make_decision(error) == FailureDecision.RAISE
-    cause = final_cause(error)
+    cause = final_error(error)
     assert isinstance(cause, TrainingError) and str(cause) == "disk full"
 
 
 def test_a_run_given_up_says_after_how_many_restarts_and_what_to_do():
-    said = _root_cause(failed(rank1=LOST), max_failures=3)
-    assert "worker 1: rank 0 waited 3 s in 'average losses'" in said and "after 3 restarts" in said
-    assert "repeat the command" in said and "cluster.max_failures" in said
+    message = _root_cause(failed(rank1=LOST), max_failures=3)
+    assert "worker 1: rank 0 waited 3 s in 'average losses'" in message and "after 3 restarts" in message
+    assert "repeat the command" in message and "cluster.max_failures" in message
 
 
 def test_what_a_user_has_set_in_the_environment_wins(monkeypatch):

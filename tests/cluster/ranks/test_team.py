@@ -15,10 +15,9 @@ from torch.multiprocessing import ProcessExitedException
 from cluster.errors import RankLost
 from cluster.evaluation.features import PassSettings, extract
 from cluster.ranks import watchdog
-from cluster.ranks.team import Team, join_process_group, leave_process_group
+from cluster.ranks.process import join_process_group, leave_process_group
+from cluster.ranks.team import Team
 from cluster.ranks.watchdog import Watchdog
-from cluster.settings.paths import at_project_root
-from cluster.settings.yaml_file import parse_config
 from shards.loading.index import ShardIndex
 from tests.helpers.processes import on_processes
 
@@ -144,11 +143,3 @@ def join_where_a_gpu_is_in_sight(team):
 
 def test_workers_that_were_given_no_gpu_use_none():
     assert on_processes(1, join_where_a_gpu_is_in_sight) == ["cpu"]
-
-
-def test_relative_paths_start_at_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = parse_config({"data": {"shards": "s3://bucket/x"}, "run": {"dir": "runs/a"}})
-    placed = at_project_root(settings)
-    assert placed.run.dir == str(tmp_path / "runs/a")
-    assert placed.data.shards == "s3://bucket/x" and placed.run.resume == "auto"

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.errors import TrainingError
-from cluster.launchers import ray as orchestrate
+from cluster.launchers.run import run
 from cluster.run.interrupts import Interrupts, request_stop
 from cluster.run.manifest import Position
 from cluster.run.reporter import RunReporter
@@ -94,7 +94,7 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
     monkeypatch.setattr(
         "cluster.training.worker.train", lambda config, team: Interrupts(Storage(config.run.dir)).pending()
     )
-    assert orchestrate.run(config).stop is False
+    assert run(config).stop is False
 
 
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])

@@ -1,12 +1,31 @@
 """Settings: closed, inherited, overridden, and refused with one line per fault."""
 
+from typing import get_args
+
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.settings.config import results_settings, settings_hash
+from cluster.settings.config import Config, Section, results_settings, settings_hash
+from cluster.settings.paths import with_absolute_paths
 from cluster.settings.yaml_file import dump_config, load_config, parse_config
 
 LEAST = {"data": {"shards": "somewhere"}}
+
+
+def sections(section=Config):
+    """A section and all below it, each once."""
+    yield section
+    for field in section.model_fields.values():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from sections(kind)
+
+
+def test_every_setting_has_an_explanation():
+    fields = {f"{kind.__name__}.{name}": f for kind in sections() for name, f in kind.model_fields.items()}
+    assert len(fields) > 75 and "Elastic.min" in fields
+    assert [name for name, field in fields.items() if not (field.description or "").strip()] == []
 
 
 def write(folder, name, text):
@@ -90,3 +109,11 @@ def test_only_settings_that_change_results_count_for_the_hash():
     assert plain == hashed({"cluster": {"workers": 2}, "checkpoint": {"keep": 5}, "stage2": {"epochs": 90}})
     assert plain != hashed({"run": {"seed": 1}})
     assert plain != hashed({"stage2": {"identities": 8}})
+
+
+def test_relative_paths_start_at_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = parse_config({"data": {"shards": "s3://bucket/x"}, "run": {"dir": "runs/a"}})
+    placed = with_absolute_paths(settings)
+    assert placed.run.dir == str(tmp_path / "runs/a")
+    assert placed.data.shards == "s3://bucket/x" and placed.run.resume == "auto"
