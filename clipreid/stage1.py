@@ -65,7 +65,7 @@ def step(
     return {**losses, "loss": losses["i2t"] + losses["t2i"]}
 
 
-def encode_identities(text: nn.Module, identities: Tensor, peers: Peers = ALONE) -> Tensor:
+def encode_identities(text: Callable[[Tensor], Tensor], identities: Tensor, peers: Peers = ALONE) -> Tensor:
     """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64) [U, D].
 
     Ranks take contiguous equal shares of ceil(U / R), filled up with repeats of the last identity, which are cut
@@ -79,7 +79,7 @@ def encode_identities(text: nn.Module, identities: Tensor, peers: Peers = ALONE)
 
 @torch.no_grad()
 def all_text_features(
-    text: nn.Module,
+    text: Callable[[Tensor], Tensor],
     num_identities: int,
     peers: Peers = ALONE,
     device: torch.device | str = "cpu",
