@@ -106,10 +106,11 @@ def test_the_prefix_passes_through_the_tower_once():
 
 
 def test_text_features_depend_only_on_their_own_identity():
-    text, _ = tiny_text()
+    """In float64: kernels need not round two rows of one product alike."""
+    text = tiny_text()[0].double()
     features = text(torch.arange(6))
-    assert torch.equal(text(torch.tensor([3, 3]))[0], text(torch.tensor([3, 3]))[1])
-    close(text(torch.tensor([4])), features[4:5], rtol=1.3e-6, atol=1e-5)
+    close(*text(torch.tensor([3, 3])), atol=1e-12)
+    close(text(torch.tensor([4])), features[4:5], atol=1e-12)
     distances = torch.cdist(features, features)
     assert all(distances[a, b] > 1e-4 for a, b in itertools.combinations(range(6), 2))
 
