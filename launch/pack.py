@@ -106,14 +106,16 @@ def height_by_width(text: str) -> tuple[int, int]:
 def render(options: argparse.Namespace) -> int:
     from shards.demo.dataset import render_dataset
 
-    render_dataset(
-        options.out,
-        identities=options.identities,
-        cameras=options.cameras,
-        images=options.images,
-        layout=options.layout,
-        seed=options.seed,
-    )
+    with progress_bar("rendering") as progress:
+        render_dataset(
+            options.out,
+            identities=options.identities,
+            cameras=options.cameras,
+            images=options.images,
+            layout=options.layout,
+            seed=options.seed,
+            progress=progress,
+        )
     return 0
 
 

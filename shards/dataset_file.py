@@ -1,6 +1,8 @@
 """dataset.json: what holds for a whole packed dataset, written last and with a checksum of itself.
 
-pack -> [dataset.json] -> index, verify, overview
+    build ──▶ [dataset.json] ──▶ index, verify, overview
+
+Without it there is no dataset.
 """
 
 import json
@@ -11,8 +13,15 @@ from shards import storage
 from shards.errors import DamagedError, DataError
 from shards.format import DATASET_FILE, FORMAT_VERSION
 
-REQUIRED = {"format_version": int, "name": str, "noun": str, "cameras": int, "views": int, "splits": dict,
-            "fingerprint": str}  # fmt: skip
+REQUIRED = {
+    "format_version": int,
+    "name": str,
+    "noun": str,
+    "cameras": int,
+    "views": int,
+    "splits": dict,
+    "fingerprint": str,
+}
 OPTIONAL = {"options": dict, "source": str, "files": dict, "crc32": int}
 """`crc32`: of all the other keys, see `_checksum`; datasets packed before it was written have none."""
 
@@ -74,8 +83,8 @@ def _fault(dataset: Any) -> str:
             return f"lacks {key}"
         if key in dataset and type(dataset[key]) is not kind:
             return f"{key} is {dataset[key]!r}, not of type {kind.__name__}"
-    for part, number in (("splits", "images"), ("files", "bytes")):
-        for name, facts in dataset.get(part, {}).items():
-            if not isinstance(facts, dict) or type(facts.get(number)) is not int or facts[number] < 0:
-                return f"{part}.{name} does not say how many {number}"
+    for key, unit in (("splits", "images"), ("files", "bytes")):
+        for name, facts in dataset.get(key, {}).items():
+            if not isinstance(facts, dict) or type(facts.get(unit)) is not int or facts[unit] < 0:
+                return f"{key}.{name} does not say how many {unit}"
     return ""

@@ -1,5 +1,7 @@
 """The error types of the data side: what a user can cause with files, layouts or shards."""
 
+from collections.abc import Sequence
+
 
 class DataError(ValueError):
     """One line that names the file, shard or key, its value, and the remedy."""
@@ -15,3 +17,13 @@ class StoreError(DataError, OSError):
 
 class AccessError(StoreError):
     """A remote store that refuses access."""
+
+
+NAMED = 5
+"""Examples in one message."""
+
+
+def examples(names: Sequence[str]) -> str:
+    """Up to five names, and how many more there are."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,8 +1,8 @@
-"""The shard format, said once: names, the bytes of a tar record, the columns of the index.
+"""The shard format in one place: names, the bytes of a tar record, the columns of the index.
 
-    OUT/dataset.json  OUT/index.parquet  OUT/train-000000.tar ...
+    build ──▶ OUT/dataset.json  OUT/index.parquet  OUT/train-000000.tar ... ──▶ verify, loading
 
-pack writes it, verify and the readers rely on it. dataset.json is written last: without it there is no dataset.
+dataset.json is written last: without it there is no dataset.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> "pyarrow.Ta
     """The table in index.parquet's bytes, its columns those of `index_schema`, without nulls.
 
     Raises DamagedError unless these are the bytes that dataset.json lists, and can be read. Damaged bytes are not
-    decoded where dataset.json tells them: a Parquet reader may do anything with them.
+    decoded where dataset.json lists them: a Parquet reader may do anything with them.
     """
     import pyarrow as pa
     from pyarrow import parquet

@@ -1,6 +1,8 @@
 """What a dataset parser says about one image: everything but its pixels.
 
-datasets -> [records] -> pack -> shards + index.parquet
+    datasets ──▶ [records] ──▶ build ──▶ shards + index.parquet
+
+A parser makes them; whoever packs or checks a dataset reads them.
 """
 
 from dataclasses import dataclass

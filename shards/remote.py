@@ -1,6 +1,6 @@
-"""Requests to remote stores: repeated while they fail, and in the end told in one line.
+"""Requests to remote stores: repeated while they fail, and in the end one line says what failed.
 
-    storage (whole files, folders), source (ranges of shards) -> [remote] -> any fsspec file system
+    storage (whole files, folders), source (ranges of shards) ──▶ [remote] ──▶ any fsspec file system
 
 fsspec's file systems have their own types for a broken connection and a refusal; here they become StoreError.
 """
@@ -9,11 +9,14 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fsspec.core import url_to_fs
 
 from shards.errors import AccessError, DataError, StoreError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Result = TypeVar("Result")
 FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, NotImplementedError)
@@ -62,11 +65,11 @@ def retried(where: str, request: Callable[[], Result], patience: Patience = OPEN
         if attempt == patience.attempts or time.monotonic() > give_up:
             break
         time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-    raise StoreError(f"{where}: failed {attempt} times, at last with {_told(failure)}; {REMEDY}") from failure
+    raise StoreError(f"{where}: failed {attempt} times, at last with {_one_line(failure)}; {REMEDY}") from failure
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def as_store_error(where: str) -> Iterator[None]:
     """Failures of a request that can't be repeated, as StoreError."""
     try:
         yield
@@ -74,10 +77,10 @@ def told(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         _raise_refusal(where, error)
-        raise StoreError(f"{where}: failed with {_told(error)}; {REMEDY}") from error
+        raise StoreError(f"{where}: failed with {_one_line(error)}; {REMEDY}") from error
 
 
-def _failure(error: Exception) -> Exception:
+def _failure(error: Exception) -> BaseException:
     """What really went wrong: fsspec's HTTP calls every failure to look a file up a missing file."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or cause is None or getattr(cause, "status", None) in (404, 410):
@@ -85,13 +88,13 @@ def _failure(error: Exception) -> Exception:
     return cause if type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError) else error
 
 
-def _raise_refusal(where: str, error: Exception) -> None:
+def _raise_refusal(where: str, error: BaseException) -> None:
     refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
     if refused or "Credential" in type(error).__name__:
-        raise AccessError(f"{where}: access denied ({_told(error)}); check the credentials") from error
+        raise AccessError(f"{where}: access denied ({_one_line(error)}); check the credentials") from error
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -127,33 +130,34 @@ class RangedFile(io.RawIOBase):
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         return self.position
 
-    def readinto(self, buffer: memoryview) -> int:
-        start, stop = self.position, min(self.position + len(buffer), self.size)
+    def readinto(self, buffer: "Buffer") -> int:
+        view = memoryview(buffer)
+        start, stop = self.position, min(self.position + len(view), self.size)
         if start >= stop:
             return 0
         data = retried(self.url, lambda: read_range(self._fs, self._path, start, stop), READ)
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         self.position = stop
         return len(data)
 
 
 class Upload:
-    """A remote file that is written, its failures told."""
+    """A remote file that is written; its failures are StoreError."""
 
     def __init__(self, url: str):
         self.url = url
         fs, path = file_system(url)
-        with told(url):
+        with as_store_error(url):
             self._file = fs.open(path, "wb", autocommit=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def write(self, data: bytes) -> int:
-        with told(self.url):
+        with as_store_error(self.url):
             return self._file.write(data)
 
     def commit(self) -> None:
-        with told(self.url):
+        with as_store_error(self.url):
             self._file.close()
             self._file.commit()

@@ -21,9 +21,9 @@ class ShardSource:
     def __init__(self, url: str):
         self.url = url
         self.local_root: Path | None = local_path(url)
-        self._fs = self._root = None
+        self._remote: tuple[Any, str] | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return ShardSource, (self.url,)
 
     def where(self, name: str) -> str:
@@ -41,7 +41,7 @@ class ShardSource:
             stat = (self.local_root / name).stat()
             return [stat.st_size, stat.st_mtime_ns]
 
-        def once(fs, path) -> list:
+        def once(fs: Any, path: str) -> list:
             fs.invalidate_cache()
             info = fs.info(path)
             return [info.get("size"), *(str(info.get(tag, "")) for tag in ("ETag", "LastModified", "mtime"))]
@@ -52,21 +52,21 @@ class ShardSource:
         """Exactly bytes start ... stop-1 of a shard. Raises DataError."""
         try:
             if self.local_root is not None:
-                return self._read_local(name, start, stop)
+                return self._read_local(self.local_root / name, start, stop)
             return self._retried(name, READ, lambda fs, path: read_range(fs, path, start, stop))
         except FileNotFoundError as error:
             raise DataError(f"{self.where(name)}: no such file; copy it again or re-pack") from error
 
-    def _read_local(self, name: str, start: int, stop: int) -> bytes:
-        with open(self.local_root / name, "rb") as file:
+    def _read_local(self, path: Path, start: int, stop: int) -> bytes:
+        with open(path, "rb") as file:
             file.seek(start)
             data = file.read(stop - start)
         if len(data) != stop - start:
-            raise DataError(f"{self.where(name)}: ends before byte {stop}, which the index lists; copy it again")
+            raise DataError(f"{self.where(path.name)}: ends before byte {stop}, which the index lists; copy it again")
         return data
 
     def _retried(self, name: str, patience: Patience, request: Callable[[Any, str], Any]) -> Any:
-        if self._fs is None:
-            self._fs, self._root = file_system(self.url)
-        path = self._root.rstrip("/") + "/" + name
-        return retried(self.where(name), lambda: request(self._fs, path), patience)
+        if self._remote is None:
+            self._remote = file_system(self.url)
+        fs, root = self._remote
+        return retried(self.where(name), lambda: request(fs, root.rstrip("/") + "/" + name), patience)

@@ -1,6 +1,6 @@
 """Where bytes lie: local folders, zip files, and anything fsspec has a URL for.
 
-    [Source] -> parsers, pack          pack -> [write_atomic, ...] -> shards -> verify, readers
+    images ──▶ [Source] ──▶ datasets, writer ──▶ [write_atomic] ──▶ shards ──▶ verify, loading
 
 A source is read only. What is written appears under its final name complete or not at all.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -135,13 +135,13 @@ def write_atomic(url: str, work: str | None = None) -> Iterator[IO[bytes]]:
     """
     target = local_path(url)
     if target is None:
-        file = Upload(url)
+        upload = Upload(url)
         try:
-            yield file
+            yield cast(IO[bytes], upload)  # it passes on what fsspec's file can do
         except BaseException:
-            file.discard()
+            upload.discard()
             raise
-        file.commit()
+        upload.commit()
         return
     folder = (local_path(work) if work else None) or target.parent
     # containers that share a folder have the same process ids

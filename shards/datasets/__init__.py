@@ -1,12 +1,12 @@
 """The parsers: one file a dataset, one line in the dictionary.
 
-    native folders -> [datasets] -> ImageRecord -> pack
+    native folders ──▶ [datasets] ──▶ ImageRecord ──▶ build
 
 A parser knows one layout on disk and nothing of tar files, labels, ranks or training.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from shards.datasets.dukemtmc import DukeMtmc
 from shards.datasets.manifest import Manifest
@@ -24,16 +24,27 @@ from shards.storage import Source
 class ReIDDataset(Protocol):
     """Reads one dataset's native folders. Options are dataclass fields, each with a default."""
 
-    noun: str
-    """What an image shows, as the prompts say it: "person", "vehicle", ..."""
-    num_cameras: int | None
-    """Cameras of the dataset, 0 when it has none, None to count those of the records."""
-    num_views: int | None
-    """The same for viewpoints."""
-    splits: tuple[str, ...]
-    """Splits it has; an empty one is warned of."""
-    known_counts: dict[str, tuple[int, int]]
-    """Published (images, identities) of its splits and of any "test list N", for a note when the files differ."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def noun(self) -> str:
+        """What an image shows, as the prompts say it: "person", "vehicle", ..."""
+
+    @property
+    def num_cameras(self) -> int | None:
+        """Cameras of the dataset, 0 when it has none, None to count those of the records."""
+
+    @property
+    def num_views(self) -> int | None:
+        """The same for viewpoints."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits it has; an empty one is warned of."""
+
+    @property
+    def known_counts(self) -> dict[str, tuple[int, int]]:
+        """Published (images, identities) of its splits and of any "test list N", for a note when the files differ."""
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         """Every image of every split, in an order that only the names decide.

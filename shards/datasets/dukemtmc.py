@@ -1,12 +1,15 @@
 """DukeMTMC-reID: people under 8 cameras.
 
-DukeMTMC-reID/ (also below dukemtmcreid/, or the root itself)
-    bounding_box_train/ query/ bounding_box_test/   0001_c2_f0046182.jpg = identity_camera_frame
+    DukeMTMC-reID/ (also below dukemtmcreid/, or the root itself)
+        bounding_box_train/ query/ bounding_box_test/   0001_c2_f0046182.jpg = identity_camera_frame
+
+All that is known of an image is in its name.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from shards.datasets.layout import find_base, image_files, match_names
 from shards.records import ImageRecord
@@ -23,7 +26,11 @@ class DukeMtmc:
     num_cameras = 8
     num_views = 0
     splits = ("train", "query", "gallery")
-    known_counts = {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)}  # noqa: RUF012
+    known_counts: ClassVar[dict[str, tuple[int, int]]] = {
+        "train": (16522, 702),
+        "query": (2228, 702),
+        "gallery": (17661, 1110),
+    }
     folder_name = "DukeMTMC-reID"
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:

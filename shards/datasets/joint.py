@@ -1,6 +1,6 @@
 """One dataset, or several as one (`market1501+msmt17`): identities and cameras stay apart per source.
 
-    parsers -> [Collection] -> validate, plan, pack
+    parsers ──▶ [Collection] ──▶ validate, shard plan, build
 
 In a joint dataset each part's paths and identities begin with its name, and its cameras and views come after
 those of the parts before it.

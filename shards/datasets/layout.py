@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from shards.errors import DataError
+from shards.errors import DataError, examples
 from shards.format import IMAGE_ENDINGS
 from shards.storage import Source, join
 
@@ -61,8 +61,7 @@ def match_names(
         else:
             odd.append(path)
     if odd:
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise DataError(f"{source.root}: names not of the form {expected}: {', '.join(odd[:5])}{more}")
+        raise DataError(f"{source.root}: names not of the form {expected}: {examples(odd)}")
 
 
 def require_listed(source: Source, listed: Iterable[str], present: Iterable[str], list_name: str) -> None:
@@ -70,8 +69,7 @@ def require_listed(source: Source, listed: Iterable[str], present: Iterable[str]
     present = set(present)
     missing = [path for path in listed if path not in present]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise DataError(
-            f"{join(source.root, list_name)}: lists images that are not there: {', '.join(missing[:5])}{more}; "
+            f"{join(source.root, list_name)}: lists images that are not there: {examples(missing)}; "
             "the copy is probably incomplete"
         )

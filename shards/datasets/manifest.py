@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from shards import storage
 from shards.errors import DataError, StoreError
@@ -38,7 +38,7 @@ class Manifest:
     num_cameras = None
     num_views = None
     splits = ("train", "query", "gallery")
-    known_counts = {}  # noqa: RUF012
+    known_counts: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         for number, row in read_table(self.table):

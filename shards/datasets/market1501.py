@@ -9,6 +9,7 @@ Identity -1 is junk (parts of people) and left out; 0000 are distractors, which 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from shards.datasets.layout import find_base, image_files, match_names
 from shards.records import ImageRecord
@@ -26,7 +27,11 @@ class Market1501:
     num_cameras = 6
     num_views = 0
     splits = ("train", "query", "gallery")
-    known_counts = {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 751)}  # noqa: RUF012
+    known_counts: ClassVar[dict[str, tuple[int, int]]] = {
+        "train": (12936, 751),
+        "query": (3368, 750),
+        "gallery": (15913, 751),
+    }
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         base = find_base(source, ["Market-1501-v15.09.15", ""], FOLDERS.values())

@@ -9,6 +9,7 @@ test identities are new ones: that is what re-identification means.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from shards.datasets.layout import image_files, match_names
 from shards.records import ImageRecord
@@ -26,7 +27,11 @@ class Omniglot:
     num_cameras = 20
     num_views = 0
     splits = ("train", "query", "gallery")
-    known_counts = {"train": (2240, 112), "query": (120, 24), "gallery": (360, 24)}  # noqa: RUF012
+    known_counts: ClassVar[dict[str, tuple[int, int]]] = {
+        "train": (2240, 112),
+        "query": (120, 24),
+        "gallery": (360, 24),
+    }
 
     def records(self, source: Source, warn: Callable[[str], None]) -> Iterator[ImageRecord]:
         files = image_files(source, "")

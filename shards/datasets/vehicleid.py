@@ -1,4 +1,4 @@
-"""VehicleID: vehicles from the front or the back, many cameras but none of them told.
+"""VehicleID: vehicles from the front or the back, under many cameras, none of which is recorded.
 
     VehicleID_V1.0/ (or the root itself)
         image/0000001.jpg
@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 from shards.datasets.layout import find_base, image_files, require_listed
 from shards.errors import DataError
@@ -29,7 +30,7 @@ class VehicleId:
     num_cameras = 0
     num_views = 0
     splits = ("train", "test")
-    known_counts = {  # noqa: RUF012
+    known_counts: ClassVar[dict[str, tuple[int, int]]] = {
         "train": (113346, 13164),
         "test list 800": (6493, 800),
         "test list 1600": (13377, 1600),
@@ -45,7 +46,7 @@ class VehicleId:
         identities: dict[str, str] = {}
         holding: dict[str, list[str]] = {}
         for list_name in find_test_lists(source, base, warn):
-            size = TEST_LIST.fullmatch(list_name)[1]
+            size = list_name.removeprefix("test_list_").removesuffix(".txt")
             for path, identity in read_list(source, base, list_name, present).items():
                 if identities.setdefault(path, identity) != identity:
                     raise DataError(

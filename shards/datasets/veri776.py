@@ -110,7 +110,7 @@ def check_views(source: Source, names_in: dict[str, set[str]], names: set[str], 
 
 def read_labels(source: Source, base: str) -> dict[str, tuple[tuple[str, str], ...]]:
     """File name -> colour and type number, of the label files that are there."""
-    found = {}
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in ("train_label.xml", "test_label.xml"):
         if source.has(base + name):
             # declared gb2312, which XML parsers refuse; one flat list of items needs none

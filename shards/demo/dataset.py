@@ -1,6 +1,6 @@
 """The demo dataset: vehicles drawn by number, laid out on disk as a real dataset is.
 
-    render_looks -> render_vehicle -> render_scene -> [render: folder of JPEGs, lists, labels] -> datasets -> pack
+    looks ──▶ vehicle ──▶ scene ──▶ [demo dataset: folder of JPEGs, lists, labels] ──▶ datasets ──▶ build
 
 The folder looks like VeRi-776 (or VehicleID) to its parser, so everything after it is the real thing. The first
 half of the identities is for training, the other half for testing. Every image is a pure function of (seed,
@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from shards.demo.looks import COLOURS, SHAPES, draw_looks
 from shards.demo.scene import get_camera, take_photo
 from shards.demo.vehicle import build_vehicle
 from shards.errors import DataError
+from shards.progress import Progress, silent
 
 LAYOUTS = ("veri776", "vehicleid")
 SETTINGS_FILE = "render.json"
@@ -94,8 +93,9 @@ def render_dataset(
     layout: str = "veri776",
     seed: int = 0,
     processes: int | None = None,
+    progress: Progress = silent,
 ) -> bool:
-    """Draw a dataset of identities x images JPEGs into the folder `out`, with a progress bar on the terminal.
+    """Draw a dataset of identities x images JPEGs into the folder `out`.
 
     The folder appears under its name only when complete. One that is there with the same settings is kept as it
     is. `processes` is the number of drawing processes; None takes all cores that this process may use.
@@ -117,8 +117,11 @@ def render_dataset(
     for folder in _FOLDERS[layout]:
         (partial_out / folder).mkdir()
     draw = partial(_draw_identity, partial_out, settings, write_image)
-    drawn = list(_with_progress(_in_processes(draw, range(1, identities + 1), processes), settings))
-    write_lists(partial_out, settings, [image for each in drawn for image in each])
+    rendered: list[RenderedImage] = []
+    for own in _in_processes(draw, range(1, identities + 1), processes):
+        rendered += own
+        progress(len(rendered), identities * images)
+    write_lists(partial_out, settings, rendered)
     (partial_out / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1) + "\n")
     partial_out.replace(out)
     return True
@@ -181,21 +184,6 @@ def _in_processes(draw: Callable, identities: range, processes: int | None) -> I
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(draw, identities)
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.0f} images/s" if speed else "- images/s")
-
-
-def _with_progress(drawn: Iterator[list[RenderedImage]], settings: RenderSettings) -> Iterator[list[RenderedImage]]:
-    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=settings.identities * settings.images)
-        for images in drawn:
-            progress.advance(task, len(images))
-            yield images
 
 
 # --- VeRi-776's layout ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What an identity fixes: body type, proportions, paint and marks, drawn from its number.
 
-    [identity -> Looks] -> render_vehicle (solid model) -> render_scene (one image) -> render (the dataset)
+    identity ──▶ [looks] ──▶ vehicle (solid model) ──▶ scene (one image) ──▶ demo dataset
 
 Nothing here knows of geometry, cameras, light or weather.
 """
@@ -69,7 +69,6 @@ _MORE = ((0.05, 0.35), (0.38, 0.66), (0.69, 0.95))
 _ROW = tuple((0.05 + 0.15 * i, 0.18 + 0.15 * i) for i in range(6))
 _BUS, _BOX = (0.22, 0.74), (0.14, 0.78)
 # In the order of VeRi-776's type numbers, which count from 1.
-# fmt: off
 SHAPES: dict[str, Shape] = {
     # weight, length, width, height; clearance, belt, nose, tail; cowl, roof front and rear, deck; wheel, windows, ...
     "sedan": Shape(20, 4.6, 1.80, 1.46, 0.22, 0.92, 0.70, 0.88, 0.27, 0.42, 0.70, 0.86, 0.33, _TWO),
@@ -82,7 +81,6 @@ SHAPES: dict[str, Shape] = {
     "truck": Shape(8, 6.4, 2.10, 2.30, 0.45, 1.25, 1.1, 1.2, 0.03, 0.08, 0.27, 0.28, 0.44, _CAB, 0.95, 0.90, _BOX, 0.3),
     "estate": Shape(8, 4.7, 1.80, 1.50, 0.22, 0.93, 0.70, 0.90, 0.27, 0.41, 0.91, 0.98, 0.33, _MORE),
 }
-# fmt: on
 LOADS = ("bars", "box", "ladder", "kayak", "lights", "sign", "luggage", "cooler")
 STRIPES = ("single", "twin", "wide", "edges")
 BANDS = ("low", "middle", "wide", "rear", "door")
@@ -154,7 +152,8 @@ def draw_looks(seed: int, identity: int) -> Looks:
 def _shifted(rgb: RGB, rng: np.random.Generator) -> RGB:
     """The same colour from another paint shop: a few levels lighter, darker, warmer or colder."""
     levels = np.clip(np.array(rgb) * rng.uniform(0.85, 1.12) + rng.uniform(-8, 8, size=3), 8, 245)
-    return tuple(int(v) for v in levels)
+    r, g, b = (int(v) for v in levels)
+    return r, g, b
 
 
 def _contrasting(body: RGB, rng: np.random.Generator) -> RGB:

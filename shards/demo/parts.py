@@ -1,6 +1,6 @@
 """Parts that a vehicle's bodies are fitted with: wheels, mirrors, cargo, and what is on the roof.
 
-    render_looks -> [render_vehicle's parts] -> render_scene -> render
+    looks ──▶ vehicle, with [parts] ──▶ scene ──▶ demo dataset
 
 Frame gives all of them the identity's measures in metres.
 """
@@ -30,11 +30,13 @@ class Frame:
 
 
 def shade(rgb: RGB, factor: float) -> RGB:
-    return tuple(int(v * factor) for v in rgb)
+    r, g, b = (int(v * factor) for v in rgb)
+    return r, g, b
 
 
 def mix(rgb: RGB, other: RGB, share: float) -> RGB:
-    return tuple(int(a + (b - a) * share) for a, b in zip(rgb, other, strict=True))
+    r, g, b = (int(v + (w - v) * share) for v, w in zip(rgb, other, strict=True))
+    return r, g, b
 
 
 # --- wheels and mirrors --------------------------------------------------------------------------------
@@ -116,8 +118,8 @@ def bed_cargo(builder: FaceBuilder, frame: Frame) -> None:
     builder.box((rear, front), (-half, half), (frame.belt - 0.02, frame.belt + 0.36), frame.looks.cargo)
 
 
-def roof_load(builder: FaceBuilder, upper: UpperBody, frame: Frame) -> None:
-    style, rgb = frame.looks.load
+def roof_load(builder: FaceBuilder, upper: UpperBody, frame: Frame, load: tuple[str, RGB]) -> None:
+    style, rgb = load
     front, rear, top, half = upper.x[1], upper.x[2], upper.z[1], upper.half[1]
     long, middle = front - rear, (front + rear) / 2
     builder.group(LOAD, (middle, 0.0, top + 0.15))

@@ -1,6 +1,6 @@
 """One photograph: a vehicle model as one camera sees it, in some weather, at some moment.
 
-    render_looks -> render_vehicle -> [VehicleModel + Camera -> Photo] -> render (the dataset)
+    looks ──▶ vehicle ──▶ [scene: VehicleModel and Camera to Photo] ──▶ demo dataset
 
 A camera fixes direction, height, background, light, colours, blur, noise and resolution; direction within its
 reach, crop, weather and what stands in the way vary per image. Every photo is a pure function of

@@ -1,6 +1,6 @@
 """Building bricks of the vehicle model: flat faces in groups, boxes, and convex bodies with places to paint on.
 
-    render_looks -> render_vehicle, built from [faces, boxes, solids] -> render_scene -> render
+    looks ──▶ vehicle, built from [solids] ──▶ scene ──▶ demo dataset
 
 Axes in metres: x forward, y to the vehicle's left, z up, ground at z = 0, origin under the middle. A group is
 painted whole, so that sorting a few groups by distance is enough to hide what is behind (everything stands on

@@ -1,10 +1,10 @@
 """The solid model of one vehicle, seen from nowhere yet: its looks turned into flat coloured faces.
 
-    render_looks -> [Looks -> VehicleModel] -> render_scene (one image) -> render (the dataset)
+    looks ──▶ [vehicle: Looks to VehicleModel] ──▶ scene (one image) ──▶ demo dataset
 
-Bodies, glass, lamps and marks are laid out here; wheels and what is carried are in render_parts, how faces are
-made in render_solids, how they are lit and projected in render_scene. Marks go on several sides of the body, so
-that most directions show them.
+Bodies, glass, lamps and marks are laid out here; wheels and what is carried are in `parts`, how faces are made in
+`solids`, how they are lit and projected in `scene`. Marks go on several sides of the body, so that most directions
+show them.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def build_vehicle(looks: Looks) -> VehicleModel:
     if looks.shape == "pickup":
         bed_cargo(builder, frame)
     if looks.load:
-        roof_load(builder, upper, frame)
+        roof_load(builder, upper, frame, looks.load)
     return _model(builder, lower, upper, frame)
 
 

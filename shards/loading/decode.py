@@ -31,7 +31,7 @@ def decode(data: np.ndarray) -> Tensor:
     if data[:3].tobytes() == JPEG_START:
         try:
             return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
-        except RuntimeError:  # an odd JPEG, or a broken one: Pillow tells
+        except RuntimeError:  # an odd JPEG, or a broken one: Pillow knows which
             pass
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:

@@ -1,6 +1,6 @@
 """What lies in the shards, row by row, without opening one of them.
 
-    pack -> dataset.json + index.parquet -> [index] -> sampler, loader, sequential, evaluation
+    build ──▶ dataset.json + index.parquet ──▶ [index] ──▶ pk_sampler, PK loader, tar images, evaluation
 
 In:  the folder that `launch/pack.py build` wrote, any fsspec URL.
 Out: `SplitIndex`, one numpy array per column and one row per image; its pixels stay in the tar files.
@@ -9,6 +9,8 @@ All processes of a node map one decoded copy of the index (`index_file.py`); a c
 """
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +49,7 @@ class ShardIndex:
         facts = read_dataset_json(url)
         index = cls(source, facts, address(source, facts), cache_dir)
         if source.local_root is not None:
-            index._check_local_shards()
+            index._check_local_shards(source.local_root)
         return index
 
     @cached_property
@@ -90,10 +92,10 @@ class ShardIndex:
     def _codes(self, column: str) -> np.ndarray:
         return numpy(self.table.column(column).chunk(0).indices)
 
-    def _check_local_shards(self) -> None:
+    def _check_local_shards(self, root: Path) -> None:
         """Every listed shard is there and as long as it was packed."""
         for name in self.shard_names:
-            path, expected = self.source.local_root / name, self.shard_bytes(name)
+            path, expected = root / name, self.shard_bytes(name)
             length = path.stat().st_size if path.is_file() else None
             if length is None:
                 raise DataError(f"{path}: no such file, but the index lists its images; copy it again or re-pack")
@@ -116,7 +118,7 @@ class SplitIndex:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.index.url, self.index.cache_dir, self.index.fingerprint, self.name)
 
     @property

@@ -1,6 +1,6 @@
 """index.parquet, checked, and decoded once per node.
 
-    pack -> index.parquet -> [index file] -> index
+    build ──▶ index.parquet ──▶ [index file] ──▶ index
 
 The Parquet file becomes an uncompressed Arrow file in the node's cache, which every process of the node maps: an
 index of millions of images is in memory once and opens in milliseconds.
@@ -48,8 +48,7 @@ def address(source: ShardSource, facts: dict) -> str:
 def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     """Map the node's decoded copy of the index; make it when this index was not seen before. Raises DataError.
 
-    A copy whose checksum is wrong is made anew. Copies that nobody opened for KEPT_DAYS make room when a new one is
-    made.
+    A copy whose checksum is wrong is made anew. Copies that nobody opened for KEPT_DAYS make room for a new one.
     Columns are COLUMNS, in one chunk; those of CODED are dictionary arrays with sorted dictionaries.
     """
     with contextlib.suppress(OSError, pa.ArrowInvalid):

@@ -127,7 +127,8 @@ def _dealt(shuffled: list[list[int]], num_kept: int, count: int) -> list[int]:
         turns = (row for turn in zip_longest(*shuffled) for row in turn if row is not None)
         kept = set(islice(turns, num_kept))
         shuffled = [[row for row in rows if row in kept] for rows in shuffled]
-    return [*chain.from_iterable(sorted(shuffled, key=lambda rows: len(rows) < count))]
+    in_all_groups_first = sorted(shuffled, key=lambda rows: len(rows) < count)
+    return [*chain.from_iterable(in_all_groups_first)]
 
 
 def _by_camera(rows: list[int], cameras: list[int]) -> list[list[int]]:

@@ -8,9 +8,9 @@ request where the images lie together, as those of one identity do, and several 
 
 import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class RowReader:
     def __init__(self, split: SplitIndex, cache: ShardCache | None, fetch: bool):
         """
         Args:
-            cache: the node's, for remote shards; None for local ones.
+            cache: the node's, for remote shards; None for local ones, or to read without one.
             fetch: download a remote shard that is not cached (for passes over whole shards), instead of reading
                 only what is needed until a `Prefetcher` has brought it.
         """
@@ -55,17 +55,17 @@ class RowReader:
         self._files: dict[str, BinaryIO] = {}  # their locks keep the maps' files in the cache
         self._requests: ThreadPoolExecutor | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return RowReader, (self.split, self._cache, self.fetch)
 
-    def read(self, rows: Sequence[int]) -> list[np.ndarray | DataError]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray | DataError]:
         """Each row's bytes, uint8 [size], checksum right; or the error that names its shard and key."""
-        rows = np.asarray(rows)
-        starts = self.split.offsets[rows]
-        stops = starts + self.split.sizes[rows]
-        pieces: list[np.ndarray] = [None] * len(rows)
+        numbers = np.asarray(rows)
+        starts = self.split.offsets[numbers]
+        stops = starts + self.split.sizes[numbers]
+        pieces = [np.empty(0, np.uint8)] * len(numbers)
         ranges: list[tuple[str, np.ndarray]] = []
-        shards = self.split.shard[rows]
+        shards = self.split.shard[numbers]
         for shard in np.unique(shards):
             name, places = self.split.shard_names[shard], np.flatnonzero(shards == shard)
             whole = self._map(name)
@@ -77,7 +77,7 @@ class RowReader:
         for places, first, data in self._read_ranges(ranges, starts, stops):
             for place in places:
                 pieces[place] = data[starts[place] - first : stops[place] - first]
-        return [self._checked(row, piece) for row, piece in zip(rows.tolist(), pieces, strict=True)]
+        return [self._checked(row, piece) for row, piece in zip(numbers.tolist(), pieces, strict=True)]
 
     def span(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start ... stop-1 of a shard, unchecked."""
@@ -99,10 +99,7 @@ class RowReader:
     def _map(self, name: str) -> np.ndarray | None:
         """A whole local or cached shard; None for one that has to be read from its source."""
         if name not in self._maps:
-            if self._cache is None:
-                file = _open_local(self.source, name)
-            else:
-                file = self._cache.fetch(name) if self.fetch else self._cache.open(name)
+            file = self._open(name)
             if file is None:
                 return None
             if len(self._maps) == MAX_MAPS:
@@ -111,11 +108,24 @@ class RowReader:
             self._maps[name] = _mapped(file, self.source.where(name))
         return self._maps[name]
 
+    def _open(self, name: str) -> BinaryIO | None:
+        """Raises DataError for a local shard that is not there."""
+        if self.source.local_root is not None:
+            try:
+                return open(self.source.local_root / name, "rb")
+            except FileNotFoundError as error:
+                raise DataError(f"{self.source.where(name)}: no such file; copy it again or re-pack") from error
+        if self._cache is None:
+            return None
+        return self._cache.fetch(name) if self.fetch else self._cache.open(name)
+
     def _drop(self, name: str) -> None:
         del self._maps[name]
         self._files.pop(name).close()
 
-    def _read_ranges(self, ranges: list[tuple[str, np.ndarray]], starts: np.ndarray, stops: np.ndarray):
+    def _read_ranges(
+        self, ranges: list[tuple[str, np.ndarray]], starts: np.ndarray, stops: np.ndarray
+    ) -> Iterable[tuple[np.ndarray, int, np.ndarray]]:
         """One request for each (shard, neighbouring places); yields (places, first byte, data)."""
 
         def request(item: tuple[str, np.ndarray]) -> tuple[np.ndarray, int, np.ndarray]:
@@ -131,7 +141,7 @@ class RowReader:
         return self._requests.map(request, ranges)
 
     def _checked(self, row: int, data: np.ndarray) -> np.ndarray | DataError:
-        if zlib.crc32(data) == self.split.crc32[row]:
+        if zlib.crc32(data.data) == self.split.crc32[row]:
             return data
         if self._cache is not None:  # damaged on the way or in the cache, if its source is not damaged too
             name, start = self.split.shard_names[self.split.shard[row]], int(self.split.offsets[row])
@@ -143,13 +153,6 @@ class RowReader:
         return DataError(
             f"{self.split.where(row)}: its bytes don't fit the checksum in the index; copy the shard again, or re-pack"
         )
-
-
-def _open_local(source: ShardSource, name: str) -> BinaryIO:
-    try:
-        return open(source.local_root / name, "rb")
-    except FileNotFoundError as error:
-        raise DataError(f"{source.where(name)}: no such file; copy it again or re-pack") from error
 
 
 def _mapped(file: BinaryIO, where: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Raw dataset to shards: the whole of `launch/pack.py build`.
 
-    read_collection -> check_collection -> plan_shards -> write_shard (processes) -> [index, dataset.json]
+    read_collection ──▶ check_collection ──▶ plan_shards ──▶ write_shard (processes) ──▶ [index, dataset.json]
 
 Each file gets its name when it is complete, and dataset.json comes last: until then there is no dataset.
 Working files lie in OUT/.partial; a killed build is repeated with the same command and goes on.
@@ -9,7 +9,7 @@ Working files lie in OUT/.partial; a killed build is repeated with the same comm
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from shards import storage
 from shards.dataset_file import read_dataset_json, write_dataset_json
 from shards.datasets.joint import Collection, read_collection
-from shards.errors import DataError
+from shards.errors import DataError, examples
 from shards.format import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -28,15 +28,14 @@ from shards.format import (
 )
 from shards.packing.processes import choose_processes, run_tasks
 from shards.packing.shard_plan import PlannedShard, plan_shards
-from shards.packing.validate import check_collection, examples
+from shards.packing.validate import check_collection
 from shards.packing.writer import ShardRows, WriteJob, rows_url, write_shard
+from shards.progress import Progress, silent
 from shards.records import SPLITS
 from shards.storage import join
 
 WORK_FOLDER = ".partial"
 DEFAULT_QUALITY = 95
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,17 @@ def build(
     resize: tuple[int, int] | None = None,
     quality: int | None = None,
     strict: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> BuildReport:
     """Pack `dataset` (NAME[+NAME...]) from `roots` into the folder URL `out`.
 
-    options: fields of the parsers (views, drop_unlabelled, ...); resize: (height, width) in pixels;
-    processes: default the cores at hand. Raises DataError on faulty input, on warnings when `strict`, and when
-    `out` holds another dataset.
+    Args:
+        options: fields of the parsers (views, drop_unlabelled, ...).
+        noun: what the images show, instead of the dataset's own word.
+        processes: default the cores at hand.
+        resize: (height, width) in pixels.
+
+    Raises DataError on faulty input, on warnings when `strict`, and when `out` holds another dataset.
     """
     if quality is not None and not resize:
         raise DataError("--quality only applies to resized images: give --resize HxW, or leave it out")
@@ -80,9 +83,9 @@ def build(
     warnings = check_collection(collection)
     if strict and warnings:
         raise DataError(f"--strict, and there are {len(warnings)} warnings: {'; '.join(warnings)}")
-    said = _said_options(options, shard_mb, resize, quality)
+    recorded = _recorded_options(options, shard_mb, resize, quality)
     shards = plan_shards(collection, shard_mb << 20, {"resize": resize, "quality": quality if resize else None})
-    if existing := _existing(out, collection, shards, said):
+    if existing := _existing(out, collection, shards, recorded):
         storage.remove(join(out, WORK_FOLDER))
         return BuildReport(existing, warnings, collection.notes, 0, len(shards))
     work = join(out, WORK_FOLDER)
@@ -95,20 +98,20 @@ def build(
     ]
     urls = [out, *(source.root for source in collection.sources.values())]
     images = _write(jobs, choose_processes(processes, len(collection.records), urls), progress)
-    written = _publish(out, work, collection, shards, said)
+    written = _publish(out, work, collection, shards, recorded)
     return BuildReport(written, warnings, collection.notes, images, len(finished))
 
 
-def _said_options(
+def _recorded_options(
     options: dict[str, Any] | None, shard_mb: int, resize: tuple[int, int] | None, quality: int
 ) -> dict[str, Any]:
-    """The options as dataset.json tells them: no folders of this machine."""
-    said: dict[str, Any] = {"shard_mb": shard_mb, "resize": list(resize) if resize else None}
+    """The options as dataset.json lists them: no folders of this machine."""
+    recorded: dict[str, Any] = {"shard_mb": shard_mb, "resize": list(resize) if resize else None}
     if resize:
-        said["quality"] = quality
+        recorded["quality"] = quality
     for name, value in sorted((options or {}).items()):
-        said[name] = [PurePosixPath(file).name for file in value] if isinstance(value, tuple) else value
-    return said
+        recorded[name] = [PurePosixPath(file).name for file in value] if isinstance(value, tuple) else value
+    return recorded
 
 
 def _source_digest(collection: Collection, shards: Sequence[PlannedShard]) -> str:
@@ -118,7 +121,7 @@ def _source_digest(collection: Collection, shards: Sequence[PlannedShard]) -> st
 
 
 def _existing(
-    out: str, collection: Collection, shards: Sequence[PlannedShard], said: dict[str, Any]
+    out: str, collection: Collection, shards: Sequence[PlannedShard], recorded: dict[str, Any]
 ) -> dict[str, Any] | None:
     """dataset.json of a finished build of the same; raises DataError when `out` holds anything else."""
     names = storage.list_folder(out)
@@ -128,7 +131,7 @@ def _existing(
         return None
     dataset = read_dataset_json(out)
     remedy = "give another --out, or delete that folder first"
-    now = {"name": collection.name, "noun": collection.noun} | said
+    now = {"name": collection.name, "noun": collection.noun} | recorded
     before = {"name": dataset["name"], "noun": dataset["noun"]} | dataset.get("options", {})
     if now != before:
         changed = sorted(key for key in now | before if now.get(key) != before.get(key))
@@ -170,7 +173,7 @@ def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:
     """Write the shards; returns the images written. Raises DataError naming the unreadable ones."""
     total = sum(len(job.shard.records) for job in jobs)
     bad: list[str] = []
-    for lines in run_tasks(write_shard, jobs, processes, lambda done: progress(done, total)):
+    for lines in run_tasks(write_shard, jobs, processes, progress, total):
         bad += lines
     if bad:
         raise DataError(
@@ -181,7 +184,7 @@ def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:
 
 
 def _publish(
-    out: str, work: str, collection: Collection, shards: Sequence[PlannedShard], said: dict[str, Any]
+    out: str, work: str, collection: Collection, shards: Sequence[PlannedShard], recorded: dict[str, Any]
 ) -> dict[str, Any]:
     """Write index.parquet and then dataset.json, from the rows of all shards; returns the latter."""
     rows = {shard.name: _read_rows(work, shard.name) for shard in shards}
@@ -195,7 +198,7 @@ def _publish(
         **facts,
         "splits": _split_counts(shards),
         "fingerprint": fingerprint(facts.items(), table),
-        "options": said,
+        "options": recorded,
         "source": _source_digest(collection, shards),
         "files": files,
     }

@@ -1,6 +1,6 @@
 """Some identities of a packed dataset as one picture, to look at: `launch/pack.py inspect --sheet`.
 
-    index.parquet, *.tar -> [sheet] -> FILE.png
+    index.parquet, *.tar ──▶ [contact sheet] ──▶ FILE.png
 
 One row an identity, training identities first; each image under its split, camera and view.
 """

@@ -1,6 +1,6 @@
 """What a packed dataset holds, in numbers: for `launch/pack.py inspect`.
 
-    dataset.json, index.parquet -> [overview] -> report
+    dataset.json, index.parquet ──▶ [overview] ──▶ tables
 
 Reads no shard.
 """
@@ -38,7 +38,7 @@ class SplitOverview:
     images: int
     shards: int
     num_bytes: int
-    """Of the shards; of the images alone where dataset.json does not tell."""
+    """Of the shards; of the images alone where dataset.json does not list them."""
     images_per_identity: np.ndarray
     """int64 [identities]"""
     images_per_camera: dict[int, int]

@@ -1,8 +1,8 @@
 """Tasks over processes: what pack and verify share.
 
-    tasks -> [run_tasks] -> results, as they are done
+    tasks ──▶ [run_tasks] ──▶ results, as they are done
 
-Workers die with the process that started them, even when that one is killed.
+Processes die with the process that started them, even when that one is killed.
 """
 
 import multiprocessing
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from shards import storage
 from shards.errors import DataError
+from shards.progress import Progress
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,7 +27,7 @@ Advance = Callable[[int], None]
 POLL_S = 0.2
 FEW_IMAGES = 2000
 """Done by one process in about the time that a second one needs to start."""
-_shared: Any = None  # in a worker: (images done by all, whether to stop)
+_shared: Any = None  # in a started process: (images done by all, whether to stop)
 
 
 class _Stopped(Exception):
@@ -48,9 +49,10 @@ def run_tasks(
     function: Callable[[Task, Advance], Result],
     tasks: Sequence[Task],
     processes: int,
-    progress: Callable[[int], None],
+    progress: Progress,
+    total: int,
 ) -> Iterator[Result]:
-    """Yield function(task, advance) for every task, in the order they end; `progress` gets the images done.
+    """Yield function(task, advance) for every task, in the order they end. total: images of all tasks.
 
     With one process or one task everything runs here. An exception in a task ends the rest and is raised.
     """
@@ -61,19 +63,19 @@ def run_tasks(
         def advance(images: int) -> None:
             nonlocal done
             done += images
-            progress(done)
+            progress(done, total)
 
         for task in tasks:
             yield function(task, advance)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy threads and locks of fsspec's loop
     counter, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(processes, context, _start_worker, (counter, stop)) as pool:
+    with ProcessPoolExecutor(processes, context, _enter, (counter, stop)) as pool:
         pending = {pool.submit(_run_task, function, task) for task in tasks}
         try:
             while pending:
                 done_now, pending = wait(pending, POLL_S, FIRST_COMPLETED)
-                progress(counter.value)
+                progress(counter.value, total)
                 for future in done_now:
                     yield _result(future)
         except BaseException:
@@ -92,7 +94,7 @@ def _result(future: Future) -> Any:
         ) from error
 
 
-def _start_worker(counter: Any, stop: Any) -> None:
+def _enter(counter: Any, stop: Any) -> None:
     global _shared
     _shared = (counter, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which sets `stop`

@@ -1,6 +1,6 @@
 """Which image goes into which shard, decided before the first one is read.
 
-    Collection -> [plan] -> writer (one shard a task)
+    Collection ──▶ [shard plan] ──▶ writer (one shard a task)
 
 The plan follows from names and file sizes alone, so any number of processes writes the same bytes and a
 later call knows which shards are finished.
@@ -15,9 +15,8 @@ from operator import attrgetter
 from typing import Any
 
 from shards.datasets.joint import Collection, locate
-from shards.errors import DataError
+from shards.errors import DataError, examples
 from shards.format import FORMAT_VERSION, TAR_BLOCK, shard_name
-from shards.packing.validate import examples
 from shards.records import SPLITS, ImageRecord
 
 _values = attrgetter(*(f.name for f in fields(ImageRecord)))  # dataclasses.astuple copies, ten times slower
@@ -69,7 +68,7 @@ def _file_sizes(collection: Collection) -> dict[str, int]:
         found = source.sizes([below for _, below in paths])
         if missing := [below for (_, below), size in zip(paths, found, strict=True) if size is None]:
             raise DataError(f"{source.root}: {len(missing):,} images are not there: {examples(missing)}")
-        sizes |= {path: size for (path, _), size in zip(paths, found, strict=True)}
+        sizes |= {path: size for (path, _), size in zip(paths, found, strict=True) if size is not None}
     return sizes
 
 

@@ -1,6 +1,8 @@
 """What pack.py shows on the terminal: tables and lines, nothing that is computed here.
 
-BuildReport, VerifyReport, Overview -> [report] -> stdout
+    BuildReport, VerifyReport, Overview ──▶ [tables] ──▶ stdout
+
+The numbers come from build, verify and overview.
 """
 
 from typing import TYPE_CHECKING
@@ -60,8 +62,8 @@ def print_overview(overview: "Overview") -> None:
     console = Console(highlight=False)
     dataset = overview.dataset
     console.print(f"{overview.url}: {dataset['name']}, noun {dataset['noun']!r}", markup=False)
-    told = {name: value for name, value in dataset.get("options", {}).items() if value is not None}
-    options = ", ".join(f"{name} {value}" for name, value in told.items())
+    recorded = dataset.get("options", {}).items()
+    options = ", ".join(f"{name} {value}" for name, value in recorded if value is not None)
     console.print(f"fingerprint {dataset['fingerprint']}; {options}", markup=False)
     console.print(_split_table(overview))
     console.print(_histogram_table(overview.splits))

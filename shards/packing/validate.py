@@ -1,6 +1,6 @@
 """What can be wrong with a dataset before any image is read.
 
-    Collection -> [validate] -> plan -> pack
+    Collection ──▶ [validate] ──▶ shard plan ──▶ writer
 
 Errors stop the packing; warnings are printed with the report, and stop it under --strict.
 """
@@ -8,12 +8,9 @@ Errors stop the packing; warnings are printed with the report, and stop it under
 from collections import Counter, defaultdict
 
 from shards.datasets.joint import Collection
-from shards.errors import DataError
+from shards.errors import DataError, examples
 from shards.format import make_key
 from shards.records import SPLITS, ImageRecord
-
-NAMED = 5
-"""Examples in one line of a report."""
 
 
 def check_collection(collection: Collection) -> list[str]:
@@ -27,12 +24,6 @@ def check_collection(collection: Collection) -> list[str]:
         _unmatched_queries(by_split["query"], by_split["gallery"], bool(collection.cameras)),
     )
     return [*collection.warnings, *(warning for warning in checks if warning)]
-
-
-def examples(names: list[str]) -> str:
-    """Up to five names, and how many more there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _check_keys(split: str, records: list[ImageRecord]) -> None:

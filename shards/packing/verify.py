@@ -1,6 +1,6 @@
 """Are the shards what was packed? The whole of `launch/pack.py verify`.
 
-    dataset.json, index.parquet, *.tar -> [verify, one shard a task] -> list of problems
+    dataset.json, index.parquet, *.tar ──▶ [verify, one shard a task] ──▶ list of problems
 
 Every byte of every shard is read once, from front to back, along the index: so a damaged record is named and
 the ones behind it are still checked.
@@ -36,12 +36,15 @@ from shards.format import (
 )
 from shards.packing.processes import Advance, choose_processes, run_tasks
 from shards.packing.writer import REPORT_EVERY
+from shards.progress import Progress, silent
 from shards.storage import join
 
 log = logging.getLogger(__name__)
 DECODE_EVERY = 50
 """Without --all, one of so many images is decoded (and the first of each shard)."""
 COPY_BYTES = 1 << 20
+AddProblem = Callable[[str, str], None]
+"""Called with the key of an image (empty for the whole shard) and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class ShardTask:
     index: pyarrow.Table
     """Its part of the index."""
     expected: dict[str, int] | None
-    """{"bytes", "crc32"} of the whole file, where dataset.json tells them."""
+    """{"bytes", "crc32"} of the whole file, where dataset.json lists them."""
     decode_every: int
 
 
@@ -84,11 +87,11 @@ def verify(
     *,
     decode_all: bool = False,
     processes: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Check counts, checksums, JSON and tar structure of a packed dataset, and decode a sample of its images.
 
-    `progress` is called with (images done, images in all). Raises DataError when there is no dataset.
+    Raises DataError when there is no dataset.
     """
     file = DATASET_FILE
     try:
@@ -109,7 +112,7 @@ def verify(
     ]
     count = choose_processes(processes, table.num_rows, [url])
     decoded = 0
-    for found, images in run_tasks(check_shard, tasks, count, lambda done: progress(done, table.num_rows)):
+    for found, images in run_tasks(check_shard, tasks, count, progress, table.num_rows):
         problems += found
         decoded += images
     order = {task.name: place for place, task in enumerate(tasks, 1)}
@@ -139,9 +142,9 @@ def _check_counts(dataset: dict[str, Any], table: pyarrow.Table) -> Iterator[Pro
             "shards": len(mine.column("shard").unique()),
         }
     for split in found | dataset["splits"]:
-        there, said = found.get(split), dataset["splits"].get(split)
-        if there != said:
-            yield Problem(INDEX_FILE, "", f"split {split} holds {there}, dataset.json says {said}")
+        counted, recorded = found.get(split), dataset["splits"].get(split)
+        if counted != recorded:
+            yield Problem(INDEX_FILE, "", f"split {split} holds {counted}, dataset.json says {recorded}")
 
 
 def _tasks(url: str, table: pyarrow.Table, files: dict[str, dict[str, int]], decode_every: int) -> list[ShardTask]:
@@ -169,62 +172,66 @@ def check_shard(task: ShardTask, advance: Advance) -> tuple[list[Problem], int]:
     """(problems of one shard in the order of its images, images decoded)."""
     problems: list[Problem] = []
 
-    def report(key: str, what: str) -> None:
+    def add_problem(key: str, what: str) -> None:
         problems.append(Problem(task.name, key, what))
 
     rows = task.index.sort_by("offset").to_pylist()
     try:
         with storage.open_read(join(task.url, task.name)) as file:
             stream = _Stream(file)
-            decoded = _check_images(rows, task.decode_every, stream, report, advance)
+            decoded = _check_images(rows, task.decode_every, stream, add_problem, advance)
             while stream.read(COPY_BYTES):
                 pass
     except FileNotFoundError:
-        report("", f"missing; the index lists {len(rows):,} images in it: fetch it again, or pack again")
+        add_problem("", f"missing; the index lists {len(rows):,} images in it: fetch it again, or pack again")
         return problems, 0
     except OSError as error:
-        report("", f"cannot be read ({error})")
+        add_problem("", f"cannot be read ({error})")
         return problems, 0
     if task.expected and not problems:  # a bad record explains a wrong checksum
-        _check_whole(task.expected, stream, report)
+        _check_whole(task.expected, stream, add_problem)
     return problems, decoded
 
 
-def _check_whole(expected: dict[str, int], stream: _Stream, report: Callable[[str, str], None]) -> None:
+def _check_whole(expected: dict[str, int], stream: _Stream, add_problem: AddProblem) -> None:
     if stream.position != expected["bytes"]:
-        report("", f"{stream.position:,} bytes, packed were {expected['bytes']:,}: fetch it again, or pack again")
+        add_problem("", f"{stream.position:,} bytes, packed were {expected['bytes']:,}: fetch it again, or pack again")
     elif stream.crc32 != expected["crc32"]:
-        report("", "bytes between the records differ from those packed: fetch it again, or pack again")
+        add_problem("", "bytes between the records differ from those packed: fetch it again, or pack again")
 
 
 def _check_images(
-    rows: list[dict[str, Any]], decode_every: int, stream: _Stream, report: Callable[[str, str], None], advance: Advance
+    rows: list[dict[str, Any]],
+    decode_every: int,
+    stream: _Stream,
+    add_problem: AddProblem,
+    advance: Advance,
 ) -> int:
     """Walk the records; returns the number of images decoded."""
     decoded = 0
     before: dict[str, Any] | None = None
     for place, row in enumerate(rows):
         if row["offset"] < stream.position:
-            report(row["key"], f"the index gives offset {row['offset']}, inside the record before it")
+            add_problem(row["key"], f"the index gives offset {row['offset']}, inside the record before it")
             continue
         gap = stream.read(row["offset"] - stream.position)
         data = stream.read(row["size"])
         if len(data) < row["size"]:
             for cut in rows[place:]:
-                report(cut["key"], "the shard ends before the end of this image")
+                add_problem(cut["key"], "the shard ends before the end of this image")
             return decoded
-        _check_gap(gap, before, row, report)
+        _check_gap(gap, before, row, add_problem)
         if zlib.crc32(data) != row["crc32"]:
-            report(row["key"], "the image's bytes do not give the checksum in the index")
+            add_problem(row["key"], "the image's bytes do not give the checksum in the index")
         elif place % decode_every == 0:
             decoded += 1
             if fault := _decode_fault(data, row):
-                report(row["key"], fault)
+                add_problem(row["key"], fault)
         before = row
         if place % REPORT_EVERY == REPORT_EVERY - 1:
             advance(REPORT_EVERY)
     advance(len(rows) % REPORT_EVERY)
-    _check_gap(stream.read(COPY_BYTES), before, None, report)
+    _check_gap(stream.read(COPY_BYTES), before, None, add_problem)
     return decoded
 
 
@@ -232,17 +239,17 @@ def _check_gap(
     gap: bytes,
     before: dict[str, Any] | None,
     following: dict[str, Any] | None,
-    report: Callable[[str, str], None],
+    add_problem: AddProblem,
 ) -> None:
     """What lies between two images: the JSON of the one before, then the header of the following one."""
     if before:
         info, content = _first_member(gap[len(tar_padding(before["size"])) :])
         if info is None or info.name != f"{before['key']}.json":
-            report(before["key"], "its JSON is missing from the tar, or has a damaged header")
+            add_problem(before["key"], "its JSON is missing from the tar, or has a damaged header")
         elif fault := _json_fault(content, before):
-            report(before["key"], f"its JSON {fault}")
+            add_problem(before["key"], f"its JSON {fault}")
     if following and not _ends_with_header(gap, following):
-        report(following["key"], "the tar header before the image is damaged or does not fit the index")
+        add_problem(following["key"], "the tar header before the image is damaged or does not fit the index")
 
 
 def _ends_with_header(gap: bytes, row: dict[str, Any]) -> bool:

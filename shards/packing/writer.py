@@ -1,6 +1,6 @@
 """Write one shard: read its images, check their headers, append them to a tar.
 
-    plan -> [writer, one process each] -> train-000000.tar + its rows -> pack (index.parquet)
+    shard plan ──▶ [writer, one process each] ──▶ train-000000.tar + its rows ──▶ build (index.parquet)
 
 Every byte follows from the images and their records.
 """
@@ -41,7 +41,7 @@ class WriteJob:
 
 @dataclass
 class ShardRows:
-    """What only writing tells: places, checksums and sizes of a shard's images, in its order."""
+    """What is known only after writing: places, checksums and sizes of a shard's images, in its order."""
 
     signature: str
     num_bytes: int = 0
@@ -79,7 +79,8 @@ def write_shard(job: WriteJob, advance: Advance) -> list[str]:
 
     The rows come first: a shard is finished when both are there and the sizes agree.
     """
-    rows, bad = ShardRows(job.shard.signature), []
+    rows = ShardRows(job.shard.signature)
+    bad: list[str] = []
     try:
         with storage.write_atomic(storage.join(job.out, job.shard.name), job.work) as file:
             _write_images(job, file, rows, bad, advance)
@@ -140,9 +141,10 @@ def encode(data: bytes, resize: tuple[int, int] | None, quality: int) -> Encoded
     try:
         with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
             if not resize:
-                if not _ends_properly(data, image.format):
+                file_format = str(image.format)
+                if not _ends_properly(data, file_format):
                     image.load()
-                return Encoded(data, EXTENSIONS[image.format], image.width, image.height)
+                return Encoded(data, EXTENSIONS[file_format], image.width, image.height)
             height, width = resize
             small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except Exception as error:  # PIL's decoders raise nearly anything on bad bytes

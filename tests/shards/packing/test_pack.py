@@ -30,6 +30,7 @@ from shards.packing.contact_sheet import write_sheet
 from shards.packing.overview import Overview
 from shards.packing.processes import run_tasks
 from shards.packing.verify import verify
+from shards.progress import silent
 from tests.helpers.layouts import image_bytes, make_duke, make_manifest, make_market, make_vehicleid, tree_bytes, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -224,17 +225,16 @@ def note_and_sleep(folder, advance):
     time.sleep(60)
 
 
-def test_workers_die_with_the_process_that_started_them(tmp_path):
+def test_processes_die_with_the_one_that_started_them(tmp_path):
     script = f"""
 import shards.packing.processes
 from tests.shards.packing.test_pack import note_and_sleep
 if __name__ == "__main__":
-    list(shards.packing.processes.run_tasks(note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print))
+    list(shards.packing.processes.run_tasks(note_and_sleep, [{str(tmp_path)!r}] * 2, 2, print, 2))
 """
     write(tmp_path / "script" / "main.py", script)
     command = [sys.executable, str(tmp_path / "script" / "main.py")]
-    root = str(Path(__file__).resolve().parents[3])
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     pids = wait_for(lambda: [int(p.name) for p in tmp_path.glob("[0-9]*")], until=lambda pids: len(pids) == 2)
     process.kill()
     process.wait()
@@ -263,7 +263,7 @@ def kill_itself(task, advance):
 
 def test_a_killed_worker_is_an_error_with_a_remedy():
     with pytest.raises(DataError, match="a worker process was killed .* fewer --processes"):
-        list(run_tasks(kill_itself, [1, 2], 2, lambda done: None))
+        list(run_tasks(kill_itself, [1, 2], 2, silent, 2))
 
 
 def test_finished_shards_are_not_written_again(large, tmp_path):
