@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipreid.losses import at_least_float32, image_to_text, text_to_image
 from clipreid.peers import ALONE, Peers, all_gather_unequal
