@@ -5,8 +5,7 @@
             0000/0000_000_01_0303morning_0015_0.jpg = identity/identity_number_camera_time_...
         list_train.txt list_val.txt list_query.txt list_gallery.txt     lines `PATH LABEL`
 
-The lists decide: a label is the identity. Test labels start at 0 again, so identities here are train/NNNN and
-test/NNNN.
+The lists decide: a label is the identity. Test labels start at 0 again: identities are train/NNNN and test/NNNN.
 """
 
 import re

@@ -2,9 +2,9 @@
 
     looks ──▶ vehicle ──▶ [scene: VehicleModel and Camera to Photo] ──▶ demo dataset
 
-A camera fixes direction, height, background, light, colours, blur, noise and resolution; direction within its
-reach, crop, weather and what stands in the way vary per image. Every photo is a pure function of
-(seed, identity, image number, camera, cameras); pictures are painted at twice their size and then reduced.
+A camera fixes direction, height, background, light, colours, blur, noise and resolution; direction within its reach,
+crop, weather and what stands in the way vary per image. Every photo is a pure function of (seed, identity, image
+number, camera, cameras); pictures are painted at twice their size and then reduced.
 """
 
 from dataclasses import dataclass

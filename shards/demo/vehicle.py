@@ -3,8 +3,7 @@
     looks ──▶ [vehicle: Looks to VehicleModel] ──▶ scene (one image) ──▶ demo dataset
 
 Bodies, glass, lamps and marks are laid out here; wheels and what is carried are in `parts`, how faces are made in
-`solids`, how they are lit and projected in `scene`. Marks go on several sides of the body, so that most directions
-show them.
+`solids`, how they are lit and projected in `scene`. Marks go on several sides: most directions show them.
 """
 
 from dataclasses import dataclass

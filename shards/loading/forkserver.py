@@ -2,9 +2,8 @@
 
     decode pool ── sockets ──▶ [forkserver] ──fork──▶ decoding process: receives jobs, fills slots, answers
 
-Started as `python -m shards.loading.forkserver`, once per process that loads data. It imports the modules that it is
-told to before the first fork, so decoding processes start in milliseconds and share that memory; they have one thread
-each.
+Started as `python -m shards.loading.forkserver`, once per process that loads data. It imports the modules that its
+caller names before it forks, so decoding processes start in milliseconds and share that memory. Each has one thread.
 """
 
 import contextlib

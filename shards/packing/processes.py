@@ -89,8 +89,7 @@ def _result(future: Future) -> Any:
         return future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was killed (out of memory?): repeat the command with fewer --processes; "
-            "finished shards are kept"
+            "a process was killed (out of memory?): repeat the command with fewer --processes; finished shards are kept"
         ) from error
 
 

@@ -2,8 +2,8 @@
 
     Collection ──▶ [shard plan] ──▶ writer (one shard a task)
 
-The plan follows from names and file sizes alone, so any number of processes writes the same bytes and a
-later call knows which shards are finished.
+The plan follows from names and file sizes alone, so any number of processes writes the same bytes and a later call
+knows which shards are finished.
 """
 
 import hashlib

@@ -19,6 +19,7 @@ import torch
 from shards import remote
 from shards.errors import DataError
 from shards.loading.cache import Busy, CacheSettings, Prefetcher, ShardCache, node_cache_dir
+from shards.loading.decode import pick_images
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKLoader
 from shards.loading.pk_sampler import PKSettings, epoch_plan, rank_part, shards_needed
@@ -103,6 +104,13 @@ def test_a_server_without_ranges_is_an_error_that_says_so(folder, tmp_path, monk
         server.RequestHandlerClass = WithoutRanges
         with pytest.raises(DataError, match=r"train-00000.\.tar: failed 10 times.*ignores range requests"):
             pk_batches(server.url, tmp_path, cache_bytes=0)
+
+
+def test_pictures_of_a_remote_dataset_are_those_of_the_folder(folder, tmp_path):
+    with serving(folder) as server:
+        remote_index, index = (ShardIndex.open(url, str(tmp_path)) for url in (server.url, folder))
+        found = pick_images(remote_index, "gallery", [5, 0, 3], SIZE)
+        assert torch.equal(found, pick_images(index, "gallery", [5, 0, 3], SIZE))
 
 
 def test_a_server_that_is_not_there_is_an_error_within_seconds(tmp_path, monkeypatch):

@@ -143,11 +143,14 @@ def test_a_missing_folder_is_named(name, missing, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [(name, path) for name, path in [
-        *(("msmt17", f"list_{part}.txt") for part in ("train", "val", "query", "gallery")),
-        ("vehicleid", "train_test_split/train_list.txt"),
-    ]],
-)  # fmt: skip
+    [
+        (name, path)
+        for name, path in [
+            *(("msmt17", f"list_{part}.txt") for part in ("train", "val", "query", "gallery")),
+            ("vehicleid", "train_test_split/train_list.txt"),
+        ]
+    ],
+)
 def test_a_missing_list_is_named(name, missing, tmp_path):
     make, _ = MAKERS[name]
     make(tmp_path)
@@ -185,8 +188,11 @@ def test_msmt17_versions_take_identities_from_the_lists(base, folders, suffix, t
     merged = read("msmt17", tmp_path)
     assert merged.cameras == 15
     assert [(i, c) for _, i, c in rows(merged, "train")] == [
-        ("train/0000", 0), ("train/0000", 1), ("train/0001", 14), ("train/0001", 2)
-    ]  # fmt: skip
+        ("train/0000", 0),
+        ("train/0000", 1),
+        ("train/0001", 14),
+        ("train/0001", 2),
+    ]
     assert rows(merged, "query")[0][1:] == ("test/0000", 0)
     assert rows(merged, "gallery")[0][1:] == ("test/0000", 3)
     assert merged.records[0].time == "0303morning"
@@ -224,8 +230,14 @@ def test_veri776_views_come_from_the_keypoint_files(tmp_path):
     veri = read("veri776", tmp_path, views=views_of(tmp_path))
     assert veri.views == 8
     assert [(r.split, r.view) for r in veri.records] == [
-        ("train", 3), ("train", 3), ("train", 3), ("train", 3), ("query", 7), ("gallery", 7), ("gallery", -1)
-    ]  # fmt: skip
+        ("train", 3),
+        ("train", 3),
+        ("train", 3),
+        ("train", 3),
+        ("query", 7),
+        ("gallery", 7),
+        ("gallery", -1),
+    ]
     assert any("1 images without a view label kept" in line for line in veri.warnings)
     dropped = read("veri776", tmp_path, views=views_of(tmp_path), drop_unlabelled=True)
     assert len(dropped.records) == 6

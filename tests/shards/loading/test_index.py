@@ -90,8 +90,9 @@ def test_rows_of_a_split_need_not_be_neighbours(tiny):
     pq.write_table(table.take(order), tiny / "index.parquet")
     change_facts(tiny, files={})
     train = opened(tiny).split("train")
-    expected = [key for key, split in zip(*table.take(order).select(["key", "split"]), strict=True)
-                if split.as_py() == "train"]  # fmt: skip
+    expected = [
+        key for key, split in zip(*table.take(order).select(["key", "split"]), strict=True) if split.as_py() == "train"
+    ]
     assert train.keys.tolist() == [key.as_py() for key in expected]
 
 
@@ -105,13 +106,18 @@ def large_table(num_images=221_763, num_identities=26_267):
         "split": ["train"] * train + ["test"] * (num_images - train),
         "shard": [f"{'train' if row < train else 'test'}-{number:06d}.tar" for row, number in enumerate(shard)],
         "key": [f"image_{row:07d}" for row in range(num_images)],
-        "offset": np.cumsum(size) - size, "size": size, "crc32": size.astype(np.uint32),
+        "offset": np.cumsum(size) - size,
+        "size": size,
+        "crc32": size.astype(np.uint32),
         "identity": [f"{number:05d}" for number in identity],
         "label": np.where(np.arange(num_images) < train, identity, -1),
-        "camera": np.full(num_images, -1), "view": np.full(num_images, -1),
-        "time": [""] * num_images, "lists": [""] * train + ["800,1600,2400"] * (num_images - train),
-        "width": np.full(num_images, 300), "height": np.full(num_images, 300),
-    }  # fmt: skip
+        "camera": np.full(num_images, -1),
+        "view": np.full(num_images, -1),
+        "time": [""] * num_images,
+        "lists": [""] * train + ["800,1600,2400"] * (num_images - train),
+        "width": np.full(num_images, 300),
+        "height": np.full(num_images, 300),
+    }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in index_schema()})
 
 
@@ -217,7 +223,7 @@ def cut(path, length):
         (lambda folder: (folder / "query-000000.tar").unlink(), ["query-000000.tar: no such file", "copy it again"]),
         (lambda folder: cut(folder / "query-000000.tar", 900), ["query-000000.tar: 900 bytes", "copy it again"]),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_dataset_is_refused_in_one_line_with_the_remedy(tiny, damage, words):
     opened(tiny)
     damage(tiny)

@@ -70,9 +70,12 @@ def test_batches_hold_the_images_the_plan_names(folder):
         assert batch.images.dtype == torch.uint8
         rows = rows.reshape(-1)
         for name, expected in [
-            ("rows", rows), ("labels", split.labels[rows]), ("cameras", split.cameras[rows]),
-            ("views", split.views[rows]), ("positions", np.arange(12)),
-        ]:  # fmt: skip
+            ("rows", rows),
+            ("labels", split.labels[rows]),
+            ("cameras", split.cameras[rows]),
+            ("views", split.views[rows]),
+            ("positions", np.arange(12)),
+        ]:
             found = getattr(batch, name)
             assert found.dtype == torch.int64
             np.testing.assert_array_equal(found, expected)

@@ -29,9 +29,14 @@ def split_of(images_per_identity, cameras=3, identities_per_shard=4, seed=0):
     camera = rng.integers(0, cameras, len(labels)) if cameras else np.full(len(labels), -1)
     shard = (labels // identities_per_shard).astype(np.int32)
     return Split(
-        labels=labels, cameras=camera, shard=shard, shard_names=[f"{n}.tar" for n in range(shard.max() + 1)],
-        num_identities=len(images_per_identity), name="train", index=SimpleNamespace(name="tiny"),
-    )  # fmt: skip
+        labels=labels,
+        cameras=camera,
+        shard=shard,
+        shard_names=[f"{n}.tar" for n in range(shard.max() + 1)],
+        num_identities=len(images_per_identity),
+        name="train",
+        index=SimpleNamespace(name="tiny"),
+    )
 
 
 def cases(count, strategies=("identity", "camera_aware", "balanced")):

@@ -95,8 +95,9 @@ def test_images_are_bilinear_and_exact(folder):
 def test_plain_webdataset_reads_what_the_index_lists(folder):
     """The shards that the other tests here read are what any other program takes for WebDataset shards."""
     split = index_of(folder).split("gallery")
-    dataset = webdataset.WebDataset([f"{folder}/{name}" for name in split.shard_names if "gallery" in name],
-                                    shardshuffle=False)  # fmt: skip
+    dataset = webdataset.WebDataset(
+        [f"{folder}/{name}" for name in split.shard_names if "gallery" in name], shardshuffle=False
+    )
     samples = list(dataset)
     assert [sample["__key__"] for sample in samples] == split.keys.tolist()
     for sample, crc in zip(samples, split.crc32, strict=True):

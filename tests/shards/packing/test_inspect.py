@@ -50,9 +50,16 @@ def test_the_histogram_counts_every_identity_once():
     assert str(spread) == "1 – 5 – 300"
     split = SplitOverview("train", int(counts.sum()), 1, 1, counts, {}, {}, spread, spread, spread)
     assert split.histogram() == [
-        ("1", 1), ("2–3", 3), ("4–7", 2), ("8–15", 2), ("16–31", 1), ("32–63", 0), ("64–127", 0), ("128–255", 0),
+        ("1", 1),
+        ("2–3", 3),
+        ("4–7", 2),
+        ("8–15", 2),
+        ("16–31", 1),
+        ("32–63", 0),
+        ("64–127", 0),
+        ("128–255", 0),
         ("256–511", 1),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_sheet_shows_train_and_test_identities_in_rows(packed, tmp_path):

@@ -261,8 +261,8 @@ def kill_itself(task, advance):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_an_error_with_a_remedy():
-    with pytest.raises(DataError, match="a worker process was killed .* fewer --processes"):
+def test_a_killed_process_is_an_error_with_a_remedy():
+    with pytest.raises(DataError, match="a process was killed .* fewer --processes"):
         list(run_tasks(kill_itself, [1, 2], 2, silent, 2))
 
 
@@ -463,8 +463,10 @@ def test_a_joint_dataset_is_packed_from_all_its_roots(tmp_path):
     roots = [str(tmp_path / "m"), str(tmp_path / "d")]
     report = build("market1501+dukemtmc", roots, str(tmp_path / "out"), processes=2)
     assert (report.dataset["name"], report.dataset["noun"], report.dataset["cameras"]) == (
-        "market1501+dukemtmc", "person", 14
-    )  # fmt: skip
+        "market1501+dukemtmc",
+        "person",
+        14,
+    )
     rows = index_rows(tmp_path / "out")
     assert {row["key"].split("_")[0] for row in rows} == {"market1501", "dukemtmc"}
     assert sorted({row["label"] for row in rows if row["split"] == "train"}) == [0, 1, 2, 3]
