@@ -38,13 +38,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
     sides = query, query_labels, gallery, gallery_labels
     k1, k2, lam = options.settings
     settings = {"k1": k1, "k2": k2, "lam": lam}
-    result = {
-        "bench": "rerank",
-        **machine_facts(device),
-        **asdict(size),
-        **settings,
-        "metrics": retrieve(*sides).metrics(),
-    }
+    result = {"bench": "rerank", **machine_facts(device), **asdict(size), **settings}
+    result["metrics"] = retrieve(*sides).metrics()
     result["rerank"] = ours = seconds_and_memory(lambda: evaluate_reranked(*sides, **settings), device)
     result["product_s"] = round(seconds(lambda: bare_product(query, gallery), device), 4)
     result["times_product"] = round(ours["seconds"] / result["product_s"], 2)
