@@ -179,8 +179,8 @@ def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--features: {len(options.features)} files; give {'one' if most == 1 else 'one or two'}")
     for name in ("rule", "rerank", "per_query") if options.protocol else ("draws", "seed"):
         if getattr(options, name) is not None:
-            option, fits = f"--{name.replace('_', '-')}", "with" if options.protocol else "without"
-            parser.error(f"{option} does not go {fits} --protocol vehicleid")
+            option, preposition = f"--{name.replace('_', '-')}", "with" if options.protocol else "without"
+            parser.error(f"{option} does not go {preposition} --protocol vehicleid")
 
 
 def show(metrics: dict[str, Any]) -> None:

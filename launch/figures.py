@@ -18,7 +18,7 @@ NAMES = ("tsne", "relevance", "ranked")
 
 EXAMPLE = """figures, as in the paper:
   tsne        Figure 1: image and text features of ten training identities
-  relevance   Figure 3: what in a training image speaks for its identity
+  relevance   Figure 3: relevance of a training image's regions for its identity
   ranked      Figure 4: queries and their ten nearest gallery images, right ones green, wrong ones red
 
 examples:

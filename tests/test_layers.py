@@ -25,7 +25,7 @@ WINGS = {
     "shards.packing": ("shards", "shards.datasets"),
     "shards.loading": ("shards",),
     "cluster": (),
-    "cluster.settings": ("cluster", "clipreid.model", *DATA),
+    "cluster.settings": ("cluster", *METHOD, *DATA),
     "cluster.ranks": ("cluster", "cluster.settings"),
     "cluster.run": ("cluster", "cluster.settings", "cluster.ranks", "shards"),
     "cluster.checks": (*RUN, *METHOD, *DATA),

@@ -1,6 +1,8 @@
 """A few seconds before training that save hours: what every worker is, has, and can see.
 
-workers placed ──▶ [preflight] ──▶ one table, or one error that names node and remedy ──▶ worker.train
+    workers placed ──▶ [preflight] ──▶ one table, or one error that names node and remedy ──▶ worker.train
+
+Every rank takes part, and every rank raises what one of them found.
 """
 
 import hashlib

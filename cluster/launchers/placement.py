@@ -1,6 +1,8 @@
-"""What a worker gets of a node, and how many workers the nodes have room for. Plain arithmetic, no Ray.
+"""What a worker gets of a node, and how many workers the nodes have room for.
 
-Ray's nodes, Config ──▶ [placement] ──▶ ray (CPUs and GPU of each worker), workers (threads, loaders)
+    Ray's nodes, Config ──▶ [placement] ──▶ ray (CPUs and GPU of each worker), workers (threads, loaders)
+
+Plain arithmetic, no Ray.
 """
 
 from cluster.settings.config import Config
@@ -11,10 +13,10 @@ Resources = dict[str, float]
 
 def room_for(nodes: list[Resources], need: Resources, placement: str) -> int:
     """How many workers that each need so much fit on the nodes."""
-    fits = [int(min(node.get(name, 0) // amount for name, amount in need.items())) for node in nodes]
+    counts = [int(min(node.get(name, 0) // amount for name, amount in need.items())) for node in nodes]
     if placement == "STRICT_SPREAD":
-        fits = [min(on_node, 1) for on_node in fits]
-    return max(fits, default=0) if placement == "STRICT_PACK" else sum(fits)
+        counts = [min(on_node, 1) for on_node in counts]
+    return max(counts, default=0) if placement == "STRICT_PACK" else sum(counts)
 
 
 def worker_needs(config: Config, nodes: list[Resources], use_gpu: bool) -> Resources:

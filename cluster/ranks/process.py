@@ -1,6 +1,8 @@
 """One process as a rank: it joins the group that its environment describes, takes a device and threads, and leaves.
 
-environment of torchrun or Ray Train ──▶ [process] ──▶ Team ──▶ training, evaluation, extraction
+    environment of torchrun or Ray Train ──▶ [process] ──▶ Team ──▶ training, evaluation, extraction
+
+The same for training under each launcher, for evaluation and for extraction.
 """
 
 import logging

@@ -51,8 +51,8 @@ class DataSection(Section):
     virtual_nodes: PositiveInt = 8
     """Number of virtual nodes for `locality: node`; divides stage2.identities."""
     sampler: Literal["identity", "camera_aware", "balanced"] = "identity"
-    """How images are drawn; see `PKSettings.strategy`. camera_aware: chances are even between the cameras of an
-    identity, and so not between its images."""
+    """How PK batches are drawn. identity: as published. camera_aware: an identity's images in a batch come from as many
+    of its cameras as they can, so not all images equally often. balanced: see `balance_alpha`."""
     balance_alpha: NonNegative = 0.5
     """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
     cache_dir: str | None = None

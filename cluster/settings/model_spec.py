@@ -1,6 +1,8 @@
-"""From settings and dataset to the model's specification; no weights, no torch.
+"""From settings and dataset to the model's specification.
 
-Config, ShardIndex ──▶ [model_spec] ──▶ ModelSpec ──▶ clipreid's build_models
+    Config, ShardIndex ──▶ [model_spec] ──▶ ModelSpec ──▶ clipreid's build_models
+
+No weights, no torch.
 """
 
 from clipreid.model.arch import check_arch

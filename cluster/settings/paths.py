@@ -1,6 +1,8 @@
 """Relative paths of a configuration made absolute, so that they mean the same on every worker.
 
-Config of the command line ──▶ [paths] ──▶ Config of the workers
+    Config of the command line ──▶ [paths] ──▶ Config of the workers
+
+URLs and names that are no paths stay as they are.
 """
 
 import sys

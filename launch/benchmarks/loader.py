@@ -8,7 +8,7 @@
 (c) ours, to the augmented float32 batch on the CPU
 All three go through the same images in the same order. "one_core": in this process, images per second of processor
 time, warm. "two_workers": two processes, by the clock. "cold": this process, by the clock, each time with a new
-loader and after the system was told to drop the files from its memory.
+loader and after a request to the system to drop the files from its memory.
 """
 
 import csv

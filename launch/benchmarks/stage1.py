@@ -7,7 +7,7 @@ gradients of the tower's weights computed and thrown away. Both give the same lo
 
 import argparse
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,8 @@ def _case(text: PromptedText, options, per_identity: int, device: torch.device) 
 
 def feature_width(text: PromptedText) -> int:
     """D, width of the features that images and texts share."""
-    return text.text_encoder.text_projection.shape[1]
+    tower: Any = text.text_encoder  # Its parts are open_clip's, which carry no types.
+    return tower.text_projection.shape[1]
 
 
 class OurStep:
@@ -122,7 +123,8 @@ class PlainStep(OurStep):
         super().__init__(text, images, labels, amp)
         self.optimizer = torch.optim.Adam([self.text.tokens], lr=LR, weight_decay=WEIGHT_DECAY)
         self.text.text_encoder.requires_grad_(True)
-        context = len(self.text.text_encoder.positional_embedding)
+        self.tower = cast(Any, self.text.text_encoder)  # As in `feature_width`.
+        context = len(self.tower.positional_embedding)
         self.mask = images.new_full((context, context), float("-inf")).triu_(1)
 
     def __call__(self) -> None:
@@ -135,7 +137,7 @@ class PlainStep(OurStep):
         return i2t + text_to_image(texts, self.labels, self.images, self.labels).mean()
 
     def _encode_uncut(self, labels: Tensor) -> Tensor:
-        tower, learner = self.text.text_encoder, self.text.prompt_learner
+        tower, learner = self.tower, self.text.prompt_learner
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
             x = learner.uncut(labels) + tower.positional_embedding
             x = tower.ln_final(tower.transformer(x, attn_mask=self.mask))

@@ -51,9 +51,7 @@ def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
 
 
 def test_checkpoint_prints_what_training_waits_for_as_one_json_object():
-    done = launch(
-        "bench.py", "checkpoint", "--arch", TINY, "--image-size", "32x32", "--batch", "8", "--rounds", "1"
-    )  # fmt: skip
+    done = launch("bench.py", "checkpoint", "--arch", TINY, "--image-size", "32x32", "--batch", "8", "--rounds", "1")
     result = json.loads(done.stdout)
     keys = ("state_bytes", "step_ms", "stalled_ms", "stalled_share_of_step", "step_beside_write_ms", "write_ms")
     assert result["bench"] == "checkpoint" and min(result[key] for key in keys) > 0

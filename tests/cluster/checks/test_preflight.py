@@ -38,22 +38,26 @@ def test_preflight_names_the_node_without_the_shared_storage(tiny_shards, tmp_pa
     for rank, folder in ((1, tmp_path / "run"), (0, tmp_path / "local" / "run")):  # What earlier starts left.
         (folder / "preflight").mkdir(parents=True)
         (folder / "preflight" / str(rank)).write_text("1")
-    for said in preflight_with(tmp_path, tiny_shards, run__dir=tmp_path / "local" / "run"):
-        assert "rank 1 on node2: run.dir" in said and "not the same storage" in said
+    for message in preflight_with(tmp_path, tiny_shards, run__dir=tmp_path / "local" / "run"):
+        assert "rank 1 on node2: run.dir" in message and "not the same storage" in message
 
 
 def test_preflight_names_the_node_with_another_dataset(tiny_shards, tmp_path):
     other = tmp_path / "other"
     launch("pack.py", "render", "--out", tmp_path / "images", "--identities", 8, "--images", 4, "--seed", 1)
     launch("pack.py", "build", "--dataset", "veri776", "--root", tmp_path / "images", "--out", other)
-    for said in preflight_with(tmp_path, tiny_shards, data__shards=other):
-        assert "rank 1 on node2: dataset" in said and "copy the same shards" in said
+    for message in preflight_with(tmp_path, tiny_shards, data__shards=other):
+        assert "rank 1 on node2: dataset" in message and "copy the same shards" in message
 
 
 def test_preflight_names_the_node_whose_cache_cannot_be_written(tiny_shards, tmp_path):
     (tmp_path / "file").touch()
-    for said in preflight_with(tmp_path, tiny_shards, data__cache_dir=tmp_path / "file" / "cache"):
-        assert "rank 1 on node2: data.cache_dir" in said and "Not a directory" in said and "that can be written" in said
+    for message in preflight_with(tmp_path, tiny_shards, data__cache_dir=tmp_path / "file" / "cache"):
+        assert (
+            "rank 1 on node2: data.cache_dir" in message
+            and "Not a directory" in message
+            and "that can be written" in message
+        )
 
 
 @pytest.mark.parametrize(

@@ -98,37 +98,71 @@ def many(of: dict) -> dict:
 
 
 CONTAINER = closed(
-    ("name", "image", "resources"), name=TEXT, image=TEXT, workingDir=TEXT, command=many(TEXT),
-    env=many(closed(("name",), name=TEXT, value=TEXT,
-                    valueFrom=closed(secretKeyRef=closed(("name", "key"), name=TEXT, key=TEXT)))),
+    ("name", "image", "resources"),
+    name=TEXT,
+    image=TEXT,
+    workingDir=TEXT,
+    command=many(TEXT),
+    env=many(
+        closed(
+            ("name",),
+            name=TEXT,
+            value=TEXT,
+            valueFrom=closed(secretKeyRef=closed(("name", "key"), name=TEXT, key=TEXT)),
+        )
+    ),
     ports=many(closed(("containerPort",), containerPort=NUMBER, name=TEXT)),
     resources=closed(("requests",), requests=TEXTS, limits=TEXTS),
     volumeMounts=many(closed(("name", "mountPath"), name=TEXT, mountPath=TEXT)),
-)  # fmt: skip
+)
 POD = closed(
-    ("containers",), containers=many(CONTAINER), terminationGracePeriodSeconds=NUMBER, affinity=ANYTHING,
-    securityContext=closed(fsGroup=NUMBER), restartPolicy=TEXT,
-    volumes=many(closed(("name",), name=TEXT, emptyDir=closed(medium=TEXT, sizeLimit=TEXT),
-                        persistentVolumeClaim=closed(("claimName",), claimName=TEXT))),
-)  # fmt: skip
+    ("containers",),
+    containers=many(CONTAINER),
+    terminationGracePeriodSeconds=NUMBER,
+    affinity=ANYTHING,
+    securityContext=closed(fsGroup=NUMBER),
+    restartPolicy=TEXT,
+    volumes=many(
+        closed(
+            ("name",),
+            name=TEXT,
+            emptyDir=closed(medium=TEXT, sizeLimit=TEXT),
+            persistentVolumeClaim=closed(("claimName",), claimName=TEXT),
+        )
+    ),
+)
 TEMPLATE = closed(("spec",), spec=POD)
 GROUP = {"rayStartParams": TEXTS, "template": TEMPLATE}
 RAYJOB = closed(
     ("apiVersion", "kind", "metadata", "spec"),
-    apiVersion={"const": "ray.io/v1"}, kind={"const": "RayJob"}, metadata=closed(("name",), name=TEXT),
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=closed(("name",), name=TEXT),
     spec=closed(
-        ("entrypoint", "rayClusterSpec"), entrypoint=TEXT, backoffLimit=NUMBER, shutdownAfterJobFinishes=FLAG,
+        ("entrypoint", "rayClusterSpec"),
+        entrypoint=TEXT,
+        backoffLimit=NUMBER,
+        shutdownAfterJobFinishes=FLAG,
         submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
         ttlSecondsAfterFinished=NUMBER,
         rayClusterSpec=closed(
-            ("headGroupSpec", "rayVersion"), rayVersion=TEXT,
+            ("headGroupSpec", "rayVersion"),
+            rayVersion=TEXT,
             authOptions=closed(("mode",), mode={"enum": ["disabled", "token"]}, secretName=TEXT),
             headGroupSpec=closed(("template",), **GROUP),
-            workerGroupSpecs=many(closed(("groupName", "minReplicas", "maxReplicas", "template"), groupName=TEXT,
-                                         replicas=NUMBER, minReplicas=NUMBER, maxReplicas=NUMBER, **GROUP)),
+            workerGroupSpecs=many(
+                closed(
+                    ("groupName", "minReplicas", "maxReplicas", "template"),
+                    groupName=TEXT,
+                    replicas=NUMBER,
+                    minReplicas=NUMBER,
+                    maxReplicas=NUMBER,
+                    **GROUP,
+                )
+            ),
         ),
     ),
-)  # fmt: skip
+)
 
 
 def test_rayjob_fits_the_custom_resource():
@@ -233,8 +267,11 @@ def test_page_names_every_file_and_files_that_exist():
     for name in re.findall(r"(?:cluster/deploy|configs|launch)/[\w.-]+\.\w+", README):
         assert (ROOT / name).exists(), name
     for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
-        headings = [re.sub(r"[^\w -]", "", line).strip().replace(" ", "-").lower() for line in README.splitlines()
-                    if line.startswith("## ")]  # fmt: skip
+        headings = [
+            re.sub(r"[^\w -]", "", line).strip().replace(" ", "-").lower()
+            for line in README.splitlines()
+            if line.startswith("## ")
+        ]
         assert anchor in headings
 
 

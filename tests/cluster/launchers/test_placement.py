@@ -1,4 +1,4 @@
-"""What a worker gets of a node, and what a user is told when the nodes have no room. No cluster is started."""
+"""What a worker gets of a node, and what a user reads when the nodes have no room. No cluster is started."""
 
 import pytest
 
@@ -43,9 +43,9 @@ def test_a_worker_gets_cpus_for_its_loaders_or_without_gpus_its_share(settings, 
 def test_workers_that_cannot_be_placed_are_told_with_what_is_there_and_what_to_change():
     asked = config(workers=4)
     assert shortage(asked, NODES, {"CPU": 2.0}) is None
-    said = shortage(asked, NODES, {"CPU": 2.0, "GPU": 1.0})
-    assert "4 workers with 2 CPU and 1 GPU each" in said and "8 CPU and 2 GPU; 5 CPU and 1 GPU; 2 CPU and 0 GPU" in said
-    assert "room for 3" in said and "change cluster.workers" in said
+    line = shortage(asked, NODES, {"CPU": 2.0, "GPU": 1.0})
+    assert "4 workers with 2 CPU and 1 GPU each" in line and "8 CPU and 2 GPU; 5 CPU and 1 GPU; 2 CPU and 0 GPU" in line
+    assert "room for 3" in line and "change cluster.workers" in line
     assert shortage(config(workers={"min": 2, "max": 8}), NODES, {"GPU": 1.0}) is None
 
 

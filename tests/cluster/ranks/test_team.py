@@ -98,7 +98,7 @@ def stay_away(team, folder):
     """Rank 1 does not come, under a timeout of gloo that would not end the test."""
     logging.basicConfig(filename=f"{folder}/{team.rank}.log")
     watchdog.GRACE_S = 0.5
-    team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=3)  # By then rank 1 has said where it is.
+    team.watchdog = Watchdog(team.rank, team.world_size, timeout_s=3)  # By then rank 1's heartbeat names its operation.
     team.all_gather_objects(None, "arrive together")
     if team.rank == 1:
         time.sleep(60)
@@ -110,8 +110,8 @@ def test_a_collective_that_never_ends_is_ended_with_the_names_of_rank_and_operat
     with pytest.raises(ProcessExitedException) as caught:
         on_processes(2, stay_away, tmp_path)
     assert (caught.value.error_index, caught.value.exit_code) == (0, watchdog.EXIT_CODE)
-    said = (tmp_path / "0.log").read_text()
-    assert "in 'average losses'; did not arrive: rank 1: still in 'own work after arrive together'" in said
+    text = (tmp_path / "0.log").read_text()
+    assert "in 'average losses'; did not arrive: rank 1: still in 'own work after arrive together'" in text
 
 
 def fail_on_first(team):

@@ -27,15 +27,29 @@ DATASETS = (*PERSON, *VEHICLE)
 
 CAMERAS = {"market1501": 6, "msmt17": 15, "dukemtmc": 8, "occluded_duke": 8, "veri776": 20, "vehicleid": 0}
 IDENTITIES = {
-    "market1501": 751, "msmt17": 1041, "dukemtmc": 702, "occluded_duke": 702, "veri776": 576, "vehicleid": 13164,
-}  # fmt: skip
+    "market1501": 751,
+    "msmt17": 1041,
+    "dukemtmc": 702,
+    "occluded_duke": 702,
+    "veri776": 576,
+    "vehicleid": 13164,
+}
 VERI_VIEWS = 8
 
 KEYS = (
-    "model.image_size", "data.pixel_mean", "data.pixel_std", "stage1.epochs", "stage1.batch", "stage2.lr",
-    "stage2.weight_decay", "stage2.epochs", "stage2.warmup_factor", "stage2.milestones", "stage2.id_weight",
+    "model.image_size",
+    "data.pixel_mean",
+    "data.pixel_std",
+    "stage1.epochs",
+    "stage1.batch",
+    "stage2.lr",
+    "stage2.weight_decay",
+    "stage2.epochs",
+    "stage2.warmup_factor",
+    "stage2.milestones",
+    "stage2.id_weight",
     "stage2.label_smoothing",
-)  # fmt: skip
+)
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TALL, SQUARE = (256, 128), (256, 256)
@@ -48,14 +62,32 @@ COLUMNS = {
     ("vehicleid", "rn50"): (SQUARE, MEAN, STD, 60, 256, 3.5e-4, 5e-4, 120, 0.01, (40, 70), 1.0, 0.0),
 }
 EVERYWHERE = {
-    "model.pretrained": "openai", "model.prompt_tokens": 4, "model.sie_tokens": "cls", "model.sie_coefficient": 1.0,
-    "stage1.lr": 3.5e-4, "stage1.weight_decay": 1e-4, "stage1.warmup_epochs": 5, "stage1.warmup_lr": 1e-5,
-    "stage1.min_lr": 1e-6, "stage1.features": "instance", "stage2.bias_lr_factor": 2.0, "stage2.identities": 16,
-    "stage2.images_per_identity": 4, "stage2.warmup_epochs": 10, "stage2.gamma": 0.1, "stage2.triplet_weight": 1.0,
-    "stage2.text_weight": 1.0, "stage2.triplet_levels": 3, "stage2.margin": 0.3, "augment.flip": 0.5,
-    "augment.pad": 10, "augment.erase": 0.5, "eval.descriptor": ("img", "proj"), "eval.rerank": None,
+    "model.pretrained": "openai",
+    "model.prompt_tokens": 4,
+    "model.sie_tokens": "cls",
+    "model.sie_coefficient": 1.0,
+    "stage1.lr": 3.5e-4,
+    "stage1.weight_decay": 1e-4,
+    "stage1.warmup_epochs": 5,
+    "stage1.warmup_lr": 1e-5,
+    "stage1.min_lr": 1e-6,
+    "stage1.features": "instance",
+    "stage2.bias_lr_factor": 2.0,
+    "stage2.identities": 16,
+    "stage2.images_per_identity": 4,
+    "stage2.warmup_epochs": 10,
+    "stage2.gamma": 0.1,
+    "stage2.triplet_weight": 1.0,
+    "stage2.text_weight": 1.0,
+    "stage2.triplet_levels": 3,
+    "stage2.margin": 0.3,
+    "augment.flip": 0.5,
+    "augment.pad": 10,
+    "augment.erase": 0.5,
+    "eval.descriptor": ("img", "proj"),
+    "eval.rerank": None,
     "data.sampler": "identity",
-}  # fmt: skip
+}
 
 
 def published() -> dict[str, dict]:
@@ -64,16 +96,20 @@ def published() -> dict[str, dict]:
     for dataset in DATASETS:
         for backbone in ("vit", "rn50"):
             column = COLUMNS["person" if dataset in PERSON else dataset, backbone]
-            plain = EVERYWHERE | dict(zip(KEYS, column, strict=True)) | {
-                "data.shards": f"data/{dataset}/shards",
-                "eval.rule": "none" if dataset == "vehicleid" else "camera",
-                "model.arch": {"vit": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu"}[backbone],
-                "model.sie": "none",
-                "model.stride": None,
-                "method": "two_stage",
-                "stages": (1, 2),
-                "stage2.text_loss": "i2tce",
-            }  # fmt: skip
+            plain = (
+                EVERYWHERE
+                | dict(zip(KEYS, column, strict=True))
+                | {
+                    "data.shards": f"data/{dataset}/shards",
+                    "eval.rule": "none" if dataset == "vehicleid" else "camera",
+                    "model.arch": {"vit": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu"}[backbone],
+                    "model.sie": "none",
+                    "model.stride": None,
+                    "method": "two_stage",
+                    "stages": (1, 2),
+                    "stage2.text_loss": "i2tce",
+                }
+            )
             table[f"{dataset}_{backbone}"] = plain
             baseline = {"method": "baseline", "stages": (2,), "stage2.text_loss": "none", "stage2.id_weight": 1.0}
             if dataset == "vehicleid":
