@@ -8,7 +8,7 @@ This process is a worker itself under the launchers torchrun (one of its process
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from cluster.run.status_view import follow
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
+from shards.owner import owned_folder
 
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
@@ -40,7 +41,10 @@ def train_and_show(config: Config, index: ShardIndex) -> int:
         images = {name: facts["images"] for name, facts in index.splits.items()}
         images["evaluation"] = max((count for name, count in images.items() if name != "train"), default=0)
         try:
-            with follow(config.run.dir, images) if is_first else nullcontext():
+            with ExitStack() as while_it_runs:
+                if is_first:  # torchrun's other processes are of the same run.
+                    while_it_runs.enter_context(owned_folder(config.run.dir, "training"))
+                    while_it_runs.enter_context(follow(config.run.dir, images))
                 metrics = run(config)
         except (TrainingError, RankLost) as error:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

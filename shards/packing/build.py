@@ -26,6 +26,7 @@ from shards.format import (
     index_schema,
     make_key,
 )
+from shards.owner import owned_folder
 from shards.packing.processes import choose_processes, run_tasks
 from shards.packing.shard_plan import PlannedShard, plan_shards
 from shards.packing.validate import check_collection
@@ -85,20 +86,21 @@ def build(
         raise DataError(f"--strict, and there are {len(warnings)} warnings: {'; '.join(warnings)}")
     recorded = _recorded_options(options, shard_mb, resize, quality)
     shards = plan_shards(collection, shard_mb << 20, {"resize": resize, "quality": quality if resize else None})
-    if existing := _existing(out, collection, shards, recorded):
-        storage.remove(join(out, WORK_FOLDER))
-        return BuildReport(existing, warnings, collection.notes, 0, len(shards))
-    work = join(out, WORK_FOLDER)
-    storage.make_folder(work)
-    finished = _finished(out, work, shards)
-    jobs = [
-        WriteJob(shard, collection.sources, out, work, resize, quality)
-        for shard in shards
-        if shard.name not in finished
-    ]
-    urls = [out, *(source.root for source in collection.sources.values())]
-    images = _write(jobs, choose_processes(processes, len(collection.records), urls), progress)
-    written = _publish(out, work, collection, shards, recorded)
+    with owned_folder(out, "packing"):
+        if existing := _existing(out, collection, shards, recorded):
+            storage.remove(join(out, WORK_FOLDER))
+            return BuildReport(existing, warnings, collection.notes, 0, len(shards))
+        work = join(out, WORK_FOLDER)
+        storage.make_folder(work)
+        finished = _finished(out, work, shards)
+        jobs = [
+            WriteJob(shard, collection.sources, out, work, resize, quality)
+            for shard in shards
+            if shard.name not in finished
+        ]
+        urls = [out, *(source.root for source in collection.sources.values())]
+        images = _write(jobs, choose_processes(processes, len(collection.records), urls), progress)
+        written = _publish(out, work, collection, shards, recorded)
     return BuildReport(written, warnings, collection.notes, images, len(finished))
 
 
