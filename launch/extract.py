@@ -38,12 +38,12 @@ def main(arguments: list[str]) -> None:
     from cluster.checks.before_run import check_split
     from cluster.evaluation.feature_file import write_features
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
-    from shards.datasets.layout import list_images
+    from shards.datasets.layout import Listing, describe_left_out, list_images
 
     config = load_settings(options)
     with local_weights(options.weights) as path:
         index = None if options.split is None else check_split(config, options.split)
-        names = list_images(options.images) if index is None else []
+        listing = list_images(options.images) if index is None else Listing([], [])
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.evaluation.inference import Inference
@@ -54,11 +54,13 @@ def main(arguments: list[str]) -> None:
             if index is not None:
                 arrays = inference.extract_split(index, options.split, progress_bar)
             else:
-                arrays = inference.extract_images(options.images, names, progress_bar)
+                arrays = inference.extract_images(options.images, listing.images, progress_bar)
             if team.is_first:
                 write_features(options.out.absolute(), arrays)
                 count, width = arrays["features"].shape
                 print(f"{options.out}: {count:,} images x {width:,} values")
+                if listing.left_out:
+                    print(f"{options.images}: {describe_left_out(listing.left_out)}")
 
 
 def _check_out(parser: Parser, out: Path) -> None:

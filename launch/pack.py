@@ -22,8 +22,8 @@ EXAMPLE = """examples:
   python launch/pack.py verify data/demo-shards --all
   python launch/pack.py inspect data/demo-shards --sheet sheet.png"""
 
-BUILD = """Pack a dataset into shards. Of an image only header and end are looked at, unless it is resized:
-`pack.py verify URL --all` decodes every one."""
+BUILD = """Pack a dataset into shards. Every image is decoded: one that is not whole is named, and nothing is packed.
+Shards keep the bytes of JPEG, PNG and WebP files; other formats are stored as PNG, without loss."""
 
 
 def main(arguments: list[str]) -> int:

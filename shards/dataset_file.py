@@ -22,7 +22,7 @@ REQUIRED = {
     "splits": dict,
     "fingerprint": str,
 }
-OPTIONAL = {"options": dict, "source": str, "files": dict, "crc32": int}
+OPTIONAL = {"options": dict, "source": str, "files": dict, "found": dict, "crc32": int}
 """`crc32`: of all the other keys, see `_checksum`; datasets packed before it was written have none."""
 
 

@@ -19,6 +19,10 @@ class AccessError(StoreError):
     """A remote store that refuses access."""
 
 
+class NotAFileError(DataError, OSError):
+    """A pipe, socket or device where a file is expected."""
+
+
 NAMED = 5
 """Examples in one message."""
 

@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import tarfile
+import unicodedata
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shards import storage
@@ -25,12 +27,23 @@ DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 TAR_BLOCK = 512
 TAR_END = bytes(2 * TAR_BLOCK)
-IMAGE_FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
-"""PIL's formats that are read, and the endings of their files; the first one is that of a file in a shard."""
-EXTENSIONS = {name: endings[0].removeprefix(".") for name, endings in IMAGE_FORMATS.items()} | {"MPO": "jpg"}
-"""PIL's format -> EXT. MPO is a JPEG with further pictures behind the first."""
+IMAGE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),  # MPO: one with further pictures behind the first
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "AVIF": (".avif", ".avifs"),
+}
+"""PIL's formats that are read, and the endings of their files. Any of the endings may hide any of the formats."""
 IMAGE_ENDINGS = tuple(ending for endings in IMAGE_FORMATS.values() for ending in endings)
-"""File names that are images, in lower case."""
+"""File names that are images, in lower case: the one list of all commands."""
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""PIL's formats whose bytes are kept in a shard -> EXT. All others are stored as PNG."""
 INDEX_COLUMNS = {
     "split": "string",
     "shard": "string",
@@ -53,10 +66,38 @@ JSON_COLUMNS = ("identity", "label", "camera", "view", "time")
 
 
 def make_key(path: str) -> str:
-    """Name of an image in its shard: the source path without its extension, odd characters replaced by `_`."""
+    """Name of an image in its shard: the source path without its extension, odd characters replaced by `_`.
+
+    Letters and digits of any script stay, with the marks that belong to them, and so do `-` and `_`.
+    """
+    return re.sub(r"[^\w-]", lambda odd: odd[0] if unicodedata.category(odd[0])[0] == "M" else "_", _stem(path))
+
+
+def make_keys(paths: Sequence[str]) -> list[str]:
+    """The keys of a split's images. Those that would be the same each get a short hash of their path behind them."""
+    keys = [make_key(path) for path in paths]
+    counts = Counter(keys)
+    return [_hashed_key(path) if counts[key] > 1 else key for key, path in zip(keys, paths, strict=True)]
+
+
+def is_key_of(key: str, path: str) -> bool:
+    """Whether the image at a source path can have this key. Earlier versions kept ASCII letters only."""
+    return key in (make_key(path), _hashed_key(path), ascii_key(path))
+
+
+def ascii_key(path: str) -> str:
+    """`make_key` of earlier versions."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))
+
+
+def _hashed_key(path: str) -> str:
+    return f"{make_key(path)}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+
+def _stem(path: str) -> str:
     folder, _, name = path.rpartition("/")
     stem = name.rsplit(".", 1)[0] if "." in name else name
-    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{folder}/{stem}" if folder else stem)
+    return f"{folder}/{stem}" if folder else stem
 
 
 def shard_name(split: str, number: int) -> str:

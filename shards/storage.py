@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import uuid
 import zipfile
 import zlib
@@ -22,11 +23,17 @@ from typing import IO, Any, cast
 import fsspec
 from fsspec.core import url_to_fs
 
-from shards.errors import DataError
+from shards.errors import DataError, NotAFileError
 from shards.remote import RangedFile, Upload, file_system, retried
 
 REQUESTS = 16
 """Files of a remote folder that are asked for at a time."""
+NOT_FILES = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
@@ -87,8 +94,9 @@ def open_read(url: str, block_bytes: int = 8 << 20) -> IO[bytes]:
 
 
 def read_bytes(url: str) -> bytes:
+    """A whole file; raises OSError, and refuses a local one that is none: a pipe would be waited for without end."""
     path = local_path(url)
-    return path.read_bytes() if path else _ask(url, lambda fs, path: fs.cat_file(path))
+    return _read_regular(path) if path else _ask(url, lambda fs, path: fs.cat_file(path))
 
 
 def _ask(url: str, request: Callable[[Any, str], Any]) -> Any:
@@ -179,6 +187,8 @@ class Source:
         if self._local and not self._local.is_dir():
             raise DataError(f"{self.root}: no such folder" + (" (it is a file)" if self._local.exists() else ""))
         self._sizes: dict[str, int] = {}
+        self.left_out: set[str] = set()
+        """Files that a parser met in its image folders and took for no images."""
 
     def __reduce__(self):
         return Source, (self.root,)
@@ -192,7 +202,7 @@ class Source:
     def read(self, path: str) -> bytes:
         """A file's bytes; raises OSError (FileNotFoundError, StoreError, ...)."""
         if self._local:
-            return (self._local / path).read_bytes()
+            return _read_regular(self._local / path)
         return self._ask(path, self._fs.cat_file)
 
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
@@ -219,7 +229,7 @@ class Source:
                 for name, entry in listed.items()
                 if name != start
             }
-        self._sizes |= found
+        self._sizes |= {path: size for path, size in found.items() if size is not None}
         return sorted(found)
 
     def sizes(self, paths: Sequence[str]) -> list[int | None]:
@@ -255,11 +265,26 @@ def _open_zip(root: str) -> Any:
     """The file system in a zip file; raises DataError."""
     if not exists(root):
         raise DataError(f"{root}: no such file")
+    if path := local_path(root):
+        _require_file(path)
     try:  # a remote one in small pieces: its images are read one by one
         file = root if is_local(root) else open_read(root, block_bytes=1 << 16)
         return fsspec.filesystem("zip", fo=file, skip_instance_cache=True)
     except BAD_ZIP as error:
         raise DataError(f"{root}: not a readable zip file ({error}); fetch it again") from error
+
+
+def _read_regular(path: Path) -> bytes:
+    _require_file(path)
+    return path.read_bytes()
+
+
+def _require_file(path: Path) -> None:
+    """Raise NotAFileError for a pipe, socket or device, before it is opened, and FileNotFoundError."""
+    mode = path.stat().st_mode
+    for check, name in NOT_FILES:
+        if check(mode):
+            raise NotAFileError(f"{path}: {name}, not a file")
 
 
 def _stat_size(path: Path) -> int | None:
@@ -269,17 +294,20 @@ def _stat_size(path: Path) -> int | None:
         return None
 
 
-def _walk(folder: Path, prefix: str, above: frozenset = frozenset()) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of all files below. above: device and inode of the folders that this one lies in."""
+def _walk(folder: Path, prefix: str, above: frozenset = frozenset()) -> Iterator[tuple[str, int | None]]:
+    """(path, bytes) of all files below; bytes is None for a link to nothing.
+
+    above: device and inode of the folders that this one lies in.
+    """
     try:
-        stat, entries = folder.stat(), list(os.scandir(folder))
+        this, entries = folder.stat(), list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return
-    inside = above | {(stat.st_dev, stat.st_ino)}
+    inside = above | {(this.st_dev, this.st_ino)}
     if len(inside) == len(above):
         raise DataError(f"{folder}: lies in itself, by a link; remove the link")
     for entry in entries:
         if entry.is_dir():
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", inside)
         else:
-            yield prefix + entry.name, entry.stat().st_size
+            yield prefix + entry.name, _stat_size(Path(entry.path)) if entry.is_symlink() else entry.stat().st_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shards.datasets import ReIDDataset, get_dataset
+from shards.datasets.layout import describe_left_out
 from shards.datasets.manifest import TABLE_FORMATS
 from shards.errors import DataError
 from shards.records import ImageRecord
@@ -86,6 +87,8 @@ def _read_part(name: str, roots: Sequence[str], options: dict[str, Any]) -> Coll
     collection.views = _count(dataset.num_views, (record.view for record in collection.records))
     if note := _compare_counts(name, dataset.known_counts, collection.records):
         collection.notes.append(note)
+    if line := describe_left_out(source.left_out):
+        collection.notes.append(f"{name}: {line}")
     return collection
 
 

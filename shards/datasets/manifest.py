@@ -50,7 +50,7 @@ class Manifest:
                     "second --root"
                 )
             if path.suffix.lower() not in IMAGE_ENDINGS:
-                raise DataError(f"{where}: {row['path']!r} is not a .jpg, .png or .webp file")
+                raise DataError(f"{where}: {row['path']!r} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})")
             if row["split"] not in self.splits:
                 raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")
             if not row["identity"]:

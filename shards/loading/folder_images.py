@@ -28,7 +28,7 @@ class FolderImages:
         """Raises DataError that names the file, and StoreError where the store fails and not the image."""
         for name, place in zip(self.names[start:stop], out, strict=True):
             try:
-                image = decode(np.frombuffer(bytearray(self.source.read(name)), np.uint8))
+                image = decode(np.frombuffer(self.source.read(name), np.uint8))
             except StoreError:
                 raise
             except (OSError, ValueError) as error:

@@ -83,7 +83,7 @@ class TarImages:
             raise self._damaged(row, f"the archive holds key {key} in its place")
         if zlib.crc32(data) != self.split.crc32[row]:
             raise self._damaged(row, "its bytes don't fit the checksum in the index")
-        decode_row(self.split, row, np.frombuffer(bytearray(data), np.uint8), out, "bilinear")
+        decode_row(self.split, row, np.frombuffer(data, np.uint8), out, "bilinear")
 
     def _damaged(self, row: int, fault: str) -> DataError:
         return DataError(f"{self.split.where(row)}: {fault}; copy the shard again, or re-pack")

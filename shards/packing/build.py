@@ -24,11 +24,11 @@ from shards.format import (
     INDEX_FILE,
     fingerprint,
     index_schema,
-    make_key,
 )
 from shards.owner import owned_folder
+from shards.packing.findings import count_changes, same_pictures
 from shards.packing.processes import choose_processes, run_tasks
-from shards.packing.shard_plan import PlannedShard, plan_shards
+from shards.packing.shard_plan import PlannedShard, count_hashed_keys, plan_shards
 from shards.packing.validate import check_collection
 from shards.packing.writer import ShardRows, WriteJob, rows_url, write_shard
 from shards.progress import Progress, silent
@@ -82,14 +82,16 @@ def build(
     quality = quality or DEFAULT_QUALITY
     collection = read_collection(dataset, roots, options, noun)
     warnings = check_collection(collection)
-    if strict and warnings:
-        raise DataError(f"--strict, and there are {len(warnings)} warnings: {'; '.join(warnings)}")
+    _refuse(strict, warnings)
     recorded = _recorded_options(options, shard_mb, resize, quality)
     shards = plan_shards(collection, shard_mb << 20, {"resize": resize, "quality": quality if resize else None})
     with owned_folder(out, "packing"):
         if existing := _existing(out, collection, shards, recorded):
+            found = existing.get("found", {})
+            _refuse(strict, found.get("warnings", []))
             storage.remove(join(out, WORK_FOLDER))
-            return BuildReport(existing, warnings, collection.notes, 0, len(shards))
+            warnings, notes = warnings + found.get("warnings", []), collection.notes + found.get("notes", [])
+            return BuildReport(existing, warnings, notes, 0, len(shards))
         work = join(out, WORK_FOLDER)
         storage.make_folder(work)
         finished = _finished(out, work, shards)
@@ -100,8 +102,20 @@ def build(
         ]
         urls = [out, *(source.root for source in collection.sources.values())]
         images = _write(jobs, choose_processes(processes, len(collection.records), urls), progress)
-        written = _publish(out, work, collection, shards, recorded)
-    return BuildReport(written, warnings, collection.notes, images, len(finished))
+        rows = {shard.name: _read_rows(work, shard.name) for shard in shards}
+        found = {
+            "warnings": same_pictures(shards, rows),
+            "notes": count_hashed_keys(shards) + count_changes(shards, rows),
+        }
+        _refuse(strict, found["warnings"])
+        written = _publish(out, work, collection, shards, rows, recorded, found)
+        warnings, notes = warnings + found["warnings"], collection.notes + found["notes"]
+        return BuildReport(written, warnings, notes, images, len(finished))
+
+
+def _refuse(strict: bool, warnings: list[str]) -> None:
+    if strict and warnings:
+        raise DataError(f"--strict, and there are {len(warnings)} warnings: {'; '.join(warnings)}")
 
 
 def _recorded_options(
@@ -161,7 +175,7 @@ def _finished(out: str, work: str, shards: Sequence[PlannedShard]) -> set[str]:
             continue
         shard = file.replace(".json", ".tar")
         rows, url = _read_rows(work, shard), join(out, shard)
-        there = shard in present
+        there = shard in present and len(rows.pixels) == len(rows.offsets)  # else of an earlier version
         if there and signatures.get(shard) == rows.signature and storage.size_bytes(url) == rows.num_bytes:
             finished.add(shard)
             continue
@@ -186,10 +200,18 @@ def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:
 
 
 def _publish(
-    out: str, work: str, collection: Collection, shards: Sequence[PlannedShard], recorded: dict[str, Any]
+    out: str,
+    work: str,
+    collection: Collection,
+    shards: Sequence[PlannedShard],
+    rows: dict[str, ShardRows],
+    recorded: dict[str, Any],
+    found: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Write index.parquet and then dataset.json, from the rows of all shards; returns the latter."""
-    rows = {shard.name: _read_rows(work, shard.name) for shard in shards}
+    """Write index.parquet and then dataset.json, from the rows of all shards; returns the latter.
+
+    found: what the pictures told. A repeated call, which decodes none, tells it from dataset.json.
+    """
     table = _index_table(shards, rows)
     files = {name: {"bytes": row.num_bytes, "crc32": row.crc32} for name, row in rows.items()}
     files[INDEX_FILE] = _write_index(out, work, table)
@@ -204,6 +226,8 @@ def _publish(
         "source": _source_digest(collection, shards),
         "files": files,
     }
+    if any(found.values()):
+        dataset["found"] = found
     write_dataset_json(out, dataset, work)
     storage.remove(work)
     return dataset
@@ -219,7 +243,7 @@ def _index_table(shards: Sequence[PlannedShard], rows: dict[str, ShardRows]) -> 
         columns = {
             "split": [shard.split] * len(records),
             "shard": [shard.name] * len(records),
-            "key": [make_key(r.path) for r in records],
+            "key": shard.keys,
             "offset": row.offsets,
             "size": row.sizes,
             "crc32": row.crcs,

@@ -5,7 +5,6 @@
 One row an identity, training identities first; each image under its split, camera and view.
 """
 
-import io
 from collections import defaultdict
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -17,6 +16,7 @@ from shards import storage
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import read_index_table
+from shards.pictures import BadPicture, read_picture
 from shards.source import ShardSource
 
 CELL = 128
@@ -83,6 +83,6 @@ def _mix_cameras(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _read(source: ShardSource, row: dict[str, Any]) -> Image.Image:
     data = source.read_range(row["shard"], row["offset"], row["offset"] + row["size"])
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
+        return Image.fromarray(read_picture(data).pixels)
+    except BadPicture as error:
         raise DataError(f"{source.where(row['shard'])}: {row['key']} cannot be read ({error}): run verify") from error

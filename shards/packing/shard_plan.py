@@ -8,7 +8,7 @@ knows which shards are finished.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import attrgetter
@@ -16,7 +16,7 @@ from typing import Any
 
 from shards.datasets.joint import Collection, locate
 from shards.errors import DataError, examples
-from shards.format import FORMAT_VERSION, TAR_BLOCK, shard_name
+from shards.format import FORMAT_VERSION, TAR_BLOCK, ascii_key, make_key, make_keys, shard_name
 from shards.records import SPLITS, ImageRecord
 
 _values = attrgetter(*(f.name for f in fields(ImageRecord)))  # dataclasses.astuple copies, ten times slower
@@ -31,6 +31,8 @@ class PlannedShard:
     records: list[ImageRecord]
     labels: list[int]
     """0..N-1 of the sorted training identities; -1 outside train."""
+    keys: list[str]
+    """Names of the images in the shard; unique in the split."""
     signature: str
     """Changes with anything that changes the shard's bytes, except a file rewritten with the same size."""
 
@@ -49,11 +51,23 @@ def plan_shards(collection: Collection, shard_bytes: int, options: dict[str, Any
         records = sorted(
             (r for r in collection.records if r.split == split), key=lambda record: (record.identity, record.path)
         )
+        key_of = dict(zip((r.path for r in records), make_keys([r.path for r in records]), strict=True))
         for number, part in enumerate(_cut(records, sizes, shard_bytes, whole_identities=split == "train")):
             part_labels = [labels[r.identity] if split == "train" else -1 for r in part]
-            signature = _signature(part, part_labels, sizes, options)
-            shards.append(PlannedShard(shard_name(split, number), split, part, part_labels, signature))
+            keys = [key_of[r.path] for r in part]
+            signature = _signature(part, part_labels, keys, sizes, options)
+            shards.append(PlannedShard(shard_name(split, number), split, part, part_labels, keys, signature))
     return shards
+
+
+def count_hashed_keys(shards: Sequence[PlannedShard]) -> list[str]:
+    """A line that says how many keys are not those that their paths alone would give."""
+    hashed = [
+        r.path for shard in shards for r, key in zip(shard.records, shard.keys, strict=True) if key != make_key(r.path)
+    ]
+    if not hashed:
+        return []
+    return [f"{len(hashed):,} keys carry a hash of the path, as others would be the same: {examples(sorted(hashed))}"]
 
 
 def _file_sizes(collection: Collection) -> dict[str, int]:
@@ -91,8 +105,12 @@ def _cut(
         yield shard
 
 
-def _signature(records: list[ImageRecord], labels: list[int], sizes: dict[str, int], options: dict[str, Any]) -> str:
+def _signature(
+    records: list[ImageRecord], labels: list[int], keys: list[str], sizes: dict[str, int], options: dict[str, Any]
+) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True).encode())
-    for record, label in zip(records, labels, strict=True):
+    for record, label, key in zip(records, labels, keys, strict=True):
         digest.update(repr((_values(record), label, sizes[record.path])).encode())
+        if key != ascii_key(record.path):  # else the path says it, as it did before there were other keys
+            digest.update(key.encode())
     return digest.hexdigest()

@@ -40,11 +40,6 @@ def print_build(report: "BuildReport", out: str) -> None:
     else:
         state = "packed"
     console.print(f"{out}: {state}; fingerprint {dataset['fingerprint']}", markup=False)
-    if not dataset["options"]["resize"]:
-        console.print(
-            f"of each image only header and end were looked at: `pack.py verify {out} --all` decodes every one",
-            markup=False,
-        )
 
 
 def print_verify(report: "VerifyReport", url: str) -> None:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 
 from shards.datasets.joint import Collection
 from shards.errors import DataError, examples
-from shards.format import make_key
+from shards.format import make_keys
 from shards.records import SPLITS, ImageRecord
 
 
@@ -28,8 +28,7 @@ def check_collection(collection: Collection) -> list[str]:
 
 def _check_keys(split: str, records: list[ImageRecord]) -> None:
     paths: dict[str, str] = {}
-    for record in records:
-        key = make_key(record.path)
+    for record, key in zip(records, make_keys([record.path for record in records]), strict=True):
         if key in paths:
             raise DataError(
                 f"split {split}: {paths[key]} and {record.path} both get the key {key}: rename one, or list it once"

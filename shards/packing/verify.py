@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import pyarrow
 import pyarrow.compute
-from PIL import Image
 
 from shards import storage
 from shards.dataset_file import read_dataset_json, unknown_keys
@@ -25,17 +24,17 @@ from shards.errors import AccessError, DamagedError
 from shards.format import (
     DATASET_FILE,
     EXTENSIONS,
-    IMAGE_FORMATS,
     INDEX_FILE,
     JSON_COLUMNS,
     fingerprint,
-    make_key,
+    is_key_of,
     read_index_table,
     tar_header,
     tar_padding,
 )
 from shards.packing.processes import Advance, choose_processes, run_tasks
 from shards.packing.writer import REPORT_EVERY
+from shards.pictures import BadPicture, read_picture
 from shards.progress import Progress, silent
 from shards.storage import join
 
@@ -277,7 +276,7 @@ def _json_fault(content: bytes, row: dict[str, Any]) -> str:
         facts = json.loads(content)
     except ValueError:
         return "is not readable"
-    if not isinstance(facts, dict) or make_key(str(facts.get("path"))) != row["key"]:
+    if not isinstance(facts, dict) or not is_key_of(row["key"], str(facts.get("path"))):
         return "names another source path"
     different = [name for name in JSON_COLUMNS if facts.get(name) != row[name]]
     if facts.get("lists", "") != row["lists"]:
@@ -287,10 +286,9 @@ def _json_fault(content: bytes, row: dict[str, Any]) -> str:
 
 def _decode_fault(data: bytes, row: dict[str, Any]) -> str:
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-            image.load()
-    except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
+        width, height = read_picture(data).stored_size
+    except BadPicture as error:
         return f"the image cannot be decoded ({error})"
-    if image.size != (row["width"], row["height"]):
-        return f"the image is {image.width}x{image.height}, the index says {row['width']}x{row['height']}"
+    if (width, height) != (row["width"], row["height"]):
+        return f"the image is {width}x{height}, the index says {row['width']}x{row['height']}"
     return ""

@@ -1,4 +1,4 @@
-"""Write one shard: read its images, check their headers, append them to a tar.
+"""Write one shard: read and decode its images, append them to a tar.
 
     shard plan ──▶ [writer, one process each] ──▶ train-000000.tar + its rows ──▶ build (index.parquet)
 
@@ -16,13 +16,16 @@ from PIL import Image
 from shards import storage
 from shards.datasets.joint import locate
 from shards.errors import StoreError
-from shards.format import EXTENSIONS, IMAGE_FORMATS, TAR_END, make_key, metadata, tar_header, tar_padding
+from shards.format import EXTENSIONS, TAR_END, metadata, tar_header, tar_padding
 from shards.packing.processes import Advance
 from shards.packing.shard_plan import PlannedShard
+from shards.pictures import BadPicture, pixel_hash, read_picture
 from shards.storage import Source
 
 REPORT_EVERY = 64
 """Images between two reports of progress."""
+STORED_AS_PNG = "stored as PNG, without loss"
+"""Beside pictures.CHANGES: what shards do not hold as it is."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class ShardRows:
     crcs: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
-
-
-class BadImage(Exception):
-    """An image that cannot be read; the message is the reason."""
+    pixels: list[str] = field(default_factory=list)
+    """Hashes of the decoded images, before any resizing."""
+    changes: list[list[str]] = field(default_factory=list)
+    """What was or will be done to each image: pictures.CHANGES, STORED_AS_PNG."""
 
 
 class _HasBadImages(Exception):
@@ -62,12 +65,14 @@ class _HasBadImages(Exception):
 
 
 class Encoded(NamedTuple):
-    """An image as it goes into the shard. Width and height in pixels."""
+    """An image as it goes into the shard. Width and height in pixels, as the stored file says them."""
 
     data: bytes
     extension: str
     width: int
     height: int
+    pixels: str
+    changes: list[str]
 
 
 def rows_url(work: str, shard: str) -> str:
@@ -99,20 +104,21 @@ def _write_images(job: WriteJob, file: IO[bytes], rows: ShardRows, bad: list[str
         rows.num_bytes += len(data)
 
     unreported = 0
-    for record, label in zip(job.shard.records, job.shard.labels, strict=True):
+    for record, label, key in zip(job.shard.records, job.shard.labels, job.shard.keys, strict=True):
         source, path = locate(job.sources, record.path)
         try:
             image = encode(read_image(source, path), job.resize, job.quality)
-        except BadImage as error:
+        except BadPicture as error:
             bad.append(f"{record.path} ({error})")
         else:
-            key = make_key(record.path)
             append(tar_header(f"{key}.{image.extension}", len(image.data)))
             rows.offsets.append(rows.num_bytes)
             rows.sizes.append(len(image.data))
             rows.crcs.append(zlib.crc32(image.data))
             rows.widths.append(image.width)
             rows.heights.append(image.height)
+            rows.pixels.append(image.pixels)
+            rows.changes.append(image.changes)
             append(image.data + tar_padding(len(image.data)))
             facts = json.dumps(metadata(record, label), ensure_ascii=False).encode()
             append(tar_header(f"{key}.json", len(facts)) + facts + tar_padding(len(facts)))
@@ -125,38 +131,30 @@ def _write_images(job: WriteJob, file: IO[bytes], rows: ShardRows, bad: list[str
 
 
 def read_image(source: Source, path: str) -> bytes:
+    """A file's bytes. Raises BadPicture where it cannot be read, StoreError where the store fails."""
     try:
         return source.read(path)
     except StoreError:  # the store fails, not the image
         raise
     except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
+        raise BadPicture(error.strerror or str(error)) from error
 
 
 def encode(data: bytes, resize: tuple[int, int] | None, quality: int) -> Encoded:
-    """The bytes to store: the image's own, or those of a resized JPEG. Raises BadImage.
+    """The bytes to store: the image's own where shards hold its format, else those of a PNG, or of a resized JPEG.
 
-    Without resize only the header is read, and the whole image where its end looks cut off.
+    It is decoded in any case. Raises BadPicture unless it is whole.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-            if not resize:
-                file_format = str(image.format)
-                if not _ends_properly(data, file_format):
-                    image.load()
-                return Encoded(data, EXTENSIONS[file_format], image.width, image.height)
-            height, width = resize
-            small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    except Exception as error:  # PIL's decoders raise nearly anything on bad bytes
-        raise BadImage("not a readable JPEG, PNG or WebP" if not data else str(error).splitlines()[0]) from error
+    picture = read_picture(data)
+    pixels, changes = pixel_hash(picture.pixels), list(picture.changes)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=quality)
-    return Encoded(buffer.getvalue(), "jpg", width, height)
-
-
-def _ends_properly(data: bytes, file_format: str) -> bool:
-    if file_format == "PNG":
-        return data[-8:-4] == b"IEND"
-    if file_format == "WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return data.endswith(b"\xff\xd9")
+    if resize:
+        height, width = resize
+        small = Image.fromarray(picture.pixels).resize((width, height), Image.Resampling.BICUBIC)
+        small.save(buffer, "JPEG", quality=quality)
+        return Encoded(buffer.getvalue(), "jpg", width, height, pixels, changes)
+    if extension := EXTENSIONS.get(picture.format):
+        return Encoded(data, extension, *picture.stored_size, pixels, changes)
+    upright = Image.fromarray(picture.pixels)
+    upright.save(buffer, "PNG")
+    return Encoded(buffer.getvalue(), "png", *upright.size, pixels, [*changes, STORED_AS_PNG])

@@ -94,6 +94,21 @@ def test_any_number_of_workers_writes_bitwise_the_same_features(count, name, arg
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_images_of_every_format_are_described_and_what_is_left_out_is_named(arguments, tmp_path, capsys):
+    kinds = {"a.bmp": "BMP", "b.tif": "TIFF", "c.gif": "GIF", "d.jfif": "JPEG", "e.jpe": "JPEG", "f.jpg": "BMP"}
+    (folder := tmp_path / "photos").mkdir()
+    for name, kind in kinds.items():
+        Image.new("RGB", (8, 8), "red").save(folder / name, kind)
+    (folder / "notes.txt").write_text("x")
+    arrays = extracted(*arguments, "--images", folder, out=tmp_path / "f.npz")
+    assert arrays["keys"].tolist() == list(kinds)
+    assert np.allclose(arrays["features"], arrays["features"][0], atol=0.05)
+    assert "1 files left out, no images by their names: notes.txt" in capsys.readouterr().out
+    (folder / "g.jpg").write_text("<html>404</html>")
+    with pytest.raises(DataError, match=r"g.jpg: can't be read as an image \(an HTML page"):
+        extracted(*arguments, "--images", folder, out=tmp_path / "g.npz")
+
+
 def test_two_workers_evaluate_and_rerank_as_one_does(arguments, tmp_path):
     evaluate.main([*arguments, "--out", str(tmp_path / "one.json")])
     on_workers(2, "evaluate.py", *arguments, "--out", tmp_path / "two.json")

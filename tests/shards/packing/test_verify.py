@@ -15,8 +15,10 @@ import pytest
 from shards.errors import DataError
 from shards.format import read_index_table
 from shards.loading.index import ShardIndex
+from shards.packing import writer
 from shards.packing.build import build
 from shards.packing.verify import verify
+from shards.pictures import read_picture
 from tests.helpers.layouts import image_bytes, make_manifest, make_vehicleid, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -189,12 +191,15 @@ def test_wrong_types_in_dataset_json_are_named(copy, changes, fault):
         ShardIndex.open(str(copy), str(copy.parent / "cache"))
 
 
-def test_an_image_that_cannot_be_decoded_is_found_by_all(tmp_path):
+def test_an_image_that_cannot_be_decoded_is_found_by_all(tmp_path, monkeypatch):
+    """build refuses such an image; shards of earlier versions may hold one."""
     manifest = make_manifest(tmp_path, train=4, images=3)
     damaged = bytearray(image_bytes(1001))
     table_start = damaged.index(b"\xff\xc4") + 5
     damaged[table_start : table_start + 16] = b"\xff" * 16  # no Huffman table; header and end are as they should be
     write(tmp_path / "crops" / "0001" / "01.jpg", bytes(damaged))
+    whole = read_picture(image_bytes(1001))
+    monkeypatch.setattr(writer, "read_picture", lambda data: whole)
     build("manifest", [str(manifest)], str(tmp_path / "out"), processes=1)
     assert found(tmp_path / "out") == []
     (problem,) = check(tmp_path / "out", decode_all=True).problems
