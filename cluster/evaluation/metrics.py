@@ -124,8 +124,9 @@ def measure_pair(
 ) -> dict[str, Any]:
     """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
 
-    Raises ModelError for features that are not finite, and where no query has a valid match.
+    Raises ModelError for features that are not finite, and where no query has a valid match or no identity is known.
     """
+    _check_identities(query, gallery)
     return measure_retrieval(
         Rows(query, normalize)[:], _labels(query), Rows(gallery, normalize), _labels(gallery),
         rule=rule, rerank=rerank, team=team, progress=progress, per_query=per_query,
@@ -135,8 +136,20 @@ def measure_pair(
 
 def measure_test(test: FeatureSet, *, normalize: bool, draws: int, seed: int, team: Team) -> dict[str, Any]:
     """The VehicleID protocol on a feature file. Raises as `measure_pair`, and where no image is in a test list."""
+    _check_identities(test)
     features = Rows(test, normalize)[:]
     return measure_vehicleid(features, test.identities, test.lists, draws=draws, seed=seed, team=team)
+
+
+def _check_identities(*sets: FeatureSet) -> None:
+    """Refuse a set of which nothing is known before its features are read: an extraction of a plain folder."""
+    for part in sets:
+        if not _labels(part).known.any():
+            raise ModelError(
+                f"{part.source}: nothing to evaluate, none of {len(part.identities):,} images has an identity (empty "
+                "or -1 is unknown): write their identities into the file, or pack the images with `pack.py build "
+                "--dataset manifest` and extract the splits"
+            )
 
 
 def normalize_rows(features: np.ndarray) -> None:
