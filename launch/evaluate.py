@@ -202,7 +202,8 @@ def show(metrics: dict[str, Any]) -> None:
 
 def _cell(value: float | int | dict[str, float]) -> str:
     if isinstance(value, dict):
-        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+        spread = f" ± {100 * value['std']:.1f}" if "std" in value else ""
+        return f"{100 * value['mean']:.1f}{spread}"
     return f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
 
 

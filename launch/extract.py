@@ -24,8 +24,9 @@ EXAMPLE = """examples:
       --out gallery.parquet eval.flip=true
 
 The file holds `features` float32 [n, D] of length 1 (eval.descriptor, eval.flip), `identities`, `keys`, `splits`,
-`lists`, `times` (strings), `cameras`, `views` (integers, -1 is unknown), in the order of the index, or of the names in
-the folder. A name that ends in .parquet is a folder of Parquet files with the same columns, for large sets.
+`lists`, `times` (strings, empty is unknown), `cameras`, `views` (integers, -1 is unknown), in the order of the index,
+or of the names in the folder. A name that ends in .parquet is a folder of Parquet files with the same columns, for
+large sets.
 Images of a folder are described without side information, as no camera or view of theirs is known.
 Under torchrun the processes share the images, and the features are the same bit by bit; cluster.workers does not
 count."""

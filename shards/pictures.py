@@ -89,7 +89,7 @@ def read_picture(data: bytes | np.ndarray) -> Picture:
 def pixel_hash(pixels: np.ndarray) -> str:
     """Equal for equal pixels of equal size, whatever file they were stored in."""
     digest = hashlib.sha1(repr(pixels.shape).encode(), usedforsecurity=False)
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
@@ -258,10 +258,10 @@ def _to_rgb(image: Image.Image, deep: bool) -> tuple[np.ndarray, tuple[str, ...]
             pixels[values == hidden] = BACKGROUND
             return pixels, (SCALED, COMPOSED)
         return pixels, (SCALED,)
-    changes = (SCALED,) if deep else ()
+    changes: tuple[str, ...] = (SCALED,) if deep else ()
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             changes += (COMPOSED,)
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
     elif image.mode not in ("RGB", "L", "P", "1", "RGBX"):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 SPLITS = ("train", "query", "gallery", "test")
 """All splits, in the order of the index. `test` is VehicleID's: it has no fixed query and gallery."""
 
+UNKNOWN_IDENTITIES = ("", "-1")
+"""What stands for no identity: images that have one of these are not of one identity."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
@@ -18,7 +21,7 @@ class ImageRecord:
     path: str
     """Posix path below the root of its dataset."""
     identity: str
-    """As in the source; the same string in every split means the same identity."""
+    """As in the source; the same string in every split means the same identity, but for UNKNOWN_IDENTITIES."""
     split: str
     """One of SPLITS."""
     camera: int = -1

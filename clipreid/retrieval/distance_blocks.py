@@ -57,8 +57,8 @@ class DistanceBlocks:
         self.peers = peers
         self.device = query_features.device
         self.gallery = gallery_features
-        self.identities = query.identities, gallery.identities
-        self.order = np.argsort(gallery.identities, kind="stable")
+        self.labels = query, gallery
+        self.order = _column_order(gallery)
         self.rows = torch.from_numpy(self.order).to(self.device)
         """Row number in the gallery of each column, int64 [G]."""
         columns = np.empty_like(self.order)
@@ -70,6 +70,8 @@ class DistanceBlocks:
         self.features = [features for features, _ in loaded]
         self.squared = [squared[: len(block.rows)] for block, (_, squared) in zip(self.queries, loaded, strict=True)]
         """|q|² of each block's queries, float32 [b]."""
+        self.num_known = int(gallery.known.sum())
+        """Columns of known identity; the others are behind them."""
         self.starts = _own_starts(len(self.order), peers)
 
     def each(self, work: Work, *, only_met: bool = False, progress: Progress = unreported) -> None:
@@ -108,12 +110,19 @@ class DistanceBlocks:
             rows = self.order[np.linspace(self.starts.start, self.starts.stop - 1, SAMPLE).astype(int)]
             gallery, squared = self._load(self.gallery, rows, SAMPLE, "gallery")
             distances = torch.addmm(squared, queries, gallery.T, alpha=-2) + queries.square().sum(1)[:, None]
-            differ = self.identities[0][self.query_order[number], None] != self.identities[1][rows]
+            differ = self._differ(self.query_order[number], rows)
             negatives = ascending(distances[torch.from_numpy(differ).to(self.device)])
             estimate[0] = negatives[int(rate * len(negatives))] if len(negatives) else torch.inf
             estimate[1] = 1
         estimate = self.peers.all_reduce_sum(estimate)
         return estimate[0] / estimate[1]
+
+    def _differ(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which pairs of these queries and gallery rows are known to be of two identities. bool [queries, rows]."""
+        query, gallery = self.labels
+        known = np.outer(query.known[queries], gallery.known[rows])
+        unlike: np.ndarray = known & (query.identities[queries, None] != gallery.identities[rows])
+        return unlike
 
     def _load(self, source: Tensor | FeatureRows, numbers: np.ndarray, size: int, name: str) -> tuple[Tensor, Tensor]:
         """These rows, filled up with zeros to [size, D], and their squared norms [size]."""
@@ -129,9 +138,16 @@ class DistanceBlocks:
 
 def gallery_rows(gallery: Labels, peers: Peers) -> np.ndarray:
     """The gallery rows that this rank reads, int64, possibly none."""
-    order = np.argsort(gallery.identities, kind="stable")
+    order = _column_order(gallery)
     starts = _own_starts(len(order), peers)
     return order[starts.start : starts.stop]
+
+
+def _column_order(gallery: Labels) -> np.ndarray:
+    """Gallery rows in the order of the columns: by identity, those of unknown identity last. int64 [G]."""
+    order = np.argsort(gallery.identities, kind="stable")
+    known = gallery.known[order]
+    return np.concatenate([order[known], order[~known]])
 
 
 def _own_starts(gallery_size: int, peers: Peers) -> range:

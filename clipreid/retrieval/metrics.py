@@ -20,7 +20,7 @@ from torch import Tensor
 from clipreid.errors import ModelError
 from clipreid.peers import ALONE, Peers
 from clipreid.retrieval.distance_blocks import GALLERY_BLOCK, QUERY_BLOCK, DistanceBlocks, FeatureRows
-from clipreid.retrieval.positives import Labels, PositiveDistances, PositiveRanks, count_up, query_blocks
+from clipreid.retrieval.positives import Labels, Near, PositiveDistances, PositiveRanks, count_up, query_blocks
 from clipreid.retrieval.progress import Progress, unreported
 from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.top_k import Nearest, RankedLists
@@ -49,8 +49,11 @@ class Retrieval:
 
     per_query: PerQuery
     tpr_at_fpr: dict[str, float] | None = None
-    """{"1e-4": …, "1e-3": …, "1e-2": …} over all pairs of a query and what the rule leaves of the gallery."""
+    """{"1e-4": …, "1e-3": …, "1e-2": …} over all pairs of a query and what the rule leaves of the gallery, both of
+    known identity; None where all these are of one identity, so that there is nothing to accept wrongly."""
     nearest: Nearest | None = None
+    unknown: int = 0
+    """Queries and gallery images of unknown identity."""
 
     @property
     def queries(self) -> int:
@@ -85,7 +88,8 @@ class Retrieval:
         ranks = {f"R{rank}": float(cmc[rank - 1]) for rank in (1, 5, 10)}
         rates = {"TPR@FPR": self.tpr_at_fpr} if self.tpr_at_fpr else {}
         counts = {"queries": self.queries, "valid_queries": self.valid_queries}
-        return {"mAP": self.mAP, "mINP": self.mINP, **ranks, **rates, **counts}
+        unknown = {"unknown_identity": self.unknown} if self.unknown else {}
+        return {"mAP": self.mAP, "mINP": self.mINP, **ranks, **rates, **counts, **unknown}
 
 
 def retrieve(
@@ -108,7 +112,7 @@ def retrieve(
     """
     blocks = DistanceBlocks(query_features, query, gallery_features, gallery, rule, peers)
     found = [PositiveDistances(block) for block in blocks.queries]
-    _check_some_positive(sum(len(each.distances) for each in found), len(query.identities), rule)
+    _check_some_positive(sum(len(each.distances) for each in found), query, gallery, rule)
     blocks.each(lambda number, start, distances: found[number].read(distances, start), only_met=True)
     _sum_over_ranks([each.distances for each in found], peers)
     ranks = [each.complete() for each in found]
@@ -122,18 +126,18 @@ def retrieve(
         reach = torch.maximum(ranks[number].reach, verification.reach(squared))
         near = ranks[number].find_near(distances, start, reach)
         ranks[number].count(distances, near, start, blocks.rows)
-        verification.add(near, squared)
+        _verify(verification, blocks, ranks[number], number, start, distances, near)
         if lists:
             lists.add(number, distances, blocks.rows[start : start + distances.shape[1]])
 
     blocks.each(count, progress=progress)
     _sum_over_ranks([each.nearer for each in ranks], peers)
-    rates = _rates(blocks, ranks, verification, positives)
+    rates = _rates(blocks, ranks, verification, positives) if negatives else None
     nearest = lists.merged(blocks.squared, peers) if lists else None
     measures = np.empty((4, len(query.identities)))
     for each in ranks:
         measures[:, each.rows] = _measures(each)
-    return Retrieval(_per_query(measures), rates, nearest)
+    return Retrieval(_per_query(measures), rates, nearest, _count_unknown(query, gallery))
 
 
 def retrieve_by_distance(distances: Tensor, query: Labels, gallery: Labels, *, rule: Rule) -> Retrieval:
@@ -169,8 +173,8 @@ def retrieve_by_blocks(
             ranks.count(some, ranks.find_near(some, start, ranks.reach), start, columns)
         measures[:, rows] = torch.from_numpy(_measures(ranks)).to(device)
     summed = peers.all_reduce_sum(measures).cpu().numpy()
-    _check_some_positive(int(summed[3].sum()), total, rule)
-    return Retrieval(_per_query(summed))
+    _check_some_positive(int(summed[3].sum()), query, gallery, rule)
+    return Retrieval(_per_query(summed), unknown=_count_unknown(query, gallery))
 
 
 def _sum_over_ranks(tensors: list[Tensor], peers: Peers) -> None:
@@ -180,20 +184,33 @@ def _sum_over_ranks(tensors: list[Tensor], peers: Peers) -> None:
         own.copy_(total.view_as(own))
 
 
-def _check_some_positive(positives: int, queries: int, rule: Rule) -> None:
-    if not positives:
-        raise ModelError(
-            f"none of {queries} queries has a gallery image of its identity that rule {rule!r} leaves: "
-            "check the splits, or use another rule."
-        )
+def _check_some_positive(positives: int, query: Labels, gallery: Labels, rule: Rule) -> None:
+    if positives:
+        return
+    for name, labels in (("queries", query), ("gallery images", gallery)):
+        if len(labels.known) and not labels.known.any():
+            raise ModelError(
+                f"nothing to evaluate: none of {len(labels.known)} {name} has a known identity (empty or -1 is "
+                "unknown); give the images their identities."
+            )
+    raise ModelError(
+        f"nothing to evaluate: none of {len(query.known)} queries has a gallery image of its identity that rule "
+        f"{rule!r} leaves: check the splits, or use another rule."
+    )
+
+
+def _count_unknown(*sides: Labels) -> int:
+    return sum(int((~labels.known).sum()) for labels in sides)
 
 
 def _pairs(blocks: DistanceBlocks, ranks: Sequence[PositiveRanks]) -> tuple[Tensor, int]:
-    """Distances of all positives, float32, and the number of all negatives."""
+    """Distances of all positives, float32, and the number of all negatives: pairs known to be of two identities."""
     positives, negatives = [], 0
+    known = blocks.labels[0].known
     for each, squared in zip(ranks, blocks.squared, strict=True):
         positives.append(each.distances + squared[each.positives.row])
-        negatives += len(each.rows) * len(blocks.rows) - len(each.distances) - len(each.block.ignored.row)
+        pairs = int(known[each.rows].sum()) * blocks.num_known
+        negatives += pairs - len(each.distances) - len(each.block.ignored.row)
     return torch.cat(positives), negatives
 
 
@@ -206,12 +223,34 @@ def _rates(
         verification = Verification(positives, verification.negatives, positives.max())
 
         def count(number: int, start: int, distances: Tensor) -> None:
-            squared = blocks.squared[number]
-            verification.add(ranks[number].find_near(distances, start, verification.reach(squared)), squared)
+            _verify(verification, blocks, ranks[number], number, start, distances)
 
         blocks.each(count)
         counts = blocks.peers.all_reduce_sum(verification.counts())
     return verification.rates(counts)
+
+
+def _verify(
+    verification: Verification,
+    blocks: DistanceBlocks,
+    ranks: PositiveRanks,
+    number: int,
+    start: int,
+    distances: Tensor,
+    near: Near | None = None,
+) -> None:
+    """Count a block for TPR@FPR, but no pair with an unknown identity: it may be of one identity or of two.
+
+    near: of the whole block, with a reach of at least the verification's; found here where it is not given.
+    """
+    squared = blocks.squared[number]
+    of_known = distances[:, : max(blocks.num_known - start, 0)]
+    if not of_known.numel():
+        return
+    if near is None or of_known.shape != distances.shape:
+        near = ranks.find_near(of_known, start, verification.reach(squared))
+    known = torch.from_numpy(blocks.labels[0].known[ranks.rows]).to(squared.device)
+    verification.add(near, squared.where(known, torch.inf))
 
 
 def _measures(ranks: PositiveRanks) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clipreid.errors import ModelError
-from clipreid.retrieval.rules import RULES, Rule
+from clipreid.retrieval.rules import RULES, UNKNOWN_IDENTITIES, Rule
 
 NEVER = torch.iinfo(torch.int64).max  # behind all keys
 FEW = 8  # an eighth of a block is few: sorted by itself, in place of all rows
@@ -32,11 +32,21 @@ class Labels:
     """What is known of n images, in the order of their features."""
 
     identities: np.ndarray
-    """[n], integers or strings, comparable between queries and gallery."""
+    """[n], integers or strings, comparable between queries and gallery; -1 and empty are unknown and equal none."""
     cameras: np.ndarray | None = None
     """int64 [n]; -1 is unknown and equals no camera."""
     times: np.ndarray | None = None
     """Strings [n]; empty is unknown and equals no time."""
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """Whose identity is known, bool [n]. A query of unknown identity is not valid, as it has no positive; a gallery
+        image of unknown identity is a wrong one for every query."""
+        if self.identities.dtype.kind in "iu":
+            unknown = np.isin(self.identities, -1)
+        else:
+            unknown = np.isin(np.char.strip(self.identities.astype(str)), UNKNOWN_IDENTITIES)
+        return np.logical_not(unknown)
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,7 @@ def query_blocks(
     ordered = gallery.identities[order]
     first = np.searchsorted(ordered, query.identities, side="left")
     counts = np.searchsorted(ordered, query.identities, side="right") - first
+    counts[~query.known] = 0
 
     def on_device(numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(device)

@@ -31,23 +31,33 @@ def vehicleid(
 ) -> dict[str, dict[str, Any]]:
     """{"small": {"R1": {"mean": …, "std": …}, "R5": …, "mAP": …, "queries": …, "gallery": …}, "medium": …}.
 
-    features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image ("800,1600,2400");
-    a size whose list holds no image is left out. The deviation is that of the draws themselves (divided by their
-    number). Raises ModelError when no image is in any list.
+    features: float [n, D]. identities: [n]. lists: strings [n], the test lists that hold each image
+    ("800,1600,2400"); a size whose list holds no image is left out. The deviation is that of the draws
+    themselves (divided by their number); one draw has none, and no "std". Images of unknown identity, of which nobody
+    can say whether they are a query's match, take no part, and are counted as "unknown_identity".
+    Raises ModelError where no image is in any list, and for a list without a query.
     """
     results = {}
-    members = [set(entry.split(",")) for entry in lists]
     for size, name in LISTS.items():
-        rows = np.flatnonzero([name in entry for entry in members])
-        if len(rows):
-            trials = [
-                vehicleid_draw(features[rows], identities[rows], draw_gallery(identities[rows], seed, draw), peers)
-                for draw in range(draws)
-            ]
-            results[size] = _summary(trials, len(rows))
+        rows, unknown = list_members(identities, lists, name)
+        if not len(rows) + unknown:
+            continue
+        _check_some_query(name, identities[rows], unknown)
+        trials = [
+            vehicleid_draw(features[rows], identities[rows], draw_gallery(identities[rows], seed, draw), peers)
+            for draw in range(draws)
+        ]
+        results[size] = _summary(trials, len(rows)) | ({"unknown_identity": unknown} if unknown else {})
     if not results:
         raise ModelError(f"no test image is in a list named {', '.join(LISTS.values())}: pack VehicleID's test split.")
     return results
+
+
+def list_members(identities: np.ndarray, lists: np.ndarray, name: str) -> tuple[np.ndarray, int]:
+    """Row numbers, int64, of a test list's images of known identity, and how many others it holds."""
+    listed = np.array([name in entry.split(",") for entry in lists], bool)
+    known = Labels(identities).known
+    return np.flatnonzero(listed & known), int((listed & ~known).sum())
 
 
 def draw_gallery(identities: np.ndarray, seed: int, draw: int) -> np.ndarray:
@@ -76,12 +86,22 @@ def vehicleid_draw(
     )
 
 
+def _check_some_query(name: str, identities: np.ndarray, unknown: int) -> None:
+    if len(np.unique(identities)) < len(identities):
+        return
+    fault = "every identity has one image only, which the gallery takes"
+    if not len(identities):
+        fault = f"none of its {unknown} images has a known identity (empty or -1 is unknown)"
+    raise ModelError(f"test list {name}: {fault}: no query is left to evaluate; give its images their identities.")
+
+
 def _summary(trials: list[Retrieval], images: int) -> dict[str, Any]:
     figures = [trial.metrics() for trial in trials]
 
     def over_draws(name: str) -> dict[str, float]:
         values = [figure[name] for figure in figures]
-        return {"mean": float(np.mean(values)), "std": float(np.std(values))}
+        spread = {"std": float(np.std(values))} if len(values) > 1 else {}
+        return {"mean": float(np.mean(values)), **spread}
 
     queries = trials[0].queries
     return {name: over_draws(name) for name in ("R1", "R5", "mAP")} | {"queries": queries, "gallery": images - queries}

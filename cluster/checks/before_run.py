@@ -8,6 +8,8 @@ Reads the dataset's index and the model's name; torch is loaded only to look up 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
@@ -23,7 +25,7 @@ from shards.storage import exists
 def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     """The dataset, and the model to train on it. Raises ConfigError with every fault found, one line each."""
     index = _open_index(config)
-    faults = [*_split_faults(index, config), *_batch_faults(index, config)]
+    faults = [*_split_faults(index, config), *_identity_faults(index, config), *_batch_faults(index, config)]
     if 2 in config.stages:
         faults += _protocol_faults(index, config)
     try:
@@ -41,10 +43,10 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
 
 
 def check_evaluation(config: Config) -> ShardIndex:
-    """The dataset, which has images in the splits of evaluation. Raises ConfigError, also for settings of evaluation
-    that the dataset's protocol has no use for."""
+    """The dataset, which has images of known identity in the splits of evaluation. Raises ConfigError, also for
+    settings of evaluation that the dataset's protocol has no use for."""
     index = _with_splits(config, _evaluation_splits)
-    if faults := list(_protocol_faults(index, config)):
+    if faults := [*_protocol_faults(index, config), *_nothing_to_evaluate(index, config)]:
         raise ConfigError("\n".join(faults))
     return index
 
@@ -112,6 +114,28 @@ def _absent_splits(index: ShardIndex, config: Config, wanted: list[str]) -> Iter
             yield (
                 f"data.shards: {config.data.shards} has no images in split {split}, only in {filled}: "
                 "pack the dataset with it"
+            )
+
+
+def _identity_faults(index: ShardIndex, config: Config) -> Iterator[str]:
+    if "train" in index.split_names:
+        train = index.split("train")
+        unknown = np.flatnonzero(train.identity_codes < 0)
+        if len(unknown):
+            yield (
+                f"data.shards: {config.data.shards} has {len(unknown):,} training images without an identity, "
+                f"{train.where(unknown[0])} for one: pack the dataset without them"
+            )
+    if 2 in config.stages:
+        yield from _nothing_to_evaluate(index, config)
+
+
+def _nothing_to_evaluate(index: ShardIndex, config: Config) -> Iterator[str]:
+    for split in set(_evaluation_splits(index)) & set(index.split_names):
+        if (index.split(split).identity_codes < 0).all():
+            yield (
+                f"data.shards: {config.data.shards} knows no identity of split {split}, so there is nothing to "
+                "evaluate: pack the dataset with identities"
             )
 
 

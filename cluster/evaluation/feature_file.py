@@ -3,11 +3,13 @@
     extract ──▶ [feature file] ──▶ metrics
 
 An extraction holds `features` float32 [n, D], `identities`, `keys`, `splits`, `lists`, `times` (strings [n]), `cameras`
-and `views` (int64 [n], -1 is unknown), in index order. To be evaluated, a file has two such sets, their names beginning
-with `query_` and `gallery_`, or two files have one each. Large sets are folders of parts instead, see feature_parts.
+and `views` (int64 [n]), in index order; -1 and empty are unknown, and equal nothing. To be evaluated, a file has two
+such sets, their names beginning with `query_` and `gallery_`, or two files have one each. Large sets are folders of
+parts instead, see feature_parts.
 Imports no torch, so that mistakes show at once.
 """
 
+import math
 import os
 import struct
 import zipfile
@@ -155,12 +157,20 @@ def _mapped(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarra
     with arrays.zip.open(member) as data:  # Once through, since a map does not compare the checksum.
         while data.read(CHUNK_BYTES):
             pass
+    info = arrays.zip.getinfo(member)
     with local.open("rb") as file:
-        file.seek(arrays.zip.getinfo(member).header_offset + 26)
+        file.seek(info.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # behind the name and the extra field
+        end = file.tell() + info.file_size
         if np.lib.format.read_magic(file) != (1, 0):
             return arrays[name]
         shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
-        if by_column or dtype.hasobject or not np.prod(shape):
+        if by_column or dtype.hasobject or not math.prod(shape):
             return arrays[name]
+        held, needed = end - file.tell(), math.prod(shape) * dtype.itemsize
+        if held != needed:  # Others' bytes would be mapped.
+            raise ConfigError(
+                f"{path}: {name} holds {held:,} bytes, but its header says {dtype} {shape}, {needed:,} bytes: write it "
+                "again"
+            )
         return np.memmap(local, dtype, "r", file.tell(), shape)

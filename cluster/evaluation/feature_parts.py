@@ -81,7 +81,13 @@ def _folder_atomic(folder: Path) -> Iterator[Path]:
 
 
 def _plain(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers, or strings as NumPy's own type."""
+    """Numbers, or strings as NumPy's own type; an empty cell is unknown: -1 or an empty string."""
+    if pa.types.is_dictionary(column.type) or pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    if column.null_count and pa.types.is_integer(column.type):
+        column = column.cast(pa.int64()).fill_null(-1)
+    elif column.null_count and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = column.fill_null("")
     values = column.to_numpy()
     return values.astype(str) if values.dtype == object else values
 

@@ -22,7 +22,7 @@ from clipreid.model.prompts import PromptedText
 from clipreid.model.relevance import relevance_maps
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
-from clipreid.retrieval.vehicleid import LISTS, draw_gallery
+from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
@@ -172,7 +172,7 @@ def ranked_lists(subject: Subject) -> Figure:
         found = nearest.rows[line][nearest.rows[line] >= 0]
         images = pick_images(index, gallery_split, gallery_rows[found].tolist(), size)
         for column, (other, image) in enumerate(zip(found, images, strict=True), start=1):
-            right = gallery.identities[other] == query.identities[line]
+            right = query.known[line] and gallery.identities[other] == query.identities[line]
             _show(grid[line, column], image.permute(1, 2, 0), str(column) if line == 0 else "")
             for spine in grid[line, column].spines.values():
                 spine.set(visible=True, color=RIGHT if right else WRONG, linewidth=3)
@@ -209,13 +209,14 @@ def _query_and_gallery(config: Config, index: ShardIndex) -> tuple[SplitRows, Sp
     if "test" not in index.splits:
         return ("query", np.arange(len(index.split("query")))), ("gallery", np.arange(len(index.split("gallery"))))
     test = index.split("test")
-    lists = [set(entry.split(",")) for entry in test.lists]
     for name in reversed(LISTS.values()):
-        rows = np.flatnonzero([name in entry for entry in lists])
+        rows, _ = list_members(test.identity_codes, test.lists, name)
         if len(rows):
             gallery = draw_gallery(test.identity_codes[rows], config.run.seed, 0)
             return ("test", np.delete(rows, gallery)), ("test", rows[gallery])
-    raise ConfigError(f"data.shards={index.url}: no image of split test is in a test list; pack it with its lists")
+    raise ConfigError(
+        f"data.shards={index.url}: no image of split test that has an identity is in a test list; pack it with both"
+    )
 
 
 def _labels(index: ShardIndex, split: str, rows: np.ndarray) -> Labels:

@@ -107,8 +107,9 @@ def metrics_of_pair(
 ) -> dict[str, Any]:
     """Metrics of feature files, the same on every rank. normalize: features are scaled to length 1.
 
-    Raises ModelError for features that are not finite, and where no query has a valid match.
+    Raises ModelError for features that are not finite, and where no query has a valid match or no identity is known.
     """
+    _check_identities(query, gallery)
     # A block of rows at a time is all that is asked of the gallery, and this much of an array `Rows` is.
     rows = cast(np.ndarray, Rows(gallery, normalize))
     return retrieval_metrics(
@@ -122,6 +123,7 @@ def metrics_of_pair(
 
 def metrics_of_test(test: FeatureSet, *, normalize: bool, draws: DrawSettings, team: Team) -> dict[str, Any]:
     """The VehicleID protocol on a feature file. Raises as `metrics_of_pair`, and where no image is in a test list."""
+    _check_identities(test)
     assert test.lists is not None, "read_test refuses a file without them"
     return vehicleid_metrics(Rows(test, normalize)[:], test.identities, test.lists, draws, team)
 
@@ -190,6 +192,17 @@ class Rows:
             f"{self.file.source}: row {row}{key} holds values that are not finite: extract it again, and if they come "
             "again look at the weights, which may not be finite either"
         )
+
+
+def _check_identities(*sets: FeatureSet) -> None:
+    """Refuse a set of which nothing is known before its features are read: an extraction of a plain folder."""
+    for file in sets:
+        if not _labels_of_file(file).known.any():
+            raise ModelError(
+                f"{file.source}: nothing to evaluate, none of {len(file.identities):,} images has an identity (empty "
+                "or -1 is unknown): write their identities into the file, or pack the images with `pack.py build "
+                "--dataset manifest` and extract the splits"
+            )
 
 
 def normalize_rows(features: np.ndarray) -> None:

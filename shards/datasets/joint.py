@@ -14,7 +14,7 @@ from shards.datasets import ReIDDataset, get_dataset
 from shards.datasets.layout import describe_left_out
 from shards.datasets.manifest import TABLE_FORMATS
 from shards.errors import DataError
-from shards.records import ImageRecord
+from shards.records import UNKNOWN_IDENTITIES, ImageRecord
 from shards.storage import Source
 
 
@@ -78,6 +78,11 @@ def _read_part(name: str, roots: Sequence[str], options: dict[str, Any]) -> Coll
     collection.records = list(dataset.records(source, collection.warnings.append))
     if not collection.records:
         raise DataError(f"{name} at {roots[0]}: holds no images of {', '.join(dataset.splits)}")
+    if unknown := [record.path for record in collection.records if record.identity.strip() in UNKNOWN_IDENTITIES]:
+        raise DataError(
+            f"{name} at {roots[0]}: {len(unknown):,} images have no identity, {unknown[0]} for one: leave them out, or "
+            "give them one"
+        )
     present = {record.split for record in collection.records}
     for split in dataset.splits:
         if split not in present:

@@ -52,7 +52,8 @@ def list_folder(source: Source, folder: str) -> Listing:
     What file managers and archivers leave behind (`._x`, `.DS_Store`, `__MACOSX/`) is in neither list. An image is a
     file whose name ends as one and does not begin with a dot, nor a folder's above it.
     """
-    images, left_out = [], []
+    images: list[str] = []
+    left_out: list[str] = []
     for path in source.files(folder):
         *folders, name = path.split("/")  # pathlib would take half the time of parsing a large dataset
         if name in LITTER or name.startswith("._") or "__MACOSX" in folders:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shards import storage
 from shards.errors import DataError, StoreError
 from shards.format import IMAGE_ENDINGS
-from shards.records import ImageRecord
+from shards.records import UNKNOWN_IDENTITIES, ImageRecord
 from shards.storage import Source
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class Manifest:
                 raise DataError(f"{where}: {row['path']!r} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})")
             if row["split"] not in self.splits:
                 raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")
-            if not row["identity"]:
-                raise DataError(f"{where}: identity is empty")
+            if row["identity"] in UNKNOWN_IDENTITIES:
+                said = row["identity"] or "empty"
+                raise DataError(f"{where}: identity is {said}, which is none: leave the image out, or give it one")
             yield ImageRecord(
                 str(path),
                 row["identity"],

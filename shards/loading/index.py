@@ -20,6 +20,7 @@ from shards.errors import DataError
 from shards.format import TAR_BLOCK
 from shards.loading.cache import node_cache_dir
 from shards.loading.index_file import address, numpy, open_table, single
+from shards.records import UNKNOWN_IDENTITIES
 from shards.source import ShardSource
 
 
@@ -54,7 +55,7 @@ class ShardIndex:
 
     @cached_property
     def identities(self) -> list[str]:
-        """All identities of all splits, sorted; `identity_codes` of every split are numbers into this list."""
+        """All identities of all splits, sorted; `identity_codes` of every split are numbers into this list, or -1."""
         return self._dictionary("identity").to_pylist()
 
     @cached_property
@@ -138,8 +139,10 @@ class SplitIndex:
 
     @cached_property
     def identity_codes(self) -> np.ndarray:
-        """int64, numbers into `identities`; equal codes are equal identities, across splits too."""
-        return self._codes("identity").astype(np.int64)
+        """int64, numbers into `identities`; equal codes are equal identities, across splits too. -1 is unknown."""
+        codes = self._codes("identity").astype(np.int64)
+        unknown = [code for code, name in enumerate(self.identities) if name.strip() in UNKNOWN_IDENTITIES]
+        return np.where(np.isin(codes, unknown), -1, codes) if unknown else codes
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -193,7 +196,7 @@ class SplitIndex:
 
     @cached_property
     def num_identities(self) -> int:
-        return len(np.unique(self.identity_codes))
+        return len(np.unique(self.identity_codes[self.identity_codes >= 0]))
 
     @cached_property
     def label_names(self) -> list[str]:

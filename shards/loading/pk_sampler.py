@@ -107,6 +107,11 @@ def check_settings(split: SplitIndex, settings: PKSettings, world_size: int = 1)
     name, nodes = split.index.name, settings.virtual_nodes
     if settings.strategy not in STRATEGIES:
         raise DataError(f"data.sampler is {settings.strategy!r}; known: {', '.join(STRATEGIES)}")
+    if (split.labels < 0).any():
+        raise DataError(
+            f"{name}: {int((split.labels < 0).sum())} images of split {split.name} have no label: pack it again, each "
+            "training image with its identity"
+        )
     if split.num_identities < settings.identities:
         raise DataError(
             f"stage2.identities: {settings.identities} identities per batch, but {name} has {split.num_identities} "

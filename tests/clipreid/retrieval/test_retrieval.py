@@ -284,10 +284,70 @@ def test_rates_of_accepted_pairs_equal_sorting_all_pairs(small_blocks, monkeypat
             assert result.tpr_at_fpr == expected
 
 
-def test_every_positive_is_accepted_where_there_is_no_negative():
+def test_where_no_pair_is_of_two_identities_there_is_no_rate_of_false_ones():
     features, labels = torch.eye(3)[[0, 0]], Labels(np.array([5, 5]))
     result = retrieve(features, labels, features, labels, rule="none")
-    assert result.tpr_at_fpr == {"1e-4": 1.0, "1e-3": 1.0, "1e-2": 1.0}
+    assert result.tpr_at_fpr is None and "TPR@FPR" not in result.metrics() and result.mAP == 1.0
+
+
+UNKNOWN = {"int": (-1,), "text": ("", "-1", " ")}
+
+
+def with_unknown(case, kind, seed):
+    """The case with a third of its images' identities unknown."""
+    rng = np.random.default_rng(seed)
+    sides = []
+    for features, labels in (case[:2], case[2:]):
+        identities = labels.identities if kind == "int" else np.array([f"id {i}" for i in labels.identities], "U9")
+        places = rng.random(len(identities)) < 1 / 3
+        identities[places] = rng.choice(UNKNOWN[kind], places.sum())
+        sides += features, Labels(identities, labels.cameras, labels.times), ~places
+    return sides
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", UNKNOWN)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_unknown_identity_equals_none_not_even_another_unknown_one(small_blocks, rule, kind, world_size):
+    """A query of unknown identity changes no figure; a gallery image is a wrong one; neither counts for TPR@FPR."""
+    for seed in range(3):
+        case = random_case(60, 200, 9, seed)
+        query, query_labels, query_known, gallery, gallery_labels, gallery_known = with_unknown(case, kind, seed)
+        alone = retrieve(
+            query[query_known], Labels(*(column[query_known] for column in vars_of(query_labels))),
+            gallery[gallery_known], Labels(*(column[gallery_known] for column in vars_of(gallery_labels))), rule=rule,
+        )  # fmt: skip
+        numbered = gallery_labels.identities.copy().astype("U12")
+        numbered[~gallery_known] = [f"other {n}" for n in range((~gallery_known).sum())]
+        asked = query_labels.identities.astype("U12")[query_known]
+        wrong = retrieve(
+            query[query_known], Labels(asked, *vars_of(query_labels, query_known)[1:]),
+            gallery, Labels(numbered, *vars_of(gallery_labels)[1:]), rule=rule,
+        ).metrics()  # fmt: skip
+        for found in on_ranks(world_size, query, query_labels, gallery.numpy(), gallery_labels, rule=rule):
+            assert found.tpr_at_fpr == alone.tpr_at_fpr
+            figures = found.metrics()
+            assert figures.pop("unknown_identity") == (~query_known).sum() + (~gallery_known).sum()
+            assert (figures.pop("queries"), wrong["queries"]) == (60, query_known.sum())
+            assert figures == {name: wrong[name] for name in figures} | {"TPR@FPR": alone.tpr_at_fpr}
+            assert not found.per_query.positives[~query_known].any()
+
+
+def vars_of(labels, rows=slice(None)):
+    return [column[rows] for column in (labels.identities, labels.cameras, labels.times)]
+
+
+@pytest.mark.parametrize("identities", [np.array(["", "", "-1"]), np.full(3, -1)])
+@pytest.mark.parametrize("side", ["queries", "gallery images"])
+def test_nothing_known_is_nothing_to_evaluate(identities, side):
+    features = torch.eye(3)
+    known = np.array(["a", "b", "c"]) if identities.dtype.kind == "U" else np.arange(3)
+    query, gallery = (Labels(ids) for ids in ((identities, known) if side == "queries" else (known, identities)))
+    reason = f"nothing to evaluate: none of 3 {side} has a known identity"
+    with pytest.raises(ModelError, match=reason):
+        retrieve(features, query, features, gallery, rule="none")
+    with pytest.raises(ModelError, match=reason):
+        retrieve_by_distance(torch.cdist(features, features), query, gallery, rule="none")
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -404,3 +464,23 @@ def test_vehicleid_reports_each_list_over_its_draws():
         values = [result[name] for result in results]
         assert report["small"][name] == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values))}
     assert report["small"]["gallery"] == 20 and report["small"]["queries"] == len(rows) - 20
+
+
+def test_vehicleid_leaves_images_of_unknown_identity_out_and_counts_them():
+    rng = np.random.default_rng(0)
+    features, identities = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), rng.integers(0, 8, 40)
+    unknown = np.concatenate([identities, np.full(9, -1)])
+    more = torch.cat([features, torch.randn(9, 6)])
+    expected = vehicleid(features, identities, np.full(40, "800"), draws=3)["small"]
+    found = vehicleid(more, unknown, np.full(49, "800"), draws=3)["small"]
+    assert found == expected | {"unknown_identity": 9}
+    with pytest.raises(ModelError, match="test list 800: none of its 9 images has a known identity"):
+        vehicleid(more[40:], unknown[40:], np.full(9, "800"))
+    with pytest.raises(ModelError, match="test list 800: every identity has one image only.*no query is left"):
+        vehicleid(features[:3], np.arange(3), np.full(3, "800"))
+
+
+def test_one_draw_has_no_deviation():
+    features, identities = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), np.arange(20) % 4
+    one = vehicleid(features, identities, np.full(20, "800"), draws=1)["small"]
+    assert all(set(one[name]) == {"mean"} for name in ("R1", "R5", "mAP"))

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -519,6 +520,54 @@ def test_rows_of_unit_length_keep_every_bit():
     assert np.array_equal(features[:500], rows.numpy())
     close(features[500:1000], rows, rtol=1e-6, atol=1e-7)
     assert not features[1000].any()
+
+
+def test_an_extraction_of_a_plain_folder_is_nothing_to_evaluate(clip, tmp_path):
+    """Nothing is known of its images: they are not all of one identity."""
+    for place in range(4):
+        Image.fromarray(np.random.default_rng(place).integers(0, 255, (32, 32, 3), np.uint8)).save(
+            tmp_path / f"{place}.png"
+        )
+    arrays = extracted(*clip, "--images", tmp_path, out=tmp_path / "photos.npz")
+    assert arrays["identities"].tolist() == [""] * 4
+    known = features_file(tmp_path / "known.npz", arrays | {"identities": np.array(list("abcd"))})
+    for files in (["photos", "photos"], ["known", "photos"], ["photos", "known"]):
+        reason = "photos.npz: features: nothing to evaluate, none of 4 images has an identity .*--dataset manifest"
+        with pytest.raises(ModelError, match=reason):
+            evaluated("--features", *(tmp_path / f"{name}.npz" for name in files), out=tmp_path / "metrics.json")
+    assert known.exists() and not (tmp_path / "metrics.json").exists()
+
+
+def test_features_of_unknown_identity_change_no_figure_of_the_others(tmp_path):
+    """As numbers and as text; also re-ranked figures count no query of unknown identity."""
+    arrays = random_pair(30, 90)
+    plain = evaluated(
+        "--features", features_file(tmp_path / "plain.npz", arrays), "--rerank", "4,2,0.3", out=tmp_path / "m.json"
+    )
+    rows = np.r_[np.arange(30), np.zeros(5, int)]
+    more = {name: value[rows] for name, value in arrays.items() if name.startswith("query_")}
+    more["query_identities"][30:] = -1
+    for kind in (int, str):
+        some = arrays | more
+        some |= {name: some[name].astype(kind) for name in ("query_identities", "gallery_identities")}
+        found = evaluated("--features", features_file(tmp_path / "more.npz", some), out=tmp_path / "m.json")
+        assert (found.pop("unknown_identity"), found.pop("queries")) == (5, 35)
+        assert found == {name: plain[name] for name in found}
+    found = evaluated("--features", tmp_path / "more.npz", "--rerank", "4,2,0.3", out=tmp_path / "m.json")["rerank"]
+    assert (found["unknown_identity"], found["valid_queries"]) == (5, plain["valid_queries"])
+
+
+@pytest.mark.parametrize("missing", [1, 100, 16 * 40 * 4])
+def test_a_member_shorter_than_its_header_says_is_refused(missing, tmp_path):
+    """A sound archive, whose next member's bytes would be read as features."""
+    path = features_file(tmp_path / "whole.npz", random_pair(9, 40))
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "short.npz", "w") as short:
+        for name in whole.namelist():
+            content = whole.read(name)
+            short.writestr(name, content[: len(content) - missing] if name == "gallery_features.npy" else content)
+    reason = r"short.npz: gallery_features holds .* bytes, but its header says float32 \(40, 16\), 2,560 bytes"
+    with pytest.raises(ConfigError, match=reason):
+        evaluated("--features", tmp_path / "short.npz", out=tmp_path / "metrics.json")
 
 
 # --- what is refused

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -268,6 +269,21 @@ def test_a_place_that_is_taken_is_refused_before_any_work(make, name, reason, tm
         extract.main(["--config", "none.yaml", "--weights", "none", "--split", "query", "--out", str(out)])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and reason in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_empty_cell_of_a_part_is_unknown(tmp_path):
+    """Not the text None, which would be one identity, nor a number of its own."""
+    columns = {
+        "features": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(12, np.float32)), 3),
+        "identities": pa.array(["a", None, None, "b"]),
+        "cameras": pa.array([0, None, 2, None]),
+        "times": pa.array([None, None, None, None]),
+    }
+    (tmp_path / "query.parquet").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "query.parquet" / "part-00000.parquet")
+    part = read_pair([str(tmp_path / "query.parquet")] * 2, "camera_time")[0]
+    assert part.identities.tolist() == ["a", "", "", "b"] and part.times.tolist() == [""] * 4
+    assert part.cameras.tolist() == [0, -1, 2, -1]
 
 
 def test_a_folder_that_holds_no_features_is_refused(tmp_path):

@@ -65,6 +65,14 @@ def test_identity_codes_are_shared_by_all_splits(tiny):
     assert [index.identities[code] for code in gallery.identity_codes] == gallery.identity.tolist()
 
 
+def test_unknown_identities_have_no_code(tmp_path):
+    write_shards(tmp_path / "set", {"query": {"": 2, "x": 1}, "gallery": {"-1": 2, "x": 2}})
+    index = opened(tmp_path / "set")
+    assert index.split("query").identity_codes.tolist() == [-1, -1, index.identities.index("x")]
+    assert index.split("gallery").identity_codes.tolist() == [-1, -1] + [index.identities.index("x")] * 2
+    assert index.split("query").num_identities == 1
+
+
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tiny):
     with pytest.raises(DataError, match=r"no split 'test'; it has: gallery, query, train"):
         opened(tiny).split("test")

@@ -329,3 +329,10 @@ def test_the_benchmark_plans_what_the_plain_loop_plans():
     result = benchmark.run(["--rounds", "1"])
     assert (result["index_images"], result["train_images"], result["train_identities"]) == (221_763, 113_346, 13_164)
     assert min(*result["open_index_s"].values(), *result["plan_epoch_s"].values(), result["plain_loop_s"]) > 0
+
+
+def test_training_images_without_a_label_are_no_identity():
+    split = split_of([4, 4, 4])
+    split.labels[:3] = -1
+    with pytest.raises(DataError, match="tiny: 3 images of split train have no label: pack it again"):
+        epoch_plan(split, PKSettings(identities=2, images_per_identity=2), 1)
