@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -46,8 +46,8 @@ class _Write:
     """A write under way on this rank."""
 
     manifest: CheckpointManifest
-    starts: dict[str, int]
-    """First element of this rank's piece, by parameter."""
+    starts: dict[str, int] | None
+    """First element of this rank's piece, by parameter; None where the pieces are there already."""
     thread: threading.Thread | None = None
     piece_done: threading.Event = field(default_factory=threading.Event)
 
@@ -84,11 +84,23 @@ class CheckpointWriter:
         return self._failure is not None
 
     def save(self, position: Position, engine: Engine, *, mAP: float | None = None) -> None:
-        """Copy this rank's state and write it in the background, unless a complete checkpoint has it. All ranks call
-        this together. Raises TrainingError where the write before this one failed."""
+        """Copy this rank's state and write it in the background; of a complete checkpoint of the same step only the
+        manifest, and nothing where that says as much. All ranks call this together. Raises TrainingError where the
+        write before this one failed."""
         self.finish()
-        if self._is_saved(position):
-            return
+        manifest = self._manifest(position, engine, mAP)
+        if self._complete is None or not _same_step(self._complete.position, position):
+            self._start(_Write(manifest, self._copy_state(engine)))
+        elif position.epoch_done and not self._complete.position.epoch_done:
+            self._start(_Write(replace(self._complete, position=position, mAP=mAP), None))
+
+    def _start(self, write: _Write) -> None:
+        self._write = write
+        write.thread = threading.Thread(target=self._work, args=(write,), daemon=True)
+        write.thread.start()
+
+    def _copy_state(self, engine: Engine) -> dict[str, int]:
+        """The first element of each of this rank's pieces, whose copies are on their way."""
         tensors: dict[str, Tensor] = {}
         starts = {}
         for piece in engine.fragments(self.team.rank):
@@ -97,9 +109,7 @@ class CheckpointWriter:
         if self.team.is_first:
             tensors |= {f"buffer/{name}": buffer for name, buffer in kept_buffers(engine.module)}
         self._copy.take(tensors)
-        self._write = write = _Write(self._manifest(position, engine, mAP), starts)
-        write.thread = threading.Thread(target=self._work, args=(write,), daemon=True)
-        write.thread.start()
+        return starts
 
     def _manifest(self, position: Position, engine: Engine, mAP: float | None) -> CheckpointManifest:
         return CheckpointManifest(
@@ -135,14 +145,6 @@ class CheckpointWriter:
         if not done:
             self._failure = f"rank {self.team.rank} is not done after {self.timeout_s:g} s", STORAGE_REMEDY
 
-    def _is_saved(self, position: Position) -> bool:
-        if self._complete is None:
-            return False
-        newest = self._complete.position
-        if (newest.stage, newest.step) != (position.stage, position.step):
-            return False
-        return newest.epoch_done or not position.epoch_done
-
     def _fail_together(self, write: _Write) -> None:
         outcome = (self._failure, self._complete_name)
         outcomes = self.team.all_gather_objects(outcome, "finish the checkpoint before")
@@ -164,16 +166,18 @@ class CheckpointWriter:
         """What the thread does."""
         manifest = write.manifest
         try:
-            self._copy.arrive()
-            if bad := self._copy.not_finite():
-                more = f" and {len(bad) - 1} more" if bad[1:] else ""
-                self._failure = f"{bad[0]}{more} not finite after {manifest.position.words}", NOT_FINITE_REMEDY
-                return
             folder = f"{FOLDER}/{manifest.name}"
-            self._write_piece(folder, write.starts)
+            if write.starts is not None:
+                self._copy.arrive()
+                if bad := self._copy.not_finite():
+                    more = f" and {len(bad) - 1} more" if bad[1:] else ""
+                    self._failure = f"{bad[0]}{more} not finite after {manifest.position.words}", NOT_FINITE_REMEDY
+                    return
+                self._write_piece(folder, write.starts)
             write.piece_done.set()
             if self.team.is_first:
-                manifest.files = self._facts_of_all_ranks(folder)
+                if write.starts is not None:
+                    manifest.files = self._facts_of_all_ranks(folder)
                 self.run.write_json(f"{folder}/manifest.json", manifest.dump())
                 self._complete_name = manifest.name
                 for name in self.retention.removable(self.run):
@@ -203,13 +207,18 @@ class CheckpointWriter:
         return {f: self.run.read_json(f"{folder}/{f}.json") for f in files}
 
 
+def _same_step(one: Position, other: Position) -> bool:
+    return (one.stage, one.step) == (other.stage, other.step)
+
+
 def _file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank}-of-{world_size}.safetensors"
 
 
 class Due:
-    """When a checkpoint is due: by steps and epochs on every rank alike, by the clock on the rank that is asked.
+    """Whether a checkpoint is due: by steps and epochs on every rank alike, by the clock on the rank that is asked.
 
+    What has become due stays `owed` until it is saved, so that whoever can save next does it, whatever the reason was.
     0 as interval: never for this reason.
     """
 
@@ -225,15 +234,18 @@ class Due:
         self.every_epochs = every_epochs
         self.clock = clock
         self.last_s = clock()
-
-    def by_steps(self, step: int) -> bool:
-        return bool(self.every_steps) and step % self.every_steps == 0
-
-    def by_epochs(self, epoch: int) -> bool:
-        return bool(self.every_epochs) and epoch % self.every_epochs == 0
+        self.owed = False
 
     def by_clock(self) -> bool:
         return bool(self.every_s) and self.clock() - self.last_s > self.every_s
 
+    def after_step(self, step: int, *, asked: bool) -> None:
+        """A step is done. asked: the clock asked for a checkpoint, as far as all ranks know."""
+        self.owed |= asked or bool(self.every_steps and step % self.every_steps == 0)
+
+    def after_epoch(self, epoch: int, *, is_last: bool) -> None:
+        """An epoch's steps are done. is_last: of its stage, whose end is always kept."""
+        self.owed |= is_last or bool(self.every_epochs and epoch % self.every_epochs == 0)
+
     def saved(self) -> None:
-        self.last_s = self.clock()
+        self.last_s, self.owed = self.clock(), False

@@ -64,8 +64,9 @@ class Loop:
     due: Due
     reporter: Reporter
     interrupts: Interrupts
-    evaluate: Callable[[int], dict[str, Any] | None] = lambda epoch: None
-    """Called by every rank at the end of an epoch, before its checkpoint: metrics, where they are due."""
+    evaluate: Callable[[int], dict[str, Any]] | None = None
+    """Called by every rank at the end of an epoch that `evaluates` names: its metrics."""
+    evaluates: Callable[[int], bool] = lambda epoch: False
 
     def run(self, stage: Stage, start: Position) -> None:
         """Train from `start` (what is done already) to the stage's last epoch.
@@ -84,11 +85,12 @@ class Loop:
             for batch in stage.batches(epoch, epoch_step + 1):
                 epoch_step, step = epoch_step + 1, step + 1
                 here = Position(stage.number, epoch, epoch_step, step, False)
-                entry, save, interrupt = self._train_step(stage, batch, here)
+                entry, asked, interrupt = self._train_step(stage, batch, here)
                 entry["images_per_s"] = round(throughput.after_a_step(), 2)
                 steps_left = num_steps - epoch_step + num_steps * (stage.epochs - epoch)
                 self.reporter.step(entry, steps_left=steps_left, epochs=stage.epochs)
-                if interrupt or (save and epoch_step < num_steps):  # After a stop the next start ends the epoch.
+                self.due.after_step(step, asked=asked)
+                if interrupt or (self.due.owed and epoch_step < num_steps):  # The epoch's end pays what is owed then.
                     self._save(stage, here)
                 if interrupt:
                     self.writer.finish()
@@ -100,7 +102,8 @@ class Loop:
     def _train_step(
         self, stage: Stage, batch: Any, here: Position
     ) -> tuple[dict[str, Any], bool, type[Preempted] | None]:
-        """One optimizer step: the log entry, whether a checkpoint is due, and what interrupts the run, if anything."""
+        """One optimizer step: the log entry, whether the clock asks for a checkpoint, and what interrupts the run, if
+        anything does."""
         patience = PATIENCE if here.epoch_step == 1 else 1.0  # Compiling and warming up come with a first step.
         with self.team.within(f"train stage {here.stage}, epoch {here.epoch}, step {here.step}", patience):
             stage.engine.remember_buffers()
@@ -117,7 +120,7 @@ class Loop:
                 self.writer.finish()
             interrupt = self.interrupts.confirm(Pending(requests.stop, requests.drain_poll))
         entry = {"stage": here.stage, "epoch": here.epoch, "step": here.step, **means, "lr": stage.lr(here.epoch)}
-        return entry, self.due.by_steps(here.step) or requests.save, interrupt
+        return entry, requests.save, interrupt
 
     def _check_finite(self, means: dict[str, float], stage: Stage, batch: Any, here: Position) -> None:
         """Stop before a loss that is not finite moves a parameter; the state before the step is saved first."""
@@ -148,9 +151,14 @@ class Loop:
         )
 
     def _end_epoch(self, stage: Stage, done: Position) -> None:
-        metrics = self.evaluate(done.epoch)
+        self.due.after_epoch(done.epoch, is_last=done.epoch == stage.epochs)
+        metrics = None
+        if self.evaluate and self.evaluates(done.epoch):
+            if self.due.owed:  # First: a kill in the evaluation must not cost the steps.
+                self._save(stage, done._replace(epoch_done=False))
+            metrics = self.evaluate(done.epoch)
         self.reporter.epoch(done.stage, done.epoch, metrics)
-        if metrics or done.epoch == stage.epochs or self.due.by_epochs(done.epoch):
+        if metrics or self.due.owed:
             self._save(stage, done, mAP=headline(metrics)["mAP"] if metrics else None)
 
     def _save(self, stage: Stage, position: Position, mAP: float | None = None) -> None:

@@ -170,12 +170,10 @@ class Run:
         with torch.compiler.set_stance("force_eager"):
             return evaluate(self.model, self.index, self.config, self.team, progress=self.reporter.images)
 
-    def _evaluate_epoch(self, epoch: int) -> dict[str, Any] | None:
-        """Metrics after an epoch of stage 2, where they are due; those of the last one belong to the finished run."""
+    def _evaluates(self, epoch: int) -> bool:
+        """Whether metrics are due after an epoch of stage 2; those of the last one belong to the finished run."""
         every = self.config.eval.every_epochs
-        if not every or epoch % every or epoch == self.config.stage2.epochs:
-            return None
-        return self.evaluate(f"evaluate epoch {epoch}")
+        return bool(every) and epoch % every == 0 and epoch != self.config.stage2.epochs
 
     def stage1(self) -> None:
         """Learn the prompt tokens and write them with the text features of all identities."""
@@ -240,7 +238,8 @@ class Run:
         self._restore(stage.engine, stage.number)
         loop = Loop(self.team, self.writer, self.due, self.reporter, self.interrupts)
         if stage.number == 2:
-            loop.evaluate = self._evaluate_epoch
+            loop.evaluates = self._evaluates
+            loop.evaluate = lambda epoch: self.evaluate(f"evaluate epoch {epoch}")
         try:
             loop.run(stage, start)
         except BaseException:

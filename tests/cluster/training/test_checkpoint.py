@@ -209,7 +209,7 @@ def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
     def start(position):
         writer = writer_at(tmp_path, keep=9)
         loop = loop_over(writer, Due(every_steps=3, every_epochs=1), interrupts)
-        loop.evaluate = evaluate
+        loop.evaluate, loop.evaluates = evaluate, lambda epoch: True
         loop.run(SoundStage(), position)
 
     with pytest.raises(Preempted):
@@ -333,13 +333,23 @@ def test_a_checkpoint_is_read_by_fewer_and_by_more_ranks_than_wrote_it(tmp_path)
     assert on_processes(2, load_on_two, str(tmp_path / "by one")) == [[3.0] * 6] * 2
 
 
-def test_due_by_steps_and_by_the_clock():
+def test_due_by_steps_by_epochs_and_by_the_clock_until_saved():
     now = [0.0]
-    due = Due(every_steps=4, every_minutes=1, clock=lambda: now[0])
-    assert [step for step in range(1, 9) if due.by_steps(step)] == [4, 8]
+    due = Due(every_steps=4, every_minutes=1, every_epochs=2, clock=lambda: now[0])
+
+    def owed_after(remember):
+        remember()
+        owed, due.owed = due.owed, False
+        return owed
+
+    assert [s for s in range(1, 9) if owed_after(lambda s=s: due.after_step(s, asked=False))] == [4, 8]
+    assert [e for e in range(1, 6) if owed_after(lambda e=e: due.after_epoch(e, is_last=e == 5))] == [2, 4, 5]
     now[0] = 59
     assert not due.by_clock()
     now[0] = 61
     assert due.by_clock()
+    due.after_step(1, asked=True)
+    due.after_step(2, asked=False)
+    assert due.owed
     due.saved()
-    assert not due.by_clock()
+    assert not due.owed and not due.by_clock()
