@@ -6,6 +6,7 @@ Imports nothing heavy, so that --help is quick.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,6 +109,21 @@ def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
         parser.error(f"{option} {out}: is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         parser.error(f"{option} {out}: no such folder {out.absolute().parent}")
+
+
+@contextmanager
+def owned_result(out: Path, doing: str) -> Iterator[None]:
+    """While the block runs, no other command writes this result. torchrun's other processes are of the same command.
+
+    Raises OwnedError, which names the other process.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from shards.owner import owned_file
+
+    with owned_file(str(out.absolute()), doing):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from launch.cli import (
     check_out,
     load_settings,
     not_negative,
+    owned_result,
     positive,
     progress_bar,
     run,
@@ -59,15 +60,16 @@ def main(arguments: list[str]) -> None:
         parser.error("--top-k: the lists are written into --per-query FILE.csv, which is not given")
     if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
         parser.error(f"--out {options.out}: is the metrics.json of a run; choose another name")
-    metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
-    if metrics is None:
-        return
+    with owned_result(options.out, "evaluating"):
+        metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
+        if metrics is None:
+            return
 
-    from cluster.run.storage import Storage
+        from cluster.run.storage import Storage
 
-    Storage(str(options.out.absolute().parent)).write_json(options.out.name, metrics)
-    show(metrics)
-    print(f"metrics: {options.out}")
+        Storage(str(options.out.absolute().parent)).write_json(options.out.name, metrics)
+        show(metrics)
+        print(f"metrics: {options.out}")
 
 
 def make_parser() -> Parser:

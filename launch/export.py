@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, run
+from launch.cli import Parser, check_out, owned_result, run
 
 EXAMPLE = """example:
   python launch/export.py --weights runs/veri776_vit --format official --out ViT-B-16_60.pth
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
     from cluster.evaluation.find_weights import local_weights
 
-    with local_weights(options.weights) as path:
+    with owned_result(options.out, "exporting"), local_weights(options.weights) as path:
         from clipreid.weights.file import load_model, load_text
         from clipreid.weights.official import save_official
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, check_out, load_settings, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, check_out, load_settings, owned_result, progress_bar, run
 
 USAGE = """
   extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR)
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     from shards.datasets.layout import Listing, describe_left_out, list_images
 
     config = load_settings(options)
-    with local_weights(options.weights) as path:
+    with owned_result(options.out, "extracting"), local_weights(options.weights) as path:
         index = None if options.split is None else check_split(config, options.split)
         listing = list_images(options.images) if index is None else Listing([], [])
         if card := card_of(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, load_settings, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, load_settings, owned_result, progress_bar, run
 
 USAGE = """
   figures.py --config FILE --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
@@ -35,17 +35,17 @@ def main(arguments: list[str]) -> None:
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
 
     config = load_settings(options)
-    with local_weights(options.weights) as path:
+    with owned_result(options.out, "drawing"), local_weights(options.weights) as path:
         index = check_evaluation(config)
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.evaluation.figures import Subject, draw_figure
 
         subject = Subject.of(config, path, card, index, progress_bar)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.figure:
-        draw_figure(name, subject, options.out / f"{name}.png")
-        print(options.out / f"{name}.png")
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in options.figure:
+            draw_figure(name, subject, options.out / f"{name}.png")
+            print(options.out / f"{name}.png")
 
 
 def make_parser() -> Parser:

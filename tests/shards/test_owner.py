@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from shards import owner, storage
 from shards.owner import OwnedError, owned_file, owned_folder
+from tests.helpers.runs import ROOT
 
 HOLD = """
 import sys, time
@@ -119,3 +122,26 @@ def test_a_damaged_mark_is_no_more_than_a_mark(fast, content):
         file.write(content)
     with owned_folder(url, "training"):
         pass
+
+
+def test_a_second_build_and_a_second_evaluation_are_refused_and_leave_the_first_alone(tmp_path):
+    """While somebody else owns the place, the commands end with 2 and one line, and write nothing."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "table.csv").write_text("path,identity,split\nimages/a.png,1,train\n")
+    rng = np.random.default_rng(0)
+    sides = {f"{side}_features": rng.normal(size=(4, 8)).astype(np.float32) for side in ("query", "gallery")}
+    np.savez(tmp_path / "features.npz", **sides, query_identities=np.arange(4), gallery_identities=np.arange(4))
+    out, metrics = tmp_path / "shards", tmp_path / "metrics.json"
+    build = ["pack.py", "build", "--dataset", "manifest", "--root", tmp_path / "table.csv", "--out", out]
+    evaluate = ["evaluate.py", "--features", tmp_path / "features.npz", "--rule", "none", "--out", metrics]
+    with owned_folder(str(out), "packing"), owned_file(str(metrics), "evaluating"):
+        before = sorted(path.name for path in [*tmp_path.iterdir(), *out.iterdir()])
+        for command, doing in ((build, "packing"), (evaluate, "evaluating")):
+            program, *arguments = map(str, command)
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "launch" / program), *arguments], capture_output=True, text=True
+            )
+            assert done.returncode == 2 and f"is {doing} there" in done.stderr
+            assert done.stderr.count("\n") == 1, done.stderr
+        assert sorted(path.name for path in [*tmp_path.iterdir(), *out.iterdir()]) == before
