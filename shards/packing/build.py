@@ -142,8 +142,8 @@ def _existing(
     """dataset.json of a finished build of the same; raises DataError when `out` holds anything else."""
     names = storage.list_folder(out)
     if DATASET_FILE not in names:
-        if WORK_FOLDER not in names and any(not name.startswith(".") for name in names):
-            raise DataError(f"--out {out}: holds other files ({examples(names)}): give a new or empty folder")
+        if WORK_FOLDER not in names and (others := [name for name in names if not name.startswith(".")]):
+            raise DataError(f"--out {out}: holds other files ({examples(others)}): give a new or empty folder")
         return None
     dataset = read_dataset_json(out)
     remedy = "give another --out, or delete that folder first"
