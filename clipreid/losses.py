@@ -5,7 +5,7 @@
 Anchors are this rank's images, what they are compared with is the global batch. All arithmetic is float32 (float64 if
 given), also under autocast: half-precision sums in a softmax or in squared distances lose the method's figures.
 
-b = images of this rank, B = images of the global batch, D = feature width, C = classes
+b = images of this rank, B = images of the global batch, D = feature width, C = classes, N = identities
 """
 
 import functools
@@ -83,3 +83,14 @@ def text_to_image(own_texts_bD: Tensor, labels_b: Tensor, images_BD: Tensor, lab
     log_prob_bB = (own_texts_bD @ images_BD.T).log_softmax(1)
     positive_bB = (labels_b[:, None] == labels_B[None, :]).to(log_prob_bB.dtype)
     return -(log_prob_bB * positive_bB).sum(1) / positive_bB.sum(1)
+
+
+@full_precision
+def text_to_mean_image(texts_bD: Tensor, labels_b: Tensor, means_ND: Tensor) -> Tensor:
+    """Text-to-image contrastive loss of the `average` variant (Eq. 10): the text of an identity against the mean image
+    features of all N identities.
+
+    labels_b: int64, which of the N each text is of. Raw dot products, temperature 1. Returns one value an identity [b]:
+    the caller averages, since a rank's part may be empty.
+    """
+    return F.cross_entropy(texts_bD @ means_ND.T, labels_b, reduction="none")

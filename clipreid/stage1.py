@@ -2,6 +2,8 @@
 
     feature bank ──▶ batches ──▶ [step] ──▶ prompt tokens ──▶ [all_text_features] ──▶ stage 2
 
+The `average` variant has means over identities in place of the bank, and identities in place of a batch's images.
+
 A step works on identities: each of the batch's U distinct ones is encoded once over all ranks. Images are split over
 ranks in contiguous slices that may be unequal or empty; every rank joins every all_gather all the same.
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.losses import at_least_float32, image_to_text, text_to_image
+from clipreid.losses import at_least_float32, image_to_text, text_to_image, text_to_mean_image
 from clipreid.peers import ALONE, Peers, all_gather_unequal
 
 ROWS = 8192  # of the bank, read at a time
@@ -65,6 +67,21 @@ def step(
     return {**losses, "loss": losses["i2t"] + losses["t2i"]}
 
 
+def average_step(
+    text: Callable[[Tensor], Tensor], means: Tensor, labels_global: Tensor, peers: Peers = ALONE
+) -> dict[str, Tensor]:
+    """Loss of one global batch of identities in the `average` variant (Eq. 10), scaled as in `step`.
+
+    means: float [N, D], the mean image feature of every identity, whole on every rank.
+    labels_global: int64 [B], different identities, on the device of `means`; a rank takes its `rank_slice`.
+    Returns scalars `t2i`, and `loss`, which is the same: there is no image to text.
+    """
+    own = rank_slice(len(labels_global), peers.rank, peers.world_size)
+    texts = encode_identities(text, labels_global, peers)
+    t2i = text_to_mean_image(texts[own], labels_global[own], means).sum() * (peers.world_size / len(labels_global))
+    return {"t2i": t2i, "loss": t2i}
+
+
 def encode_identities(text: Callable[[Tensor], Tensor], identities: Tensor, peers: Peers = ALONE) -> Tensor:
     """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64) [U, D].
 
@@ -94,7 +111,7 @@ def all_text_features(
 
 
 def identity_means(features: np.ndarray, labels: np.ndarray, num_identities: int) -> np.ndarray:
-    """The `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
+    """For the `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
 
     features: float [n, D], read a few rows at a time, so that a memory-mapped bank is never copied. labels: int64
     [n], holding each of 0 … N-1. Returns [N, D] of the features' dtype.

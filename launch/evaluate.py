@@ -43,7 +43,12 @@ EXAMPLE = """examples:
 With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
 files, or folders NAME.parquet, written by extract.py, the query's first; or for vehicleid one extraction of split test.
 With --weights the rule, re-ranking and draws are those of the configuration (eval.rule, eval.rerank, eval.draws,
-run.seed). Under torchrun the processes share the work, and the metrics are the same; cluster.workers does not count."""
+run.seed). Under torchrun the processes share the work, and the metrics are the same; cluster.workers does not count.
+
+The result holds fractions: mAP, mINP and R1, R5, R10 over the valid queries, which have a match; and TPR@FPR, the share
+of pairs (query, gallery image) of one identity that one distance for all accepts, where it accepts at most 1e-4, 1e-3
+and 1e-2 of the pairs of different identities (fast-reid's figure of that name has the classes the other way round). An
+empty identity, or -1, is unknown: it equals none."""
 
 FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
 

@@ -17,12 +17,14 @@ USAGE = """
 NAMES = ("tsne", "relevance", "ranked")
 
 EXAMPLE = """figures, as in the paper:
-  tsne        Figure 1: image and text features of ten training identities
+  tsne        Figure 1: image and text features of ten training identities; (a) is that of a run with stages=[1],
+              (b) that of a run with both stages
   relevance   Figure 3: relevance of a training image's regions for its identity
   ranked      Figure 4: queries and their ten nearest gallery images, right ones green, wrong ones red
 
 examples:
   python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+  python launch/figures.py --config runs/prompts/config.yaml --weights runs/prompts --out stage1 --figure tsne
   python launch/figures.py --config configs/msmt17_vit.yaml --weights ViT-B-16_60.pth --out msmt17 --figure ranked"""
 
 
@@ -31,12 +33,12 @@ def main(arguments: list[str]) -> None:
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out {options.out}: is a file; name a folder")
 
-    from cluster.checks.before_run import check_evaluation
+    from cluster.checks.before_run import check_evaluation, check_split
     from cluster.evaluation.find_weights import card_of, check_fits, local_weights
 
     config = load_settings(options)
     with owned_result(options.out, "drawing"), local_weights(options.weights) as path:
-        index = check_evaluation(config)
+        index = check_evaluation(config) if "ranked" in options.figure else check_split(config, "train")
         if card := card_of(path):
             check_fits(card, config, index, options.weights)
         from cluster.evaluation.figures import Subject, draw_figure

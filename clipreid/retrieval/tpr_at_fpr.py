@@ -5,7 +5,8 @@
 One distance is the limit for all queries. A positive is accepted at false positive rate f where at most f x (number of
 negative pairs) negatives are at most as far. So each positive needs the number of negatives up to it, as long as that
 is small: negatives are counted between the sorted positives, exactly, and those farther than an estimate on the safe
-side are left out. Where it was not, `suffices` says so, and all have to be counted.
+side are left out. Where it was not, `suffices` says so, and all have to be counted. (fast-reid's figure of that name
+takes pairs of two identities as the positives.)
 
 P = positive pairs of all queries
 """

@@ -24,8 +24,10 @@ from shards.loading.index import ShardIndex
 def evaluate(
     model: ReIDModel, index: ShardIndex, config: Config, team: Team, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Metrics as fractions, the same on every rank: mAP, mINP, R1, R5, R10, queries, valid_queries; for VehicleID
-    `small`, `medium`, `large`, each with mean and std over the draws. The model is left in evaluation mode.
+    """Metrics as fractions, the same on every rank: mAP, mINP, R1, R5, R10, TPR@FPR, queries, valid_queries; for
+    VehicleID `small`, `medium`, `large`, each with mean and std over the draws. The model is left in evaluation mode.
+    TPR@FPR is the share of pairs of one identity accepted at the distance where at most 1e-4, 1e-3, 1e-2 of the pairs
+    of different identities are.
 
     Raises:
         DataError: an image cannot be read.

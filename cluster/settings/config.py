@@ -92,9 +92,11 @@ class Stage1Section(Section):
     lr: PositiveFloat = 3.5e-4
     """Learning rate of the prompt tokens: warm-up leads towards it, the cosine falls from it, epoch by epoch."""
     batch: PositiveInt = 64
-    """Images in one global batch, over all workers. Published: 64; 256 for VehicleID."""
+    """Images in one global batch, over all workers; with `features: average` identities. Published: 64; 256 for
+    VehicleID."""
     features: Literal["instance", "average"] = "instance"
-    """Image features as they are, or their mean over each identity (Table 8, Eq. 10)."""
+    """Image features as they are, or their mean over each identity (Table 8): then an identity's text is told from the
+    means of all identities (Eq. 10), without a loss from image to text."""
     weight_decay: NonNegative = 1e-4
     """L2 decay of the prompt tokens, part of Adam's gradient (not AdamW)."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 5

@@ -41,8 +41,11 @@ class Stage1:
         self.team = team
         self.text = text
         self.bank, self.labels = bank, train.labels
+        self.means: Tensor | None = None
+        """With `stage1.features: average` [N, D]; then the rows of a batch are identities."""
         if settings.features == "average":
-            self.bank = method.identity_means(bank, train.labels, train.num_identities)
+            means = method.identity_means(bank, train.labels, train.num_identities)
+            self.means = torch.from_numpy(means).to(team.device)
             self.labels = np.arange(train.num_identities)
         self.label_names = train.label_names
         self.epochs = settings.epochs
@@ -63,8 +66,10 @@ class Stage1:
         yield from plan[first_step - 1 :]
 
     def losses(self, rows: np.ndarray) -> dict[str, Tensor]:
-        own = rows[method.rank_slice(len(rows), self.team.rank, self.team.world_size)]
         device = self.team.device
+        if self.means is not None:
+            return method.average_step(self._encode, self.means, torch.tensor(rows, device=device), self.team)
+        own = rows[method.rank_slice(len(rows), self.team.rank, self.team.world_size)]
         images = torch.tensor(self.bank[own], device=device)
         labels = torch.tensor(self.labels[own], device=device)
         batch_labels = torch.tensor(self.labels[rows])

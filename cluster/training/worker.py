@@ -258,11 +258,12 @@ class Run:
         return Position(stage, 1, 0, 0, False)
 
     def finish(self) -> dict[str, Any]:
-        """Final metrics and weights."""
+        """Final metrics and weights; after stage 1 alone there is nothing to measure, and the weights are the encoder
+        as it began and the learned prompts."""
         if 2 in self.config.stages:
             self.metrics = {**self.evaluate("evaluate"), **self.metrics}
             self._report_metrics()
-            self.team.on_first(self._write_model, "write the model")
+        self.team.on_first(self._write_model, "write the model")
         self.team.on_first(self.reporter.finished, "write the log")
         return self.metrics
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clipreid.optim import adam, parameter_groups
-from clipreid.stage1 import all_text_features, batches, identity_means, rank_slice, step
+from clipreid.stage1 import all_text_features, average_step, batches, identity_means, rank_slice, step
 from tests.helpers.golden_models import case_models, case_spec, read_case, scaled_error
 from tests.helpers.rank_threads import run_ranks
 from tests.helpers.tolerances import close, within
@@ -93,6 +93,29 @@ def test_mean_over_ranks_equals_the_loop_over_images(size, world_size):
         torch.testing.assert_close(sum(part[name] for part in losses) / world_size, value)
     (sum(part["loss"] for part in losses) / world_size).backward()
     torch.testing.assert_close(text.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, IDENTITIES])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_average_variant_is_equation_10_over_all_identities(size, world_size):
+    """A double loop: text y against the means of all N, whatever the batch holds; the mean over the batch's texts."""
+    generator = torch.Generator().manual_seed(size)
+    means = torch.randn(IDENTITIES, WIDTH, dtype=torch.float64, generator=generator)
+    batch = torch.randperm(IDENTITIES, generator=generator)[:size]
+    text = CountingText()
+    expected = 0.0
+    for y in batch.tolist():
+        scores = [(means[a] * text.weight[y]).sum().exp() for a in range(IDENTITIES)]
+        expected = expected - (scores[y] / sum(scores)).log() / size
+    expected.backward()
+    gradient, text.weight.grad = text.weight.grad, None
+
+    losses = run_ranks(world_size, lambda peers: average_step(text, means, batch, peers))
+    assert all(set(part) == {"t2i", "loss"} and part["t2i"] is part["loss"] for part in losses)
+    loss = sum(part["loss"] for part in losses) / world_size
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    loss.backward()
+    torch.testing.assert_close(text.weight.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgba
 from PIL import Image
+from safetensors.torch import load_file
 
+from clipreid.weights.file import load_model, load_text
+from clipreid.weights.initial import build_models
+from cluster.errors import ConfigError
 from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked_lists, tsne
 from cluster.evaluation.find_weights import card_of
 from cluster.settings.yaml_file import load_config
@@ -12,6 +17,7 @@ from launch import figures
 from launch.cli import progress_bar
 from shards.loading.index import ShardIndex
 from tests.helpers.runs import config_file, overrides, train
+from tests.helpers.shards import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,49 @@ def test_all_figures_are_drawn(run, tmp_path, capsys):
     for file in files:
         with Image.open(file) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+@pytest.fixture(scope="module")
+def stage1_run(tiny_shards, tmp_path_factory):
+    """Folder of a run with stage 1 alone, its model and metrics, and the command that repeats it."""
+    folder = tmp_path_factory.mktemp("stage1")
+    settings = overrides(tiny_shards, folder / "run", cluster__launcher="local", stage1__epochs=1, stages="[1]")
+    command = config_file(folder), *settings
+    train(*command)
+    return folder / "run", command
+
+
+def test_stage_1_alone_leaves_the_encoder_as_it_began_with_the_prompts(stage1_run):
+    """Also where the run was killed between its last checkpoint and its end; nothing is measured."""
+    run, command = stage1_run
+    written = (run / "model.safetensors").read_bytes()
+    (model, spec), text = load_model(run / "model.safetensors"), load_text(run / "model.safetensors")
+    began = build_models(spec, None, seed=0)[0].image_encoder.state_dict()
+    assert all(torch.equal(value, began[name]) for name, value in model.image_encoder.state_dict().items())
+    assert torch.equal(text.tokens, load_file(run / "stage1.safetensors")["tokens"])
+    assert not (run / "metrics.json").exists()
+    for name in ("model.safetensors", "stage1.safetensors", "status.json"):
+        (run / name).unlink()
+    train(*command)
+    assert (run / "model.safetensors").read_bytes() == written
+    assert "finished before" in train(*command).stdout
+
+
+def test_figures_are_drawn_after_stage_1_alone(stage1_run, tmp_path):
+    run, out = stage1_run[0], tmp_path / "pictures"
+    figures.main(["--config", str(run / "config.yaml"), "--weights", str(run), "--out", str(out)])
+    assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in figures.NAMES}
+    assert len(tsne(subject_of(run)).axes[0].collections) == 2
+
+
+def test_figures_of_training_images_need_no_query(stage1_run, tmp_path):
+    write_shards(tmp_path / "train", {"train": {f"t{n}": 4 for n in range(8)}})
+    run, out = stage1_run[0], tmp_path / "pictures"
+    settings = [f"data.shards={tmp_path / 'train'}", "--config", str(run / "config.yaml"), "--weights", str(run)]
+    figures.main([*settings, "--out", str(out), "--figure", "tsne", "relevance"])
+    assert {path.name for path in out.iterdir()} == {"tsne.png", "relevance.png"}
+    with pytest.raises(ConfigError, match="has no images in split query"):
+        figures.main([*settings, "--out", str(out), "--figure", "ranked"])
 
 
 def test_frames_of_the_ranked_lists_tell_right_from_wrong(run):
