@@ -33,7 +33,7 @@ USAGE = """
               [--per-query FILE.csv [--top-k K]]"""
 
 EXAMPLE = """examples:
-  python launch/evaluate.py --config configs/demo.yaml --weights runs/demo eval.rerank=[20,6,0.3]
+  python launch/evaluate.py --config configs/demo.yaml --weights runs/demo eval.rerank=20,6,0.3
   python launch/evaluate.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth data.shards=data/market
   python launch/evaluate.py --features query.npz gallery.npz --rerank 20,6,0.3 --out reranked.json
   python launch/evaluate.py --features query.npz gallery.npz --per-query queries.csv --top-k 10

@@ -10,8 +10,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
+from cluster.settings.yaml_file import dump_config, load_config
 from tests.helpers.commands import MODULE, ROOT, commands
 from tests.helpers.runs import BIN, TINY, environment
 
@@ -37,8 +37,9 @@ def given(tiny_shards, tmp_path_factory):
     """The tiny files by the README's names. The run is what the README's own torchrun command makes."""
     folder = tmp_path_factory.mktemp("readme")
     settings = TINY | {"data.shards": tiny_shards, "run.dir": folder / "run", "stage1.epochs": 1, "stage2.epochs": 1}
-    tree = OmegaConf.from_dotlist([f"{key}={value}" for key, value in settings.items()])
-    OmegaConf.save(tree, folder / "demo.yaml")
+    (folder / "none.yaml").write_text("{}")
+    config = load_config(folder / "none.yaml", [f"{key}={value}" for key, value in settings.items()])
+    (folder / "demo.yaml").write_text(dump_config(config))
     _write_features(folder / "features.npz")
     files = {name: folder / name.rpartition("/")[2] for name in GIVEN} | {
         "data/demo/shards": tiny_shards,
