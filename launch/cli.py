@@ -69,13 +69,15 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(parser: Parser, *, required: bool = True) -> None:
     """`--config FILE` and overrides, which `load_settings` reads."""
-    parser.add_argument("--config", required=required, metavar="FILE", help="YAML settings, as those in configs/")
+    parser.add_argument(
+        "--config", required=required, type=place, metavar="FILE", help="YAML settings, as those in configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
 
 
 def add_weights(parser: Parser, *, required: bool = True) -> None:
     kinds = "run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights; also a URL"
-    parser.add_argument("--weights", required=required, metavar="FILE|RUN", help=kinds)
+    parser.add_argument("--weights", required=required, type=place, metavar="FILE|RUN", help=kinds)
 
 
 def load_settings(options: argparse.Namespace) -> "Config":
@@ -84,6 +86,22 @@ def load_settings(options: argparse.Namespace) -> "Config":
     from cluster.settings.yaml_file import load_config
 
     return with_absolute_paths(load_config(options.config, options.overrides))
+
+
+def place(text: str) -> str:
+    """A path or URL, for argparse. The rule for paths: `cluster/settings/paths.py`."""
+    from cluster.errors import ConfigError
+    from cluster.settings.paths import expanded
+
+    try:
+        return expanded(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_place(text: str) -> Path:
+    """The same, on this machine."""
+    return Path(place(text))
 
 
 def positive(text: str) -> int:

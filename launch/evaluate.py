@@ -19,7 +19,9 @@ from launch.cli import (
     add_weights,
     check_out,
     load_settings,
+    local_place,
     not_negative,
+    place,
     positive,
     progress_bar,
     run,
@@ -74,7 +76,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
     add_settings(parser, required=False)
     add_weights(parser, required=False)
-    parser.add_argument("--features", nargs="+", metavar="FILE.npz", help="features in place of weights")
+    parser.add_argument("--features", nargs="+", type=place, metavar="FILE.npz", help="features in place of weights")
     parser.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
@@ -91,11 +93,14 @@ def make_parser() -> Parser:
     parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
     parser.add_argument("--seed", type=not_negative, metavar="N", help="fixes the draws (default 0)")
     parser.add_argument(
-        "--per-query", type=Path, metavar="FILE.csv", help="also a table of each query's matches, first rank and AP"
+        "--per-query",
+        type=local_place,
+        metavar="FILE.csv",
+        help="also a table of each query's matches, first rank and AP",
     )
     parser.add_argument("--top-k", type=positive, metavar="K", help="and its K nearest gallery images, in that table")
     parser.add_argument(
-        "--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
+        "--out", type=local_place, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
     )
     return parser
 

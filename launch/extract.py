@@ -10,7 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, check_out, load_settings, progress_bar, run
+from launch.cli import (
+    Parser,
+    add_settings,
+    add_weights,
+    check_out,
+    load_settings,
+    local_place,
+    place,
+    progress_bar,
+    run,
+)
 
 USAGE = """
   extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR)
@@ -77,9 +87,11 @@ def make_parser() -> Parser:
     add_weights(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--split", metavar="NAME", help="split of data.shards: train, query, gallery, test")
-    what.add_argument("--images", metavar="DIR", help="folder, zip or URL with images, also in folders below it")
+    what.add_argument(
+        "--images", type=place, metavar="DIR", help="folder, zip or URL with images, also in folders below it"
+    )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
+        "--out", required=True, type=local_place, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
     )
     return parser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, load_settings, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, load_settings, local_place, progress_bar, run
 
 USAGE = """
   figures.py --config FILE --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="figures.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
     add_settings(parser)
     add_weights(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--out", required=True, type=local_place, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--figure", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="default: all")
     return parser
 

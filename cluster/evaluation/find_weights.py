@@ -31,7 +31,7 @@ def local_weights(weights: str) -> Iterator[Path]:
     Raises ModelError or ConfigError where there is none.
     """
     if is_local(weights):
-        yield weights_file(Path(weights.removeprefix("file://")).expanduser())
+        yield weights_file(Path(weights.removeprefix("file://")))
         return
     url = weights if PurePosixPath(weights).suffix in WEIGHT_SUFFIXES else join(weights, MODEL_FILE)
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:

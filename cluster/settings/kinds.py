@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from cluster.settings.config import Config
+from cluster.settings.config import Config, PathMark
 
 
 def kind_of(key: str) -> Any:
@@ -45,6 +45,16 @@ def is_optional(kind: Any) -> bool:
 
 def is_list(kind: Any) -> bool:
     return any(get_origin(one) is tuple for one in _members(kind))
+
+
+def path_mark(kind: Any) -> PathMark | None:
+    """What makes a path of the text of a type; None where it is none."""
+    if get_origin(kind) is Annotated:
+        inner, *marks = get_args(kind)
+        return next((mark for mark in marks if isinstance(mark, PathMark)), None) or path_mark(inner)
+    if get_origin(kind) in (Union, UnionType):
+        return next((mark for one in get_args(kind) if (mark := path_mark(one))), None)
+    return None
 
 
 def _is_choice_of_words(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from cluster.errors import ConfigError
 from cluster.settings.as_written import Dumper, parse, parse_words
 from cluster.settings.config import Config
 from cluster.settings.kinds import field_kind, is_optional, kind_of, section_of
+from cluster.settings.paths import expanded
 
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -58,7 +59,6 @@ def dump_config(config: Config) -> str:
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.expanduser()
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file" + (f" (base of {seen[-1]})" if seen else ""))
     if path.resolve() in seen:
@@ -75,7 +75,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: base: {bases!r} is neither a file's name nor a list of them")
     merged: dict[str, Any] = {}
     for parent in bases:
-        merged = _merged(merged, _read_yaml(path.parent / parent, (*seen, path.resolve())))
+        merged = _merged(merged, _read_yaml(path.parent / expanded(parent), (*seen, path.resolve())))
     return _merged(merged, tree)
 
 
