@@ -6,6 +6,7 @@ Imports nothing heavy, so that --help is quick.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from cluster.evaluation.trained import Trained
     from cluster.settings.config import Config
 
 USER_ERRORS = (
@@ -69,9 +71,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(parser: Parser, *, required: bool = True) -> None:
     """`--config FILE` and overrides, which `load_settings` reads."""
-    parser.add_argument(
-        "--config", required=required, type=place, metavar="FILE", help="YAML settings, as those in configs/"
-    )
+    default = "" if required else "; default: those that the weights were trained with"
+    kinds = f"YAML settings, as those in configs/{default}"
+    parser.add_argument("--config", required=required, type=place, metavar="FILE", help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
 
 
@@ -80,8 +82,13 @@ def add_weights(parser: Parser, *, required: bool = True) -> None:
     parser.add_argument("--weights", required=required, type=place, metavar="FILE|RUN", help=kinds)
 
 
-def load_settings(options: argparse.Namespace) -> "Config":
-    """The settings of `add_settings`, with absolute paths. Raises ConfigError with every fault."""
+def load_settings(options: argparse.Namespace, trained: "Trained | None" = None) -> "Config":
+    """The settings of `add_settings`, with absolute paths. Raises ConfigError with every fault.
+
+    trained: of the weights in use, whose settings they are where no --config is given.
+    """
+    if trained is not None and not options.config:
+        return trained.config(options.overrides)
     from cluster.settings.paths import with_absolute_paths
     from cluster.settings.yaml_file import load_config
 
@@ -126,6 +133,8 @@ def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
         parser.error(f"{option} {out}: is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         parser.error(f"{option} {out}: no such folder {out.absolute().parent}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        parser.error(f"{option} {out}: {out.absolute().parent} cannot be written to; choose another folder")
 
 
 @contextmanager

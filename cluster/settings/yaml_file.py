@@ -29,7 +29,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with every fault, one line each, before anything heavy is imported.
     """
-    tree = _read_yaml(Path(path), seen=())
+    return parse_config(with_overrides(_read_yaml(Path(path), seen=()), overrides))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree of settings with `key.path=value` put into it. Raises ConfigError for what is none."""
     for override in overrides:
         key, equals, words = override.partition("=")
         if not key or not equals or key.startswith("-"):
@@ -41,7 +45,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merged(tree, value)
-    return parse_config(tree)
+    return tree
+
+
+def parse_tree(text: str, source: str | Path) -> dict[str, Any]:
+    """The tree of settings in a YAML text. Raises ConfigError, which names the source, for what is none."""
+    try:
+        tree = parse(text) or {}
+    except UNREADABLE as error:
+        raise ConfigError(f"{source}: not readable as YAML: {_in_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: holds no keys with values, as settings are")
+    return tree
 
 
 def parse_config(tree: Mapping[Any, Any]) -> Config:
@@ -64,11 +79,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base refers back to itself")
     try:
-        tree = parse(path.read_text(encoding="utf-8-sig")) or {}
-    except UNREADABLE as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_in_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no keys with values, as settings are")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+    tree = parse_tree(text, path)
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -24,6 +24,7 @@ from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import PassSettings, extract
+from cluster.evaluation.trained import training_facts
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts
 from cluster.run.manifest import Position
@@ -268,7 +269,8 @@ class Run:
 
     def _write_model(self) -> None:
         data = self.config.data
-        card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor)
+        facts = training_facts(self.config, self.index)
+        card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor, facts)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MODEL_FILE
             save_model(path, self.model, card, self.text)
