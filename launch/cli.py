@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from cluster.evaluation.trained import Trained
     from cluster.settings.config import Config
 
 USER_ERRORS = (
@@ -70,21 +71,44 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(parser: Parser, *, required: bool = True) -> None:
     """`--config FILE` and overrides, which `load_settings` reads."""
-    parser.add_argument("--config", required=required, metavar="FILE", help="YAML settings, as those in configs/")
+    default = "" if required else "; default: those that the weights were trained with"
+    kinds = f"YAML settings, as those in configs/{default}"
+    parser.add_argument("--config", required=required, type=place, metavar="FILE", help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
 
 
 def add_weights(parser: Parser, *, required: bool = True) -> None:
     kinds = "run folder, model.safetensors, a checkpoint of CLIP-ReID's authors, or CLIP weights; also a URL"
-    parser.add_argument("--weights", required=required, metavar="FILE|RUN", help=kinds)
+    parser.add_argument("--weights", required=required, type=place, metavar="FILE|RUN", help=kinds)
 
 
-def load_settings(options: argparse.Namespace) -> "Config":
-    """The settings of `add_settings`, with absolute paths. Raises ConfigError with every fault."""
+def load_settings(options: argparse.Namespace, trained: "Trained | None" = None) -> "Config":
+    """The settings of `add_settings`, with absolute paths. Raises ConfigError with every fault.
+
+    trained: of the weights in use, whose settings they are where no --config is given.
+    """
+    if trained is not None and not options.config:
+        return trained.config(options.overrides)
     from cluster.settings.paths import with_absolute_paths
     from cluster.settings.yaml_file import load_config
 
     return with_absolute_paths(load_config(options.config, options.overrides))
+
+
+def place(text: str) -> str:
+    """A path or URL, for argparse. The rule for paths: `cluster/settings/paths.py`."""
+    from cluster.errors import ConfigError
+    from cluster.settings.paths import expanded
+
+    try:
+        return expanded(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_place(text: str) -> Path:
+    """The same, on this machine."""
+    return Path(place(text))
 
 
 def positive(text: str) -> int:
@@ -109,10 +133,12 @@ def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
         parser.error(f"{option} {out}: is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         parser.error(f"{option} {out}: no such folder {out.absolute().parent}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        parser.error(f"{option} {out}: {out.absolute().parent} cannot be written to; choose another folder")
 
 
 @contextmanager
-def owned_result(out: Path, doing: str) -> Iterator[None]:
+def owned_result(out: Path | str, doing: str) -> Iterator[None]:
     """While the block runs, no other command writes this result. torchrun's other processes are of the same command.
 
     Raises OwnedError, which names the other process.
@@ -122,7 +148,7 @@ def owned_result(out: Path, doing: str) -> Iterator[None]:
         return
     from shards.owner import owned_file
 
-    with owned_file(str(out.absolute()), doing):
+    with owned_file(str(out.absolute() if isinstance(out, Path) else out), doing):
         yield
 
 

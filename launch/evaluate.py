@@ -1,11 +1,12 @@
-"""Evaluate weights on a packed dataset, or features of any model: mAP and CMC into metrics.json.
+"""Evaluate weights on a packed dataset, or features of any model: mAP and CMC as JSON.
 
-    python launch/evaluate.py --config configs/demo.yaml --weights runs/demo
+    python launch/evaluate.py --weights runs/demo
 
 Under torchrun the processes share the work; the metrics are the same.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,24 @@ from launch.cli import (
     add_weights,
     check_out,
     load_settings,
+    local_place,
     not_negative,
     owned_result,
+    place,
     positive,
     progress_bar,
     run,
 )
 
 USAGE = """
-  evaluate.py --config FILE --weights FILE|RUN [key.path=value ...] [--out metrics.json]
+  evaluate.py [--config FILE] --weights FILE|RUN [key.path=value ...] [--out FILE.json]
               [--per-query FILE.csv [--top-k K]]
   evaluate.py --features FILE.npz [FILE.npz] [--normalize|--no-normalize] [--rule camera|none|camera_time]
-              [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out metrics.json]
+              [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out FILE.json]
               [--per-query FILE.csv [--top-k K]]"""
 
 EXAMPLE = """examples:
-  python launch/evaluate.py --config configs/demo.yaml --weights runs/demo eval.rerank=[20,6,0.3]
+  python launch/evaluate.py --weights runs/demo eval.rerank=20,6,0.3
   python launch/evaluate.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth data.shards=data/market
   python launch/evaluate.py --features query.npz gallery.npz --rerank 20,6,0.3 --out reranked.json
   python launch/evaluate.py --features query.npz gallery.npz --per-query queries.csv --top-k 10
@@ -56,32 +59,50 @@ FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
 def main(arguments: list[str]) -> None:
     parser = make_parser()
     options = parser.parse_intermixed_args(arguments)
-    check_out(parser, options.out)
-    if options.per_query:
-        check_out(parser, options.per_query, "--per-query")
-        if options.per_query.resolve() == options.out.resolve():
-            parser.error(f"--per-query {options.per_query}: is the file of --out too; name another")
-    elif options.top_k:
-        parser.error("--top-k: the lists are written into --per-query FILE.csv, which is not given")
-    if (options.out.absolute().parent / "log.jsonl").exists() and options.out.name == "metrics.json":
-        parser.error(f"--out {options.out}: is the metrics.json of a run; choose another name")
-    with owned_result(options.out, "evaluating"):
+    if not options.weights and not options.features:
+        parser.error("give --weights, or --features")
+    place = _check_places(parser, options)
+    with owned_result(place, "evaluating"):
         metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
         if metrics is None:
             return
 
-        from cluster.run.storage import Storage
+        from cluster.evaluation.result_file import write_result
 
-        Storage(str(options.out.absolute().parent)).write_json(options.out.name, metrics)
-        show(metrics)
-        print(f"metrics: {options.out}")
+        show(metrics)  # First: they are not lost where the file cannot be written.
+        print(f"metrics: {write_result(metrics, place, replace=options.out is not None)}")
+
+
+def _check_places(parser: Parser, options: argparse.Namespace) -> str:
+    """Where the result is to go. Refuses a place that is taken or cannot be written, before the work is done."""
+    from cluster.evaluation.result_file import default_place, is_of_a_run
+    from shards.storage import local_path
+
+    evaluated = options.features or [options.weights]
+    place = str(options.out or default_place(evaluated[0]))
+    out = local_path(place)
+    if options.out:
+        check_out(parser, options.out)
+        if is_of_a_run(options.out):
+            parser.error(f"--out {options.out}: is the {options.out.name} of a run; choose another name")
+        if options.out.resolve() in [Path(name).resolve() for name in evaluated]:
+            parser.error(f"--out {options.out}: is what is evaluated; choose another name")
+    elif out and out.absolute().parent.is_dir() and not os.access(out.absolute().parent, os.W_OK):
+        parser.error(f"--out: not given, and {out} cannot be written there: name a file")
+    if options.per_query:
+        check_out(parser, options.per_query, "--per-query")
+        if out and options.per_query.resolve() == out.resolve():
+            parser.error(f"--per-query {options.per_query}: is the file of --out too; name another")
+    elif options.top_k:
+        parser.error("--top-k: the lists are written into --per-query FILE.csv, which is not given")
+    return place
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
     add_settings(parser, required=False)
     add_weights(parser, required=False)
-    parser.add_argument("--features", nargs="+", metavar="FILE.npz", help="features in place of weights")
+    parser.add_argument("--features", nargs="+", type=place, metavar="FILE.npz", help="features in place of weights")
     parser.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
@@ -98,11 +119,18 @@ def make_parser() -> Parser:
     parser.add_argument("--draws", type=positive, metavar="N", help="random galleries of vehicleid (default 10)")
     parser.add_argument("--seed", type=not_negative, metavar="N", help="fixes the draws (default 0)")
     parser.add_argument(
-        "--per-query", type=Path, metavar="FILE.csv", help="also a table of each query's matches, first rank and AP"
+        "--per-query",
+        type=local_place,
+        metavar="FILE.csv",
+        help="also a table of each query's matches, first rank and AP",
     )
     parser.add_argument("--top-k", type=positive, metavar="K", help="and its K nearest gallery images, in that table")
     parser.add_argument(
-        "--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="result (default: ./metrics.json)"
+        "--out",
+        type=local_place,
+        metavar="FILE",
+        help="result; default: RUN/evaluation.json, or NAME.metrics.json beside the weights or features NAME, with a "
+        "number behind it where other figures are there already",
     )
     return parser
 
@@ -120,27 +148,25 @@ def rerank_settings(text: str) -> tuple[int, int, float]:
 
 def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any] | None:
     """None in all processes of torchrun but the first."""
-    if not options.config or not options.weights:
-        parser.error("give --config and --weights, or --features")
     for name in FEATURE_OPTIONS:
         if getattr(options, name) is not None:
             parser.error(f"--{name} belongs to --features; with --weights set eval.* or run.seed as key.path=value")
 
     from cluster.checks.before_run import check_evaluation
-    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.evaluation.find_weights import open_weights
+    from cluster.evaluation.trained import METRICS
 
-    config = load_settings(options)
-    with local_weights(options.weights) as path:
+    with open_weights(options.weights) as weights:
+        config = load_settings(options, weights.trained)
         index = check_evaluation(config)
         if options.per_query and "test" in index.splits:
             parser.error(f"--per-query: {index.name} is evaluated over draws, each with queries of its own")
-        if card := card_of(path):
-            check_fits(card, config, index, options.weights)
+        weights.check(config, index, METRICS)
         from cluster.evaluation.inference import Inference
         from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
-            inference = Inference(config, path, card, index, team)
+            inference = Inference(config, weights.path, weights.card, index, team)
             metrics = inference.evaluate(index, progress_bar, _per_query_file(options))
             return metrics if team.is_first else None
 

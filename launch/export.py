@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, owned_result, run
+from launch.cli import Parser, check_out, local_place, owned_result, place, run
 
 EXAMPLE = """example:
   python launch/export.py --weights runs/veri776_vit --format official --out ViT-B-16_60.pth
@@ -22,10 +22,14 @@ model (image encoder, necks, classifiers, side information, prompts and text enc
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="export.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
     parser.add_argument(
-        "--weights", required=True, metavar="RUN|FILE", help="run folder, or its model.safetensors; also a URL"
+        "--weights",
+        required=True,
+        type=place,
+        metavar="RUN|FILE",
+        help="run folder, or its model.safetensors; also a URL",
     )
     parser.add_argument("--format", required=True, choices=["official"], help="format to write")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument("--out", required=True, type=local_place, metavar="FILE", help="file to write")
     options = parser.parse_args(arguments)
     check_out(parser, options.out)
     if Path(options.weights).suffix in (".pth", ".pt", ".bin"):

@@ -1,6 +1,6 @@
 """Descriptors of a packed split, or of a plain folder of images, into features.npz or a folder of Parquet files.
 
-    python launch/extract.py --config configs/demo.yaml --weights runs/demo --split query --out query.npz
+    python launch/extract.py --weights runs/demo --split query --out query.npz
 
 Under torchrun the processes share the images; the features are the same.
 """
@@ -10,17 +10,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, check_out, load_settings, owned_result, progress_bar, run
+from launch.cli import (
+    Parser,
+    add_settings,
+    add_weights,
+    check_out,
+    load_settings,
+    local_place,
+    owned_result,
+    place,
+    progress_bar,
+    run,
+)
 
 USAGE = """
-  extract.py --config FILE --weights FILE|RUN (--split NAME | --images DIR)
+  extract.py [--config FILE] --weights FILE|RUN (--split NAME | --images DIR)
              --out FILE.npz|FOLDER.parquet [key.path=value ...]"""
 
 EXAMPLE = """examples:
-  python launch/extract.py --config configs/demo.yaml --weights runs/demo --split gallery --out gallery.npz
-  python launch/extract.py --config runs/veri/config.yaml --weights runs/veri --images photos --out photos.npz
+  python launch/extract.py --weights runs/demo --split gallery --out gallery.npz
+  python launch/extract.py --weights runs/veri --images photos --out photos.npz
   python launch/extract.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth --split query --out q.npz
-  torchrun --nproc-per-node 2 launch/extract.py --config configs/demo.yaml --weights runs/demo --split gallery \\
+  torchrun --nproc-per-node 2 launch/extract.py --weights runs/demo --split gallery \\
       --out gallery.parquet eval.flip=true
 
 The file holds `features` float32 [n, D] of length 1 (eval.descriptor, eval.flip), `identities`, `keys`, `splits`,
@@ -38,20 +49,20 @@ def main(arguments: list[str]) -> None:
 
     from cluster.checks.before_run import check_split
     from cluster.evaluation.feature_file import write_features
-    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.evaluation.find_weights import open_weights
+    from cluster.evaluation.trained import FEATURES
     from shards.datasets.layout import Listing, describe_left_out, list_images
 
-    config = load_settings(options)
-    with owned_result(options.out, "extracting"), local_weights(options.weights) as path:
+    with owned_result(options.out, "extracting"), open_weights(options.weights) as weights:
+        config = load_settings(options, weights.trained)
         index = None if options.split is None else check_split(config, options.split)
         listing = list_images(options.images) if index is None else Listing([], [])
-        if card := card_of(path):
-            check_fits(card, config, index, options.weights)
+        weights.check(config, index, FEATURES)
         from cluster.evaluation.inference import Inference
         from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
-            inference = Inference(config, path, card, index, team)
+            inference = Inference(config, weights.path, weights.card, index, team)
             if index is not None:
                 arrays = inference.extract_split(index, options.split, progress_bar)
             else:
@@ -73,13 +84,15 @@ def _check_out(parser: Parser, out: Path) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="extract.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    add_settings(parser)
+    add_settings(parser, required=False)
     add_weights(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--split", metavar="NAME", help="split of data.shards: train, query, gallery, test")
-    what.add_argument("--images", metavar="DIR", help="folder, zip or URL with images, also in folders below it")
+    what.add_argument(
+        "--images", type=place, metavar="DIR", help="folder, zip or URL with images, also in folders below it"
+    )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
+        "--out", required=True, type=local_place, metavar="FILE", help="file to write, or NAME.parquet: folder of parts"
     )
     return parser
 

@@ -1,6 +1,6 @@
 """Pictures of what a model learned: t-SNE, relevance maps and ranked lists, as PNG files.
 
-    python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
+    python launch/figures.py --weights runs/demo --out pictures
 
 They are figures 1, 3 and 4 of the paper, for the dataset and weights at hand.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, load_settings, owned_result, progress_bar, run
+from launch.cli import Parser, add_settings, add_weights, load_settings, local_place, owned_result, progress_bar, run
 
 USAGE = """
-  figures.py --config FILE --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
+  figures.py [--config FILE] --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
 NAMES = ("tsne", "relevance", "ranked")
 
 EXAMPLE = """figures, as in the paper:
@@ -23,8 +23,8 @@ EXAMPLE = """figures, as in the paper:
   ranked      Figure 4: queries and their ten nearest gallery images, right ones green, wrong ones red
 
 examples:
-  python launch/figures.py --config configs/demo.yaml --weights runs/demo --out pictures
-  python launch/figures.py --config runs/prompts/config.yaml --weights runs/prompts --out stage1 --figure tsne
+  python launch/figures.py --weights runs/demo --out pictures
+  python launch/figures.py --weights runs/prompts --out stage1 --figure tsne
   python launch/figures.py --config configs/msmt17_vit.yaml --weights ViT-B-16_60.pth --out msmt17 --figure ranked"""
 
 
@@ -34,16 +34,16 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--out {options.out}: is a file; name a folder")
 
     from cluster.checks.before_run import check_evaluation, check_split
-    from cluster.evaluation.find_weights import card_of, check_fits, local_weights
+    from cluster.evaluation.find_weights import open_weights
+    from cluster.evaluation.trained import FEATURES
 
-    config = load_settings(options)
-    with owned_result(options.out, "drawing"), local_weights(options.weights) as path:
+    with owned_result(options.out, "drawing"), open_weights(options.weights) as weights:
+        config = load_settings(options, weights.trained)
         index = check_evaluation(config) if "ranked" in options.figure else check_split(config, "train")
-        if card := card_of(path):
-            check_fits(card, config, index, options.weights)
+        weights.check(config, index, FEATURES)
         from cluster.evaluation.figures import Subject, draw_figure
 
-        subject = Subject.of(config, path, card, index, progress_bar)
+        subject = Subject.of(config, weights.path, weights.card, index, progress_bar)
         options.out.mkdir(parents=True, exist_ok=True)
         for name in options.figure:
             draw_figure(name, subject, options.out / f"{name}.png")
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="figures.py", usage=USAGE, description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    add_settings(parser)
+    add_settings(parser, required=False)
     add_weights(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--out", required=True, type=local_place, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--figure", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="default: all")
     return parser
 

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, positive, progress_bar, run
+from launch.cli import Parser, check_out, local_place, place, positive, progress_bar, run
 
 EXAMPLE = """examples:
   python launch/pack.py render --out data/demo
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
 
 
 def _add_render(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=local_place, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--identities", type=positive, default=200)
     parser.add_argument("--cameras", type=positive, default=6)
     parser.add_argument("--images", type=positive, default=20, help="images of each identity")
@@ -59,12 +59,20 @@ def _add_build(parser: Parser) -> None:
         "--root",
         required=True,
         action="append",
+        type=place,
         metavar="PATH",
         help="folder, zip or URL of the dataset, once for each NAME; manifest: FILE.csv [and the image folder]",
     )
-    parser.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or fsspec URL")
     parser.add_argument(
-        "--views", nargs="+", action="extend", metavar="FILE", help="veri776: key-point files with the viewpoints"
+        "--out", required=True, type=place, metavar="URL", help="folder of the shards, local or fsspec URL"
+    )
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        action="extend",
+        type=place,
+        metavar="FILE",
+        help="veri776: key-point files with the viewpoints",
     )
     parser.add_argument("--drop-unlabelled", action="store_true", help="veri776: leave out images without a view")
     parser.add_argument("--msmt17-val", choices=("merge", "leave"), help="msmt17: validation images train too (merge)")
@@ -78,15 +86,17 @@ def _add_build(parser: Parser) -> None:
 
 
 def _add_verify(parser: Parser) -> None:
-    parser.add_argument("url", metavar="URL", help="folder of a packed dataset")
+    parser.add_argument("url", type=place, metavar="URL", help="folder of a packed dataset")
     parser.add_argument("--all", action="store_true", help="decode every image, not a sample")
     parser.add_argument("--processes", type=positive, metavar="N", help="default: the cores at hand")
     parser.set_defaults(command=verify)
 
 
 def _add_inspect(parser: Parser) -> None:
-    parser.add_argument("url", metavar="URL", help="folder of a packed dataset")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a sheet of images, one identity a row")
+    parser.add_argument("url", type=place, metavar="URL", help="folder of a packed dataset")
+    parser.add_argument(
+        "--sheet", type=local_place, metavar="FILE.png", help="write a sheet of images, one identity a row"
+    )
     parser.set_defaults(command=inspect, parser=parser)
 
 

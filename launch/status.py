@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, run
+from launch.cli import Parser, place, run
 
 EXAMPLE = """examples:
   python launch/status.py runs/demo
@@ -22,7 +22,7 @@ EXAMPLE = """examples:
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="status.py", description=__doc__.split("\n")[0], epilog=EXAMPLE)
-    parser.add_argument("run", metavar="RUN", help="run folder: a path or URL, the run.dir of the settings")
+    parser.add_argument("run", type=place, metavar="RUN", help="run folder: a path or URL, the run.dir of the settings")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="print again until the run has finished")
     parser.add_argument("--json", action="store_true", help="the status as rank 0 wrote it")
     options = parser.parse_args(arguments)

@@ -36,7 +36,7 @@ def test_every_command_is_one_that_its_program_takes(page):
 @pytest.mark.parametrize(
     "command",
     [
-        "python launch/evaluate.py --config configs/demo.yaml --weights runs/demo --ouf metrics.json",
+        "python launch/evaluate.py --weights runs/demo --ouf metrics.json",
         "python launch/extract.py --config configs/demo.yaml --weights runs/demo --split querry --out query.npz",
         "python launch/train.py --config configs/dem.yaml",
         "python launch/train.py --config configs/demo.yaml cluster.launchr=local",

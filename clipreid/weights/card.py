@@ -2,11 +2,12 @@
 
     model.safetensors ──▶ [card] ──▶ load_model; checks of a configuration before anything heavy is imported
 
-The metadata of the file holds the ModelSpec with the architecture, the normalisation of pixels, and the descriptor.
+The metadata of the file holds the ModelSpec with the architecture, the normalisation of pixels, the descriptor, and
+what whoever trained it says of that.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class ModelCard:
     """What the rest is divided by."""
     descriptor: tuple[FeatureName, ...]
     """Features that images are compared by."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """What its trainer has to say of dataset and settings, as JSON; not read here. Empty in older files."""
 
     def to_metadata(self) -> dict[str, str]:
         """As the metadata of a .safetensors file; `read_card` reads it back."""
@@ -41,6 +44,8 @@ class ModelCard:
             "pixel_std": list(self.pixel_std),
             "descriptor": list(self.descriptor),
         }
+        if self.training:
+            fields["training"] = self.training
         return {_CARD: json.dumps(fields)}
 
 
@@ -72,6 +77,7 @@ def read_card(path: str | Path) -> ModelCard:
         pixel_mean=tuple(fields["pixel_mean"]),
         pixel_std=tuple(fields["pixel_std"]),
         descriptor=tuple(fields["descriptor"]),
+        training=fields.get("training", {}),
     )
 
 

@@ -12,6 +12,7 @@ from cluster.errors import ConfigError
 from cluster.run.manifest import FOLDER, CheckpointManifest, chosen_manifest, none_usable, read_manifests
 from cluster.run.storage import Storage
 from cluster.settings.config import STAGE1_EPOCHS, Config, results_settings
+from cluster.settings.paths import as_placed
 
 
 def check_may_continue(config: Config, fingerprint: str) -> None:
@@ -62,7 +63,7 @@ def _setting_faults(config: Config, newest: CheckpointManifest, source: str) -> 
     position = newest.position
     now = json.loads(json.dumps(results_settings(config)))
     for key in sorted(now.keys() | newest.settings.keys()):
-        before, after = newest.settings.get(key), now.get(key)
+        before, after = as_placed(key, newest.settings.get(key)), now.get(key)
         if before != after and not (key == STAGE1_EPOCHS and position.stage == 2):
             yield f"{key}: {after}, but the checkpoints of {source} were made with {before}"
     if position.stage == 2 and config.stage2.epochs < position.epoch:

@@ -2,15 +2,14 @@
 
     --weights RUN | FILE ──▶ [find_weights] ──▶ inference
 
-A file of our own says what it was trained with, so settings that contradict it are refused here. Files of others
-(CLIP's, the authors') are compared with the settings when they are read.
+A file of our own says what it was trained with, so settings that contradict it are refused here, and what may differ is
+noted (`trained.py`). Files of others (CLIP's, the authors') are compared with the settings when they are read.
 """
 
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,10 +17,39 @@ from clipreid.errors import ModelError
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
 from cluster.errors import ConfigError
+from cluster.evaluation.trained import Trained
 from cluster.settings.config import WEIGHT_SUFFIXES, Config
 from cluster.settings.model_spec import configured_spec
+from cluster.settings.paths import arch_file
 from shards.loading.index import ShardIndex
 from shards.storage import is_local, join, read_bytes
+
+SPEC_SETTINGS = ("image_size", "stride", "sie", "sie_tokens", "sie_coefficient")
+"""Settings of the model that its specification has by the same names, beside the architecture."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to be used, and what they say of themselves."""
+
+    path: Path
+    card: ModelCard | None
+    """None for a file of others."""
+    trained: Trained
+
+    def check(self, config: Config, index: ShardIndex | None, keys: tuple[str, ...]) -> None:
+        """Raises ConfigError as `check_fits`. Dataset and settings `keys` that differ from the training are noted."""
+        if self.card:
+            check_fits(self.card, config, index, self.trained.source)
+            self.trained.note_differences(config, index, keys)
+
+
+@contextmanager
+def open_weights(weights: str) -> Iterator[Weights]:
+    """While the block runs, as `local_weights`, whose errors it raises."""
+    with local_weights(weights) as path:
+        card = card_of(path)
+        yield Weights(path, card, Trained.of(weights, card))
 
 
 @contextmanager
@@ -31,7 +59,7 @@ def local_weights(weights: str) -> Iterator[Path]:
     Raises ModelError or ConfigError where there is none.
     """
     if is_local(weights):
-        yield weights_file(Path(weights.removeprefix("file://")).expanduser())
+        yield weights_file(Path(weights.removeprefix("file://")))
         return
     url = weights if PurePosixPath(weights).suffix in WEIGHT_SUFFIXES else join(weights, MODEL_FILE)
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
@@ -54,14 +82,11 @@ def card_of(path: Path) -> ModelCard | None:
 def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source: str) -> None:
     """Raises ConfigError, one line a fault with both values, unless weights and settings compute the same features.
 
-    What only training needs may differ: identities, prompts, the dataset itself. So may the descriptor, with a note.
+    What only training needs may differ: identities, prompts, the dataset itself; and so may the descriptor.
     Without `index` no camera or view is known, so the sizes of the side information table do not matter.
     """
     of_weights = card.spec
-    dataset = index or of_weights
-    here = configured_spec(
-        config, cameras=dataset.cameras, views=dataset.views, identities=of_weights.identities, noun=of_weights.noun
-    )
+    here = _spec_here(of_weights, config, index or of_weights)
     faults = [
         f"{source}: {key} is {theirs} in the weights, {ours} in the configuration{note}: set it as it was in training"
         for key, theirs, ours, note in [*_model_differences(of_weights, here), *_pixel_differences(card, config)]
@@ -74,14 +99,16 @@ def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source
         )
     if faults:
         raise ConfigError("\n".join(faults))
-    _note_descriptor(card, config, source)
 
 
-def _note_descriptor(card: ModelCard, config: Config, source: str) -> None:
-    """Another descriptor than the run's is a choice that is free at any time, but not to be made unawares."""
-    theirs, ours = list(card.descriptor), list(config.eval.descriptor)
-    if theirs != ours and os.environ.get("RANK", "0") == "0":
-        print(f"note: eval.descriptor is {ours} here, {source} was evaluated by {theirs} in its run", file=sys.stderr)
+def _spec_here(of_weights: ModelSpec, config: Config, dataset: ShardIndex | ModelSpec) -> ModelSpec:
+    """What the settings say of the model. The architecture's file may be gone: the weights have what was in it."""
+    numbers: dict[str, Any] = {"cameras": dataset.cameras, "views": dataset.views}
+    arch = config.model.arch
+    if arch == of_weights.arch and arch.endswith(".json") and not Path(arch_file(arch)).exists():
+        chosen = {name: getattr(config.model, name) for name in SPEC_SETTINGS}
+        return replace(of_weights, **chosen, **numbers)
+    return configured_spec(config, **numbers, identities=of_weights.identities, noun=of_weights.noun)
 
 
 def _model_differences(of_weights: ModelSpec, here: ModelSpec) -> Iterator[tuple[str, object, object, str]]:

@@ -8,7 +8,6 @@ What the workers compute is `worker.train`, which does not know who placed it.
 import json
 import logging
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -16,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import Drained, Preempted, RankLost, TrainingError
+from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.placement import shortage, worker_needs
 from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
 from cluster.ranks.team import PATIENCE, Team
-from cluster.run.interrupts import STOP, request_stop, withdraw_stop
+from cluster.run.interrupts import STOP, request_stop, stop_signals, withdraw_stop
 from cluster.run.manifest import FOLDER, read_manifests
 from cluster.run.run_folder import read_metrics, read_status
 from cluster.run.storage import Storage
@@ -46,9 +45,10 @@ def train_with_ray(config: Config) -> dict[str, Any]:
     withdraw_stop(config.run.dir)
     _connect(config)
     trainer = _trainer(config, run_dir)
-    signal.signal(signal.SIGTERM, lambda *_: _stop(config, trainer))
+    stop_signals.take(lambda: _stop(config, trainer))
     try:
-        trainer.fit()
+        with stop_signals.saving_first():
+            trainer.fit()
     except Exception as error:
         if trainer.ended:
             raise Preempted("stopped while no worker was running; the same command starts it or goes on") from None
@@ -117,6 +117,17 @@ def ray_storage(run_dir: Storage) -> dict[str, Any]:
 
 
 def _connect(config: Config) -> None:
+    """As `_join_or_start`. Raises ConfigError where Ray may not write what it keeps in the home folder."""
+    try:
+        _join_or_start(config)
+    except PermissionError as error:
+        raise ConfigError(
+            f"Ray may not write {error.filename} ({error.strerror}): it keeps its token below the home folder, "
+            f"{Path.home()}: set HOME to a folder of yours, or cluster.launcher=local, which needs none"
+        ) from None
+
+
+def _join_or_start(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine alone."""
     import ray
 

@@ -95,8 +95,8 @@ class Trainer(TorchTrainer):
             ray.kill(self._controller)
 
     def _register_sigint_handler(self, controller: Any) -> None:
+        """Not Ray's handler, which ends the workers before they save: see `StopSignals`."""
         self._controller = controller
-        super()._register_sigint_handler(controller)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         # Ray annotates both with the classes of its first version.

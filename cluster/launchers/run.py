@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cluster.errors import ConfigError, Preempted, RankLost, TrainingError
 from cluster.ranks.process import joined, threads_per_worker
-from cluster.run.interrupts import withdraw_stop
+from cluster.run.interrupts import stop_signals, withdraw_stop
 from cluster.run.reporter import headline, run_identity
 from cluster.run.run_folder import read_metrics, read_status
 from cluster.run.status_view import follow
@@ -25,11 +25,12 @@ from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
 from shards.owner import owned_folder
 
-STOPPED_EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
 def train_and_show(config: Config, index: ShardIndex) -> int:
-    """Train and print what came of it. The exit code: 0 when the work is done, 143 when it was asked to stop."""
+    """Train and print what came of it. The exit code: 0 when the work is done, 143 when SIGTERM and 130 when
+    Ctrl-C stopped it."""
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=not is_first, highlight=False)
     console.print(f"{index.name}: {dataset_facts(index)}")
@@ -50,8 +51,13 @@ def train_and_show(config: Config, index: ShardIndex) -> int:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
             return 1
         except Preempted as stop:
-            print(f"{stop}; run folder: {run_dir.url}", file=sys.stderr)
-            return STOPPED_EXIT_CODE
+            if is_first:
+                print(f"{stop}; run folder: {run_dir.url}", file=sys.stderr)
+            return stop_signals.exit_code
+        except KeyboardInterrupt:
+            if is_first:
+                print(f"interrupted; repeat the command to go on; run folder: {run_dir.url}", file=sys.stderr)
+            return INTERRUPTED_EXIT_CODE
     if "untrained" in metrics:
         console.print(result_table(metrics))
     console.print(f"run folder: {run_dir.url}", soft_wrap=True)

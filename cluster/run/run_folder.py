@@ -7,6 +7,7 @@ Beside them lie checkpoints/, stage1.safetensors and model.safetensors, which th
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import IO, Any
@@ -26,6 +27,14 @@ METRICS = "metrics.json"
 STATUS = "status.json"
 STATUS_EVERY_S = {True: 0.5, False: 5.0}
 """On a local disk; elsewhere, where a write takes as long as a training step."""
+BEAT_S = 10.0
+"""The longest that a status stays as it is while its run lives, whatever the run is doing."""
+ENDED = ("finished", "stopped", "failed")
+"""How the phase of a run begins that is over."""
+
+
+def has_ended(status: dict[str, Any]) -> bool:
+    return status["phase"].startswith(ENDED)
 
 
 def read_status(run: Storage) -> dict[str, Any]:
@@ -56,6 +65,9 @@ class RunFolder:
         self._events = Events(f"{self.storage.url}/tensorboard", None)
         self._status: dict[str, Any] = {"restarts": self._restarts()}
         self._status_at_s = 0.0
+        self._one_at_a_time = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _restarts(self) -> int:
         """How often this run was started before its end: the status of the start before knows."""
@@ -111,18 +123,31 @@ class RunFolder:
 
     def status(self, *, now: bool = False, **facts: Any) -> None:
         """What the status view shows. Written every STATUS_EVERY_S, unless `now`."""
-        self._status |= facts
-        if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
-            self._status_at_s = time.monotonic()
-            if self.on_status:
-                self.on_status(self._status)
-            try:
-                self.storage.write_json(STATUS, self._status | {"updated": time.time()})
-            except Exception as error:  # Who looks on misses something; the run does not.
-                log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
+        with self._one_at_a_time:
+            self._status |= facts
+            if now or time.monotonic() - self._status_at_s > STATUS_EVERY_S[self.storage.local_root is not None]:
+                self._write_status()
+
+    def _write_status(self) -> None:
+        self._status_at_s = time.monotonic()
+        if self.on_status:
+            self.on_status(self._status)
+        try:
+            self.storage.write_json(STATUS, self._status | {"updated": time.time()})
+        except Exception as error:  # Who looks on misses something; the run does not.
+            log.warning("%s/%s cannot be written (%s)", self.storage.url, STATUS, error)
+
+    def _beat(self) -> None:
+        """Say that the run lives also while it has no news: who looks on cannot tell a long phase from a dead run."""
+        while not self._closed.wait(BEAT_S / 4):
+            with self._one_at_a_time:
+                silent_s = time.monotonic() - self._status_at_s
+                if silent_s > BEAT_S and "phase" in self._status and not has_ended(self._status):
+                    self._write_status()
 
     def close(self) -> None:
         """Let go of the files. What cannot be written any more is a warning and does not hide why the run ends."""
+        self._closed.set()
         try:
             self.flush()
             if self._file is not None:

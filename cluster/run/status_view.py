@@ -22,10 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.run.run_folder import read_status
+from cluster.run.run_folder import BEAT_S, has_ended, read_status
 from cluster.run.storage import Storage
 
 LINE_EVERY_S = 10.0
+LIFELESS_S = 6 * BEAT_S
+"""A status older than this is that of a dead run, or of one whose workers are being started again."""
 
 
 @contextmanager
@@ -70,14 +72,18 @@ def activity_of(status: dict[str, Any], images: dict[str, int]) -> Activity:
 
 def summary(status: dict[str, Any], now_s: float) -> list[str]:
     """A status in lines, "name: value"."""
+    age_s = now_s - status["updated"]
+    lifeless = age_s > LIFELESS_S and not has_ended(status)
     lines = {"doing": status["phase"]}
+    if lifeless:
+        lines["doing"] = f"no sign of life for {_clock(age_s)}; probably ended in {status['phase']}: repeat the command"
     if "step" in status:
         lines["stage"] = f"{status['stage']}, epoch {status['epoch']} of {status['epochs']}"
         lines["step"] = f"{status['step']} of about {status['step'] + status['steps_left']}"
         lines["loss"] = f"{status['loss']:.4f}"
-    if status["phase"].startswith("stage "):
+    if status["phase"].startswith("stage ") and not lifeless:
         lines["time left"] = f"{_clock(status['seconds_left'])} in this stage"
-    if status.get("images_per_s"):
+    if status.get("images_per_s") and not lifeless:
         lines["speed"] = f"{status['images_per_s']:.0f} images/s"
     saved_at = status.get("checkpoint_at")
     ago = f", {_clock(now_s - saved_at)} ago" if saved_at else ""
@@ -85,7 +91,7 @@ def summary(status: dict[str, Any], now_s: float) -> list[str]:
     lines["restarts"] = str(status["restarts"])
     nodes = ", ".join(f"{host}: {count}" for host, count in sorted(status["nodes"].items()))
     lines["workers"] = f"{status['workers']} ({nodes})"
-    lines["updated"] = f"{_clock(now_s - status['updated'])} ago"
+    lines["updated"] = f"{_clock(max(age_s, 0))} ago"
     return [f"{name + ':':<17}{text}" for name, text in lines.items()]
 
 

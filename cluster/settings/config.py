@@ -5,11 +5,15 @@
 Imports neither torch nor Ray, so that a mistake shows at once. What needs the dataset or the model's name is checked in
 `cluster/checks/before_run.py`, also before any worker starts. Tables and equations are those of the CLIP-ReID paper;
 "published" are the settings of its authors' released runs, which `configs/` has for every dataset.
+
+Every path keeps one rule: `~` is the home folder, a relative path starts at the folder that the command is called in,
+and so do the paths in a settings file; only a file's `base:` starts at that file. See `paths.py`.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -24,23 +28,41 @@ RGB = tuple[float, float, float]
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
+@dataclass(frozen=True)
+class PathMark:
+    """Says of a setting that its text is a path or an fsspec URL. Where a path starts is one rule, in `paths.py`."""
+
+    words: tuple[str, ...] = ()
+    """Values that are no paths."""
+    suffixes: tuple[str, ...] = ()
+    """Where given, text is a name that others know, unless it ends in one of these or has a slash in it."""
+    shipped: bool = False
+    """A file of this project may be named as well, by its path below the project's root."""
+
+
+NotEmpty = Field(min_length=1)
+Place = Annotated[str, NotEmpty, PathMark()]
+CheckpointPath = Annotated[str, NotEmpty, PathMark(words=("auto", "never"))]
+WeightsPath = Annotated[str, NotEmpty, PathMark(suffixes=WEIGHT_SUFFIXES)]
+ArchPath = Annotated[str, NotEmpty, PathMark(suffixes=(".json",), shipped=True)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
-    dir: str = "runs/run"
-    """Run folder: a path or fsspec URL that every node sees. Relative paths start at the working folder (in a job
-    submitted to Ray: at the checkout that the job's Python belongs to)."""
+    dir: Place = "runs/run"
+    """Run folder: a path or fsspec URL that every node sees."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes initial weights, data order and augmentation."""
-    resume: str = "auto"
+    resume: CheckpointPath = "auto"
     """auto: go on from the newest complete checkpoint; never: refuse a folder that has one; or the path of a checkpoint
     to begin from, while the folder has none."""
 
 
 class DataSection(Section):
-    shards: str
+    shards: Place
     """Folder or fsspec URL that `launch/pack.py build` wrote."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a corrupt record of a PK batch does: stop, or give its place to the identity's next image."""
@@ -55,7 +77,7 @@ class DataSection(Section):
     of its cameras as they can, so not all images equally often. balanced: see `balance_alpha`."""
     balance_alpha: NonNegative = 0.5
     """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Node-local folder for remote shards and feature banks; default: under the system's temporary folder."""
     cache_gb: PositiveFloat = 50.0
     """Size limit of that cache, GB."""
@@ -68,9 +90,9 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    arch: str = "ViT-B-16-quickgelu"
+    arch: ArchPath = "ViT-B-16-quickgelu"
     """open_clip model name, or the path of a JSON file in open_clip's model format."""
-    pretrained: str | None = "openai"
+    pretrained: WeightsPath | None = "openai"
     """open_clip weight tag, or a local file (TorchScript archive, state_dict, safetensors); null: random weights."""
     image_size: tuple[PositiveInt, PositiveInt] = (256, 128)
     """Height and width, pixels."""
@@ -106,7 +128,7 @@ class Stage1Section(Section):
     """Learning rate at which warm-up begins, at epoch 0."""
     min_lr: NonNegative = 1e-6
     """Learning rate at which the cosine ends, in the last epoch."""
-    result: str | None = None
+    result: Place | None = None
     """A finished stage 1 (stage1.safetensors) to start stage 2 from, for `stages: [2]`."""
 
 

@@ -1,52 +1,97 @@
-"""Relative paths of a configuration made absolute, so that they mean the same on every worker.
+"""The one rule for paths, whoever gives them: a setting, an option of a command, a base of a settings file.
 
     Config of the command line ──▶ [paths] ──▶ Config of the workers
 
-URLs and names that are no paths stay as they are.
+`~` is the home folder, and a relative path starts at the folder that the command is called in. Settings become
+absolute, so that they mean the same on every worker. URLs and names that are no paths stay as they are.
+
+A job submitted to Ray is called in Ray's copy of the project, which carries no data and is deleted with the job. What
+came with the copy, settings files and configs/, is found there; all other relative paths start at the checkout whose
+`.venv` runs the job, where there is one.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.settings.config import Config
+from cluster.errors import ConfigError
+from cluster.settings.config import Config, PathMark
+from cluster.settings.kinds import field_kind, kind_of, path_mark
 from shards.storage import local_path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-PATH_SETTINGS = (("run", "dir"), ("run", "resume"), ("data", "shards"), ("stage1", "result"))
+
+
+def expanded(path: str) -> str:
+    """A path with its `~` or `~user` replaced; a URL as it is. Raises ConfigError where no such home is known."""
+    if not path.removeprefix("file://").startswith("~"):
+        return path
+    try:
+        return str(Path(path.removeprefix("file://")).expanduser())
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: no home folder of that name is known; write ./{path} for a name that begins with ~"
+        ) from None
+
+
+def absolute(path: str, start: Path) -> str:
+    """By the rule; a URL as it is. Raises ConfigError as `expanded`."""
+    local = local_path(expanded(path))
+    return path if local is None else str(start / local)
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same settings with local paths absolute; they start at the working folder.
+    """The same settings with local paths absolute. Raises ConfigError as `expanded`."""
+    return Config.model_validate(_placed(config.model_dump(), Config, _start()))
 
-    A submitted job works in Ray's copy of the project, which carries no data and is deleted with the job. There
-    relative paths start at the checkout whose `.venv` runs the job, where there is one.
+
+def placed_setting(text: str, mark: PathMark, start: Path) -> str:
+    """The text of a setting that may be a path, by the rule.
+
+    A file shipped in configs/ keeps its name, which every node finds below its own root, unless the caller has another
+    file by that name.
     """
-    start = _checkout_of_job() or Path.cwd()
-    sections: dict[str, dict[str, Any]] = {}
-    for section, key in PATH_SETTINGS:
-        value = getattr(getattr(config, section), key)
-        if not value or value in ("auto", "never"):
-            continue
-        path = local_path(value)
-        if path is not None:
-            changed = sections.setdefault(section, getattr(config, section).model_dump())
-            changed[key] = str(start / path.expanduser())
-    model = config.model
-    if model.pretrained and (start / model.pretrained).exists():
-        sections["model"] = model.model_dump() | {"pretrained": str(start / model.pretrained)}
-    return Config.model_validate(config.model_dump() | sections)
+    if text in mark.words or (mark.suffixes and not _is_path(text, mark.suffixes, start)):
+        return text
+    path = absolute(text, start)
+    shipped = PROJECT_ROOT / text
+    if mark.shipped and shipped.is_file() and not (Path(path).is_file() and _differ(Path(path), shipped)):
+        return text
+    return path
+
+
+def as_placed(key: str, value: Any) -> Any:
+    """The value of any setting, by its dotted key, as this start would have it: older runs kept some paths as given."""
+    mark = path_mark(kind_of(key))
+    return placed_setting(value, mark, _start()) if mark and isinstance(value, str) else value
 
 
 def arch_file(arch: str) -> str:
-    """A JSON file's path starts at the working folder or, for the files shipped in configs/, at the project's root.
-    Names of open_clip's models stay as they are."""
+    """Where the JSON file of `model.arch` lies on this node. Names of open_clip's models stay as they are."""
     shipped = PROJECT_ROOT / arch
-    return str(shipped) if arch.endswith(".json") and not Path(arch).exists() and shipped.exists() else arch
+    return str(shipped) if arch.endswith(".json") and shipped.exists() else arch
 
 
-def _checkout_of_job() -> Path | None:
-    if "working_dir_files" not in Path.cwd().parts:
-        return None
-    checkout = Path(sys.prefix).parent
-    return checkout if (checkout / "launch" / "train.py").exists() else None
+def _placed(tree: dict[str, Any], section: Any, start: Path) -> dict[str, Any]:
+    placed = dict(tree)
+    for key, value in tree.items():
+        kind = field_kind(section, key)
+        if isinstance(value, dict):
+            placed[key] = _placed(value, kind, start)
+        elif isinstance(value, str) and (mark := path_mark(kind)):
+            placed[key] = placed_setting(value, mark, start)
+    return placed
+
+
+def _is_path(text: str, suffixes: tuple[str, ...], start: Path) -> bool:
+    return text.endswith(suffixes) or "/" in text or text.startswith("~") or (start / text).is_file()
+
+
+def _differ(one: Path, other: Path) -> bool:
+    return one.read_bytes() != other.read_bytes()
+
+
+def _start() -> Path:
+    here, checkout = Path.cwd(), Path(sys.prefix).parent
+    in_job = "working_dir_files" in here.parts
+    return checkout if in_job and (checkout / "launch" / "train.py").exists() else here

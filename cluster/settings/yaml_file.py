@@ -2,7 +2,8 @@
 
     configs/*.yaml, key.path=value ──▶ [yaml_file] ──▶ Config
 
-Every fault is reported, one line each. Imports neither torch nor Ray, so that a mistake shows at once.
+Text is taken as it stands, see `as_written.py`. Every fault is reported, one line each. Imports neither torch nor
+Ray, so that a mistake shows at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from yaml import YAMLError
 
 from cluster.errors import ConfigError
+from cluster.settings.as_written import Dumper, parse, parse_words
 from cluster.settings.config import Config
+from cluster.settings.kinds import field_kind, is_optional, kind_of, section_of
+from cluster.settings.paths import expanded
+
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -25,17 +29,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with every fault, one line each, before anything heavy is imported.
     """
-    tree = _read_yaml(Path(path), seen=())
+    return parse_config(with_overrides(_read_yaml(Path(path), seen=()), overrides))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree of settings with `key.path=value` put into it. Raises ConfigError for what is none."""
     for override in overrides:
-        if "=" not in override or override.startswith(("=", "-")):
+        key, equals, words = override.partition("=")
+        if not key or not equals or key.startswith("-"):
             raise ConfigError(f"{override!r} is not an override: write key.path=value, for example stage2.epochs=10")
         try:
-            tree = _merged(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise ConfigError(f"{override!r} cannot be applied: {_first_line(error)}") from None
-    settings = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(settings, dict)
-    return parse_config(settings)
+            value = parse_words(words, kind_of(key))
+        except UNREADABLE as error:
+            raise ConfigError(f"{override!r} cannot be applied: {_in_one_line(error)}") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merged(tree, value)
+    return tree
+
+
+def parse_tree(text: str, source: str | Path) -> dict[str, Any]:
+    """The tree of settings in a YAML text. Raises ConfigError, which names the source, for what is none."""
+    try:
+        tree = parse(text) or {}
+    except UNREADABLE as error:
+        raise ConfigError(f"{source}: not readable as YAML: {_in_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: holds no keys with values, as settings are")
+    return tree
 
 
 def parse_config(tree: Mapping[Any, Any]) -> Config:
@@ -49,32 +70,36 @@ def parse_config(tree: Mapping[Any, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loading it gives the same settings."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    path = path.expanduser()
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file" + (f" (base of {seen[-1]})" if seen else ""))
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base refers back to itself")
     try:
-        tree = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{path}: holds a list, but settings are keys with values")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+    tree = parse_tree(text, path)
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    parents = [_read_yaml(path.parent / base, (*seen, path.resolve())) for base in bases]
-    return _merged(*parents, tree)
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: {bases!r} is neither a file's name nor a list of them")
+    merged: dict[str, Any] = {}
+    for parent in bases:
+        merged = _merged(merged, _read_yaml(path.parent / expanded(parent), (*seen, path.resolve())))
+    return _merged(merged, tree)
 
 
-def _merged(*trees: DictConfig) -> DictConfig:
-    """Later ones win."""
-    tree = OmegaConf.merge(*trees)
-    assert isinstance(tree, DictConfig)
-    return tree
+def _merged(tree: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Key by key; the later one wins."""
+    both = dict(tree)
+    for key, value in later.items():
+        before = both.get(key)
+        both[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return both
 
 
 def _fault_lines(fault: ErrorDetails) -> list[str]:
@@ -83,27 +108,32 @@ def _fault_lines(fault: ErrorDetails) -> list[str]:
     if fault["type"] == "extra_forbidden":
         return [_unknown_key(path)]
     if fault["type"] == "missing":
+        if isinstance(fault["loc"][-1], int):
+            return [f"{'.'.join(path[:-1])}: too few values"]
         return [f"{'.'.join(path)}: not given, and it has no default"]
     if not path:
         return str(fault["ctx"]["error"]).split("\n")
     message = fault["msg"][0].lower() + fault["msg"][1:].replace("Input should be", "should be")
     message = message.replace("input should be", "should be")
     key = ".".join(part for part in path if part not in ("constrained-int", "Elastic", "int", "str", "float"))
+    if fault["type"] == "tuple_type":
+        message = "should be a list, written as 30,50 or [30, 50]" + (", or null" if is_optional(kind_of(key)) else "")
     return [f"{key}: {fault['input']!r} {message}"]
 
 
 def _unknown_key(path: list[str]) -> str:
     section: type[BaseModel] = Config
     for part in path[:-1]:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        section = field.annotation
+        section = section_of(field_kind(section, part)) or section
     known = sorted(section.model_fields)
     close = get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {'.'.join([*path[:-1], close[0]])}? " if close else ""
     return f"{'.'.join(path)}: unknown key; {hint}known here: {', '.join(known)}"
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
+    """What is wrong, and in which line; YAML's own story of it takes several."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:
+        return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
     return str(error).strip().split("\n")[0]

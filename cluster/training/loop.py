@@ -94,7 +94,7 @@ class Loop:
                     self._save(stage, here)
                 if interrupt:
                     self.writer.finish()
-                    raise interrupt(f"stopped after {here.words}")
+                    raise interrupt(f"stopped after {here.words}, with a checkpoint; the same command goes on from it")
             self._end_epoch(stage, Position(stage.number, epoch, epoch_step, step, True))
             epoch_step = 0
         self.writer.finish()

@@ -24,8 +24,9 @@ from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import PassSettings, extract
+from cluster.evaluation.trained import training_facts
 from cluster.ranks.team import PATIENCE, Team
-from cluster.run.interrupts import Interrupts
+from cluster.run.interrupts import Interrupts, stop_signals
 from cluster.run.manifest import Position
 from cluster.run.reporter import Report, open_reporter
 from cluster.run.run_folder import STAGE1_RESULT, read_metrics
@@ -61,7 +62,7 @@ def train(config: Config, team: Team, report: Report | None = None) -> dict[str,
         if run.wants_stage(2):
             run.stage2()
         return run.finish()
-    except Preempted:
+    except (Preempted, KeyboardInterrupt):
         run.reporter.ended("stopped")
         raise
     except Exception as error:
@@ -241,7 +242,8 @@ class Run:
             loop.evaluates = self._evaluates
             loop.evaluate = lambda epoch: self.evaluate(f"evaluate epoch {epoch}")
         try:
-            loop.run(stage, start)
+            with stop_signals.saving_first():
+                loop.run(stage, start)
         except BaseException:
             with suppress(Exception):  # What went wrong matters more, such as a lost rank: DeepSpeed needs them all.
                 stage.close()
@@ -269,7 +271,8 @@ class Run:
 
     def _write_model(self) -> None:
         data = self.config.data
-        card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor)
+        facts = training_facts(self.config, self.index)
+        card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor, facts)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MODEL_FILE
             save_model(path, self.model, card, self.text)

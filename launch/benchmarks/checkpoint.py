@@ -18,7 +18,7 @@ from clipreid.optim import parameter_groups
 from clipreid.weights.initial import build_models
 from launch.benchmarks._published import LOSSES, model_spec
 from launch.benchmarks._timing import machine_facts, seconds
-from launch.cli import Parser, positive
+from launch.cli import Parser, place, positive
 
 EXAMPLE = """examples:
   python launch/bench.py checkpoint
@@ -44,7 +44,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", default="256x128", metavar="HxW", help="pixels")
     parser.add_argument("--batch", type=positive, help="images in a step; default: 64 on a GPU, 8 on a CPU")
-    parser.add_argument("--dir", metavar="FOLDER", help="where to write; default: the system's temporary folder")
+    parser.add_argument(
+        "--dir", type=place, metavar="FOLDER", help="where to write; default: the system's temporary folder"
+    )
     parser.add_argument("--rounds", type=positive, default=3, help="checkpoints that are timed")
     options = parser.parse_args(arguments)
     try:

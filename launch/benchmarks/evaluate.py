@@ -21,7 +21,7 @@ from clipreid.retrieval.positives import Labels
 from launch.benchmarks._made_features import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
 from launch.benchmarks._memory import PeakMemory, seconds_and_memory
 from launch.benchmarks._timing import choose_device, machine_facts, seconds
-from launch.cli import Parser, positive
+from launch.cli import Parser, place, positive
 
 EXAMPLE = """examples:
   python launch/bench.py evaluate --size msmt17
@@ -59,7 +59,9 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, Size]:
     parser.add_argument(
         "--sample", type=positive, default=100, metavar="N", help="queries that the plain version ranks (default 100)"
     )
-    parser.add_argument("--dir", metavar="FOLDER", help="of the mapped gallery; default: the system's temporary folder")
+    parser.add_argument(
+        "--dir", type=place, metavar="FOLDER", help="of the mapped gallery; default: the system's temporary folder"
+    )
     parser.add_argument("--device", help="default: cuda where there is one")
     options = parser.parse_args(arguments)
     return options, chosen_size(options, ALL_SIZES)

@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from clipreid.augment import augment
 from launch.benchmarks._published import AUGMENT
-from launch.cli import Parser
+from launch.cli import Parser, local_place
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKLoader
 from shards.loading.pk_sampler import PKSettings, epoch_plan
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--cases", nargs="+", default=CASES, type=_case, metavar="WxH:WxH")
     parser.add_argument("--identities", type=int, default=100, help="of 8 images each (default 100)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=Path, help="folder for the temporary files (default: the system's)")
+    parser.add_argument("--work", type=local_place, help="folder for the temporary files (default: the system's)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []

@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.benchmarks import sampler
 from launch.benchmarks._memory import PeakMemory
-from launch.cli import Parser, progress_bar
+from launch.cli import Parser, local_place, progress_bar
 from shards.records import ImageRecord
 
 IMAGES, IDENTITIES, TRAIN_IMAGES, TRAIN_IDENTITIES = 221_763, 26_267, 113_346, 13_164
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser = Parser(prog="bench.py pack", description=__doc__)
     parser.add_argument("--images", type=int, default=IMAGES, help=f"default {IMAGES:,}")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder for the temporary files (default: the system's)")
+    parser.add_argument("--work", type=local_place, help="folder for the temporary files (default: the system's)")
     options = parser.parse_args(arguments)
     if options.images < MIN_IMAGES:
         parser.error(f"--images {options.images}: at least {MIN_IMAGES}, or there is nothing to train with")

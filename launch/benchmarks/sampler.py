@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.cli import Parser
+from launch.cli import Parser, place
 from shards.errors import DataError
 from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, index_schema
 from shards.loading.index import ShardIndex, SplitIndex
@@ -34,7 +34,9 @@ VIRTUAL_NODES = 4
 def run(arguments: list[str]) -> dict[str, Any]:
     """Median seconds to open the index and to plan an epoch, of each strategy and of the plain loop."""
     parser = Parser(prog="bench.py sampler", description=__doc__)
-    parser.add_argument("--shards", help="a packed dataset, folder or URL (default: an index of VehicleID's size)")
+    parser.add_argument(
+        "--shards", type=place, help="a packed dataset, folder or URL (default: an index of VehicleID's size)"
+    )
     parser.add_argument("--identities", type=int, default=16, help="P (default 16)")
     parser.add_argument("--images-per-identity", type=int, default=4, help="K (default 4)")
     parser.add_argument("--rounds", type=int, default=5)

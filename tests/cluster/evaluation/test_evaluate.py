@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,18 +23,20 @@ from clipreid.retrieval import vehicleid as protocols
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
-from clipreid.weights.file import read_card
+from clipreid.weights.file import load_model, load_text, read_card, save_model
 from clipreid.weights.initial import build_models
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
 from cluster.evaluation.feature_file import read_pair
-from cluster.evaluation.find_weights import check_fits, local_weights
+from cluster.evaluation.find_weights import check_fits, local_weights, open_weights
 from cluster.evaluation.metrics import normalize_rows
+from cluster.evaluation.result_file import default_place
+from cluster.evaluation.trained import FEATURES, training_facts
 from cluster.ranks.team import Team
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import load_config
-from launch import evaluate, export, extract
+from launch import evaluate, export, extract, figures
 from shards import storage
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
@@ -617,8 +622,8 @@ def test_files_that_are_no_pair_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "give --config and --weights, or --features"),
-        ("--config a.yaml", "give --config and --weights, or --features"),
+        ("", "give --weights, or --features"),
+        ("--config a.yaml", "give --weights, or --features"),
         ("--config a.yaml --weights b --rule none", "--rule belongs to --features"),
         ("--features a.npz --weights b", "--weights and --features exclude each other"),
         ("--features a b c", "3 files; give one or two"),
@@ -642,10 +647,160 @@ def test_options_that_do_not_fit_together_are_refused(arguments, reason, capsys)
     assert caught.value.code == 2 and reason in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_the_metrics_of_a_run_are_not_overwritten(run, capsys):
+@pytest.mark.parametrize("name", ["metrics.json", "config.yaml", "status.json", "log.jsonl", "model.safetensors"])
+def test_no_file_of_a_run_is_overwritten(run, name, capsys):
+    before = (run.folder / name).read_bytes()
     with pytest.raises(SystemExit):
-        evaluate.main([*map(str, run.arguments), "--out", str(run.folder / "metrics.json")])
-    assert "is the metrics.json of a run; choose another name" in capsys.readouterr().err
+        evaluate.main([*map(str, run.arguments), "--out", str(run.folder / name)])
+    assert f"is the {name} of a run; choose another name" in capsys.readouterr().err
+    assert (run.folder / name).read_bytes() == before
+
+
+def test_features_are_not_overwritten_by_their_figures(tmp_path, capsys):
+    path = features_file(tmp_path / "features.npz", random_pair(9, 40))
+    with pytest.raises(SystemExit):
+        evaluate.main(["--features", str(path), "--out", str(path)])
+    assert "is what is evaluated; choose another name" in capsys.readouterr().err
+
+
+# --- where figures go that are given no place
+
+
+def placed(*arguments, capsys):
+    """Where evaluate.py says that the figures went, and what is there."""
+    evaluate.main([*map(str, arguments)])
+    path = Path(capsys.readouterr().out.rpartition("metrics: ")[2].strip())
+    return path, json.loads(path.read_text())
+
+
+def test_figures_go_beside_the_features_and_never_over_those_of_another_evaluation(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "metrics.json").write_text("{}")
+    file = features_file(tmp_path / "features.npz", random_pair(30, 90))
+    first, plain = placed("--features", file, capsys=capsys)
+    assert first == tmp_path / "features.metrics.json"
+    second, other = placed("--features", file, "--rule", "none", capsys=capsys)
+    assert second == tmp_path / "features.metrics-2.json" and other != plain
+    third, ranked = placed("--features", file, "--rerank", "4,2,0.3", capsys=capsys)
+    assert third == tmp_path / "features.metrics-3.json" and "rerank" in ranked
+    assert json.loads(first.read_text()) == plain
+    for flags, path in (([], first), (["--rule", "none"], second), (["--rerank", "4,2,0.3"], third)):
+        assert placed("--features", file, *flags, capsys=capsys)[0] == path  # Done again, it finds its own.
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["metrics.json"]
+    assert (tmp_path / "here" / "metrics.json").read_text() == "{}"
+    first.write_bytes(b"\0" * 10)  # Torn: nothing is lost by writing it anew.
+    assert placed("--features", file, capsys=capsys) == (first, plain)
+
+
+def test_each_kind_of_thing_evaluated_has_its_place(tmp_path):
+    (tmp_path / "run.v2").mkdir()
+    assert default_place(str(tmp_path / "run.v2")) == f"{tmp_path}/run.v2/evaluation.json"
+    assert default_place("memory://runs/one") == "memory://runs/one/evaluation.json"
+    assert default_place("runs/one/model.safetensors") == "runs/one/model.metrics.json"
+    assert default_place("s3://bucket/ViT-B-16_60.pth") == "s3://bucket/ViT-B-16_60.metrics.json"
+    assert default_place("query.npz") == "query.metrics.json"
+    (tmp_path / "query.parquet").mkdir()
+    assert default_place(f"{tmp_path}/query.parquet/") == f"{tmp_path}/query.metrics.json"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    file = features_file(tmp_path / "features.npz", random_pair(9, 40))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for arguments, reason in (([], "--out: not given, and"), (["--out", "x.json"], "cannot be written to")):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--features", str(file), *arguments])
+        assert reason in capsys.readouterr().err
+
+
+# --- weights know what they were trained on
+
+
+def test_a_run_is_evaluated_with_its_own_settings_and_no_word(run, own_metrics, capsys):
+    """Figures beside the weights, not over the run's own metrics."""
+    before = (run.folder / "metrics.json").read_bytes()
+    evaluate.main(["--weights", str(run.folder)])
+    printed = capsys.readouterr()
+    assert not printed.err and f"metrics: {run.folder}/evaluation.json" in printed.out
+    assert json.loads((run.folder / "evaluation.json").read_text()) == own_metrics
+    assert (run.folder / "metrics.json").read_bytes() == before
+
+
+def test_a_file_of_weights_alone_says_its_settings(run, own_metrics, tmp_path, monkeypatch, capsys):
+    """Also elsewhere, and where the file of the architecture is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((run.folder / "model.safetensors").read_bytes())
+    evaluate.main(["--weights", "model.safetensors"])
+    assert not capsys.readouterr().err
+    assert json.loads((tmp_path / "model.metrics.json").read_text()) == own_metrics
+    monkeypatch.setattr("cluster.evaluation.find_weights.arch_file", lambda arch: "gone.json")
+    with open_weights("model.safetensors") as weights:
+        weights.check(weights.trained.config([]), None, FEATURES)
+        with pytest.raises(ConfigError, match=r"model.image_size is \[32, 32\] in the weights, \[64, 32\]"):
+            weights.check(weights.trained.config(["model.image_size=64x32"]), None, FEATURES)
+
+
+def test_a_card_has_no_password_and_nothing_of_how_the_work_was_shared(run):
+    config = load_config(run.folder / "config.yaml", ["data.shards=http://user:secret@host/set", "run.dir=/x/y"])
+    index = SimpleNamespace(name="set", fingerprint="f")
+    facts = json.dumps(training_facts(config, index))
+    assert "secret" not in facts and "http://host/set" in facts
+    assert all(word not in facts for word in ("cluster", "checkpoint", "/x/y", "loaders", 'pretrained": "o'))
+
+
+def test_another_dataset_and_other_settings_are_noted_in_one_line(run, tiny_shards, tmp_path, capsys):
+    images, shards = tmp_path / "images", tmp_path / "others"
+    launch("pack.py", "render", "--out", images, "--identities", 12, "--cameras", 4, "--images", 4, "--seed", 9)
+    launch("pack.py", "build", "--dataset", "veri776", "--root", images, "--out", shards)
+    for config in ([], run.config):
+        changes = [f"data.shards={shards}", "eval.rule=none", "eval.rerank=null", "model.sie=camera"]
+        evaluated(*config, "--weights", run.folder, *changes, out=tmp_path / "m.json")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"note: data.shards is veri776 ({shards}) here, {run.folder} was trained on veri776 (")
+        assert str(tiny_shards) in line and f"eval.rule is none here, {run.folder} was evaluated by camera" in line
+        assert "eval.rerank is None here" in line and "eval.descriptor" not in line
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_shards, moved)
+    extracted("--weights", run.folder, "--split", "query", f"data.shards={moved}", out=tmp_path / "q.npz")
+    assert not capsys.readouterr().err  # The same dataset, wherever it lies.
+
+
+def older(run, folder):
+    """The run as an older version left it: its card knows neither dataset nor settings."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation*"))
+    file = run.folder / "model.safetensors"
+    card = replace(read_card(file), training={})
+    save_model(folder / file.name, load_model(file)[0], card, load_text(file))
+
+
+def test_an_older_run_knows_its_settings_by_its_folder(run, own_metrics, tiny_shards, tmp_path, capsys):
+    older(run, tmp_path / "old")
+    assert evaluated("--weights", tmp_path / "old", out=tmp_path / "m.json") == own_metrics
+    file = tmp_path / "old" / "model.safetensors"
+    assert evaluated("--weights", file, out=tmp_path / "m.json") == own_metrics
+    assert not capsys.readouterr().err
+    shutil.copytree(tiny_shards, tmp_path / "moved")
+    extracted(
+        "--weights", tmp_path / "old", "--split", "query", f"data.shards={tmp_path}/moved", out=tmp_path / "q.npz"
+    )
+    assert f"was trained on {tiny_shards}" in capsys.readouterr().err  # All that it says of its dataset.
+    file.rename(tmp_path / "alone.safetensors")
+    with pytest.raises(ConfigError, match="--config: not given, and .*alone.safetensors does not say what it was tr"):
+        evaluate.main(["--weights", str(tmp_path / "alone.safetensors")])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"data: {shards: a", b"\xff\xfe", b"[]", b"3"])
+def test_torn_settings_of_a_run_are_named_where_its_card_has_none(run, content, tmp_path):
+    older(run, tmp_path / "old")
+    (tmp_path / "old" / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.yaml|does not say|data.shards: not given") as caught:
+        evaluate.main(["--weights", str(tmp_path / "old")])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_figures_of_a_run_need_no_settings(run, tmp_path):
+    figures.main(["--weights", str(run.folder), "--out", str(tmp_path / "pictures"), "--figure", "ranked"])
+    assert (tmp_path / "pictures" / "ranked.png").exists()
 
 
 MISTAKES = """

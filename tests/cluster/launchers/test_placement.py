@@ -2,7 +2,9 @@
 
 import pytest
 
+from cluster.errors import ConfigError
 from cluster.launchers.placement import room_for, shortage, worker_needs
+from cluster.launchers.ray import _connect
 from cluster.settings.yaml_file import parse_config
 from cluster.training.worker import fit_loaders
 
@@ -51,3 +53,15 @@ def test_workers_that_cannot_be_placed_are_told_with_what_is_there_and_what_to_c
 
 def test_a_worker_has_no_more_loaders_than_cpus():
     assert [fit_loaders(config(loaders=3), cpus).data.loaders for cpus in (1, 3, 8, None)] == [1, 3, 3, 3]
+
+
+def test_a_home_folder_that_ray_may_not_write_is_named_with_the_remedy(monkeypatch):
+    """A container started for a user that it does not know."""
+
+    def init(**options):
+        raise PermissionError(13, "Permission denied", "/nonexistent")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(ConfigError, match="Ray may not write /nonexistent .*: set HOME to a folder of yours"):
+        _connect(parse_config({"data": {"shards": "x"}}))

@@ -6,16 +6,17 @@ import signal
 import pytest
 
 from cluster.errors import Drained, Preempted
-from cluster.run.interrupts import Interrupts, Pending, request_stop, withdraw_stop
+from cluster.run.interrupts import Interrupts, Pending, request_stop, stop_signals, withdraw_stop
 from cluster.run.storage import Storage
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder. This process takes SIGTERM as before when the test is over."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A run folder. This process takes SIGTERM and Ctrl-C as before when the test is over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield Storage(str(tmp_path))
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_stop_file_is_seen_by_the_first_rank_until_it_is_withdrawn(run):
@@ -30,6 +31,32 @@ def test_a_sigterm_is_a_stop_on_the_rank_that_got_it(run):
     interrupts = Interrupts(run, is_first=False)
     os.kill(os.getpid(), signal.SIGTERM)
     assert interrupts.pending().stop
+
+
+def test_the_first_ctrl_c_is_a_stop_with_a_word_and_the_second_ends_at_once(run, capsys):
+    interrupts = Interrupts(run)
+    with stop_signals.saving_first():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.pending().stop and stop_signals.exit_code == 130
+        assert "repeat the command to go on; Ctrl-C again stops at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_at_once_where_no_step_can_be_lost(run):
+    interrupts = Interrupts(run)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not interrupts.pending().stop
+
+
+def test_ctrl_c_after_a_sigterm_is_the_first_and_the_exit_code_is_of_the_last_signal(run):
+    Interrupts(run, is_first=False)
+    with stop_signals.saving_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signals.exit_code == 143
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_signals.exit_code == 130
 
 
 def test_the_storage_is_not_asked_at_every_step(run, monkeypatch):

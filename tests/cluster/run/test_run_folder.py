@@ -3,6 +3,7 @@ what the live view makes of it."""
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import fsspec
@@ -15,7 +16,7 @@ from cluster.run.interrupts import Interrupts, request_stop
 from cluster.run.manifest import Position
 from cluster.run.reporter import RunReporter
 from cluster.run.run_folder import RunFolder
-from cluster.run.status_view import activity_of
+from cluster.run.status_view import LIFELESS_S, activity_of, summary
 from cluster.run.storage import Storage
 from cluster.run.tensorboard import Events, first_new_step
 from cluster.settings.yaml_file import parse_config
@@ -23,10 +24,11 @@ from cluster.settings.yaml_file import parse_config
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A worker takes SIGTERM as a request to stop; this process goes on as before."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A worker takes SIGTERM and Ctrl-C as requests to stop; this process goes on as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -173,3 +175,40 @@ def test_the_status_says_how_a_run_ended_and_its_last_checkpoint(place):
     reporter.ended("failed: the disk is full")
     assert Storage(place).read_json("status.json")["phase"] == "failed: the disk is full"
     assert activity_of(Storage(place).read_json("status.json"), {}) == ("failed: the disk is full", 0, None, "")
+
+
+@pytest.mark.parametrize("phase", ["stage 2", "evaluate", "start", "encode the training images"])
+def test_a_run_without_a_sign_of_life_has_no_time_left(phase):
+    status = {"phase": phase, "updated": 1000.0, "restarts": 0, "nodes": {"a": 1}, "workers": 1, "images_per_s": 9.0}
+    if phase == "stage 2":
+        status |= {"stage": 2, "epoch": 1, "epochs": 5, "step": 7, "steps_left": 9, "loss": 0.5, "seconds_left": 1512}
+    alive, dead = ("\n".join(summary(status, 1000 + age)) for age in (LIFELESS_S - 1, LIFELESS_S + 12))
+    assert ("time left" in alive) == (phase == "stage 2") and "no sign of life" not in alive
+    assert f"no sign of life for 0:01:12; probably ended in {phase}" in dead
+    assert "left" not in dead and "images/s" not in dead
+
+
+@pytest.mark.parametrize("phase", ["finished", "stopped", "failed: the disk is full"])
+def test_a_run_that_said_how_it_ended_is_not_missed(phase):
+    status = {"phase": phase, "updated": 0.0, "restarts": 0, "nodes": {"a": 1}, "workers": 1}
+    assert summary(status, 1e6)[0].split() == ["doing:", *phase.split()]
+
+
+def test_a_run_says_that_it_lives_while_it_has_no_news_until_it_ends(place, monkeypatch):
+    monkeypatch.setattr("cluster.run.run_folder.BEAT_S", 0.04)
+    place += "-of-its-own"  # Where no run of another test beats still.
+    reporter = RunReporter(config_at(place), None, {"host": 1})
+
+    def updates():
+        seen = set()
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until and len(seen) < 4:
+            seen.add(Storage(place).read_json("status.json")["updated"])
+            time.sleep(0.01)
+        return len(seen)
+
+    reporter.phase("re-rank")
+    assert updates() == 4
+    reporter.ended("stopped")
+    assert updates() == 1 and Storage(place).read_json("status.json")["phase"] == "stopped"
+    reporter.close()
