@@ -1,4 +1,4 @@
-"""Whole runs whose files were damaged between two starts: what can be made again is, bit by bit; the rest is one line."""
+"""Whole runs whose files were damaged between two starts: what can be made again is; the rest is one line."""
 
 import shutil
 
