@@ -3,7 +3,8 @@
     extract ──▶ [feature parts] ──▶ feature_file ──▶ metrics
 
 A folder NAME.parquet holds part-00000.parquet, part-00001.parquet, … of PART_ROWS images each, in index order, however
-many workers extracted them, and a checksum of each. Other programs read it as one table. Beside the features no more than a part is held.
+many workers extracted them, and the parts' checksums. Other programs read it as one table. Beside the features no more
+than a part is held.
 """
 
 import hashlib
