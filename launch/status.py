@@ -42,7 +42,8 @@ def show(options: argparse.Namespace) -> bool:
     status = read_status(Storage(options.run))
     if not status:
         raise ConfigError(
-            f"{options.run}: no status.json; a run writes it into its run.dir once its workers have started"
+            f"{options.run}: no status.json that can be read; a run writes it into its run.dir once its workers have "
+            "started"
         )
     print(json.dumps(status) if options.json else "\n".join(summary(status, time.time())), flush=True)
     return bool(options.every) and status["phase"] != "finished"

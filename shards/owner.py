@@ -174,7 +174,7 @@ def _is_dead_here(facts: dict[str, Any]) -> bool:
 
 
 def _write(mark: str, facts: dict[str, Any]) -> None:
-    with storage.write_atomic(mark) as file:
+    with storage.write_atomic(mark, durable=False) as file:
         file.write(json.dumps(facts).encode())
 
 

@@ -6,12 +6,12 @@ A source is read only. What is written appears under its final name complete or 
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
 import shutil
 import stat
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from shards.errors import DataError, NotAFileError
+from shards.leftovers import remove_leftovers, working_name
 from shards.remote import RangedFile, Upload, file_system, retried
 
 REQUESTS = 16
@@ -34,6 +35,7 @@ NOT_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
@@ -118,7 +120,33 @@ def read_text(url: str, encoding: str = "utf-8") -> str:
 
 
 def make_folder(url: str) -> None:
-    _ask(url, lambda fs, path: fs.makedirs(path, exist_ok=True))
+    """The folder with all above it; nothing happens when it is there. On a disk their names are there to stay."""
+    path = local_path(url)
+    if path is None:
+        _ask(url, lambda fs, path: fs.makedirs(path, exist_ok=True))
+        return
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(new):
+        sync_folder(folder.parent)
+
+
+def sync(descriptor: int) -> None:
+    """Return when an open file, or the names in an open folder, are on the disk. Raises OSError where they cannot be;
+    what has no such thing is taken at its word."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(url: str) -> None:
@@ -135,11 +163,13 @@ def remove(url: str) -> None:
 
 
 @contextmanager
-def write_atomic(url: str, work: str | None = None) -> Iterator[IO[bytes]]:
+def write_atomic(url: str, work: str | None = None, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name only when the block ends without an exception.
 
     work: folder of the working file, on the same file system; default is the file's own folder.
-    Object stores show an upload only when it is complete, so there the upload is the working file.
+    durable: file and name are on the disk when this returns, so that what comes after may rely on them; not for what
+    is written often and can be missed.
+    Object stores show an upload only when it is complete, and keep it, so there the upload is the working file.
     """
     target = local_path(url)
     if target is None:
@@ -152,12 +182,18 @@ def write_atomic(url: str, work: str | None = None) -> Iterator[IO[bytes]]:
         upload.commit()
         return
     folder = (local_path(work) if work else None) or target.parent
-    # containers that share a folder have the same process ids
-    working = folder / f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    if durable:
+        remove_leftovers(folder, target.name)
+    working = folder / working_name(target.name)
     try:
         with working.open("wb") as file:
             yield file
+            if durable:
+                file.flush()
+                sync(file.fileno())
         working.replace(target)
+        if durable:
+            sync_folder(target.parent)
     except BaseException:
         working.unlink(missing_ok=True)
         raise

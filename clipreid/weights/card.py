@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from clipreid.errors import ModelError
 from clipreid.model.spec import FeatureName, ModelSpec
+from clipreid.weights.sealed import read_header
 
 MODEL_FILE = "model.safetensors"
 """Name of the final weights in a run folder."""
@@ -64,11 +63,7 @@ def weights_file(weights: str | Path) -> Path:
 def read_card(path: str | Path) -> ModelCard:
     """The card of a file written by `save_model`, without its weights. Raises ModelError when it is any other file."""
     path = weights_file(path)
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ModelError(f"{path}: is not a complete .safetensors file ({error}); copy it again") from None
+    metadata = read_header(path).metadata
     if _CARD not in metadata:
         raise ModelError(f"{path}: was not written by this system; for others' weights set model.pretrained")
     fields = json.loads(metadata[_CARD])

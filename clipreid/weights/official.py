@@ -8,6 +8,7 @@ holds no settings: image size, stride and kind of side information come from the
 contradict them it is refused.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from clipreid.model.prompts import PREFIX_POSITIONS, PromptedText
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import ModelCard, read_card
 from clipreid.weights.pretrained import read_state_dict, with_batch_counters
+from clipreid.weights.sealed import DamagedError
 
 _TOKENS = ("prompt_learner.cls_ctx", "prompt_learner.tokens")
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
@@ -91,6 +93,8 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
     partial = Path(f"{path}.partial")
     try:
         torch.save(state, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -138,6 +142,8 @@ def _card(source: str) -> ModelCard | None:
     """What a file of our own, which has nearly the same names, says about itself."""
     try:
         return read_card(source)
+    except DamagedError:
+        raise
     except ModelError:
         return None
 

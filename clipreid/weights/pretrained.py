@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_activation, check_pretrained
+from clipreid.weights.sealed import DamagedError, check_file
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -35,7 +36,16 @@ _OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 # Parameters of CLIP that are no part of re-identification: similarities are unscaled dot products.
 _UNUSED = ("logit_scale", "logit_bias")
 
-_READ_ERRORS = (RuntimeError, SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError)
+_READ_ERRORS = (
+    zipfile.BadZipFile,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+)
 
 
 def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -69,7 +79,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     loaded: Any
     with _unreadable(path):
+        _check_archive(path)
         if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                check_file(file, path.stat().st_size, str(path))
             loaded = load_file(path)
         elif _is_torchscript(path):
             loaded = dict(torch.jit.load(path, map_location="cpu").state_dict())
@@ -132,6 +145,16 @@ def _is_square_grid(rows: Tensor) -> bool:
     return math.isqrt(len(rows) - 1) ** 2 == len(rows) - 1
 
 
+def _check_archive(path: Path) -> None:
+    """Raises DamagedError where a member of an archive of torch's, ours among them, is not what was written: torch
+    itself does not look."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if member := archive.testzip():
+            raise DamagedError(f"{path}: {member} is not as it was written: the file is damaged; copy it again")
+
+
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
@@ -143,6 +166,8 @@ def _is_torchscript(path: Path) -> bool:
 def _unreadable(path: Path) -> Iterator[None]:
     try:
         yield
+    except DamagedError:
+        raise
     except _READ_ERRORS as error:
         unsafe = isinstance(error, pickle.UnpicklingError)  # its own message advises to load it all the same
         reason = "pickled objects other than tensors" if unsafe else _first_line(error)

@@ -13,13 +13,14 @@ import numpy as np
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.sealed import check_content
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
-from shards.storage import exists
+from shards.storage import read_bytes
 
 
 def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
@@ -34,8 +35,8 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     except ModelError as error:
         faults.append(str(error))
     result = config.stage1.result
-    if result and not exists(result):
-        faults.append(f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors")
+    if result:
+        faults += _stage1_result_faults(result)
     if faults:
         raise ConfigError("\n".join(faults))
     check_may_continue(config, index.fingerprint)
@@ -93,6 +94,15 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
             f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
             "them with stages=[1,2]"
         )
+
+
+def _stage1_result_faults(result: str) -> Iterator[str]:
+    try:
+        check_content(read_bytes(result), result)
+    except (FileNotFoundError, NotADirectoryError):
+        yield f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors"
+    except (OSError, ModelError) as error:
+        yield f"stage1.result: {error}"
 
 
 def _open_index(config: Config) -> ShardIndex:

@@ -24,7 +24,7 @@ def check_may_continue(config: Config, fingerprint: str) -> None:
     run = Storage(config.run.dir)
     manifests, unreadable = read_manifests(run)
     if unreadable and not manifests:
-        raise none_usable(run, unreadable.values())
+        raise none_usable(run, (fault.text for fault in unreadable.values()))
     resume, source = config.run.resume, run.url
     if manifests:
         newest = manifests[-1]

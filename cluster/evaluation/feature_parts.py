@@ -3,10 +3,11 @@
     extract ──▶ [feature parts] ──▶ feature_file ──▶ metrics
 
 A folder NAME.parquet holds part-00000.parquet, part-00001.parquet, … of PART_ROWS images each, in index order, however
-many workers extracted them. Other programs read it as one table. Beside the features no more than a part is held.
+many workers extracted them, and the parts' checksums. Other programs read it as one table. Beside the features no more
+than a part is held.
 """
 
-import os
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import ConfigError
+from shards.leftovers import remove_leftovers, working_name
+from shards.sealed import SealError, seal, unseal
+from shards.storage import sync, sync_folder, write_json
 
 SUFFIX = ".parquet"
 """Of the folder and of the files in it."""
+CHECKSUMS = "_checksums.json"
+"""Of the parts. Programs that read such a folder as one table pass over names with this beginning."""
 PART_ROWS = 32_768
 FEATURES = "features"
 
@@ -27,12 +33,17 @@ FEATURES = "features"
 def write_parts(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays [n] and `features` float32 [n, D], which may be memory-mapped. The folder appears when it is complete."""
     strings = [name for name, values in arrays.items() if values.dtype.kind == "U"]
+    hashes = {}
     with _folder_atomic(folder) as working:
         for number, start in enumerate(range(0, len(arrays[FEATURES]), PART_ROWS)):
             rows = slice(start, start + PART_ROWS)
             table = pa.table({name: _column(values[rows]) for name, values in arrays.items()})
             path = working / f"part-{number:05d}{SUFFIX}"
             pq.write_table(table, path, compression="zstd", use_dictionary=strings)
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                sync(file.fileno())
+        write_json(str(working / CHECKSUMS), seal(hashes))
 
 
 def read_parts(folder: Path) -> dict[str, np.ndarray]:
@@ -40,6 +51,7 @@ def read_parts(folder: Path) -> dict[str, np.ndarray]:
     paths = sorted(folder.glob(f"*{SUFFIX}"))
     if not paths:
         raise ConfigError(f"{folder}: holds no files *{SUFFIX}; give a folder that extract.py wrote")
+    _check_hashes(folder)
     files = [_open(path) for path in paths]
     schema = files[0].schema_arrow
     for path, file in zip(paths, files, strict=True):
@@ -67,14 +79,36 @@ def read_parts(folder: Path) -> dict[str, np.ndarray]:
     return arrays | {name: np.concatenate(blocks) for name, blocks in columns.items()}
 
 
+def _check_hashes(folder: Path) -> None:
+    """Raises ConfigError where a file of ours is not there or not as it was written. Files that nobody listed are read
+    as they are: others write such folders too."""
+    try:
+        hashes = unseal((folder / CHECKSUMS).read_bytes())
+    except FileNotFoundError:
+        return
+    except SealError as error:
+        raise ConfigError(f"{folder / CHECKSUMS}: {error}; extract again") from None
+    for name, expected in hashes.items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise ConfigError(f"{folder / name}: no such file, but {CHECKSUMS} lists it; extract again") from None
+        if found != expected:
+            raise ConfigError(f"{folder / name}: is damaged, its checksum differs from {CHECKSUMS}'s; extract again")
+
+
 @contextmanager
 def _folder_atomic(folder: Path) -> Iterator[Path]:
     """As `write_atomic` for a file: a folder to fill, which gets its name when the block ends without an exception."""
-    working = folder.parent / f".{folder.name}.{os.getpid()}"
+    remove_leftovers(folder.parent, folder.name)
+    working = folder.parent / working_name(folder.name)
     working.mkdir()
     try:
         yield working
+        sync_folder(working)
         working.rename(folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise

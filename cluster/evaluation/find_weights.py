@@ -6,6 +6,7 @@ A file of our own says what it was trained with, so settings that contradict it 
 noted (`trained.py`). Files of others (CLIP's, the authors') are compared with the settings when they are read.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from typing import Any
 from clipreid.errors import ModelError
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
+from clipreid.weights.sealed import DamagedError
 from cluster.errors import ConfigError
 from cluster.evaluation.trained import Trained
 from cluster.settings.config import WEIGHT_SUFFIXES, Config
 from cluster.settings.model_spec import configured_spec
 from cluster.settings.paths import arch_file
+from shards.leftovers import remove_leftovers, working_name
 from shards.loading.index import ShardIndex
 from shards.storage import is_local, join, read_bytes
 
@@ -62,8 +65,8 @@ def local_weights(weights: str) -> Iterator[Path]:
         yield weights_file(Path(weights.removeprefix("file://")))
         return
     url = weights if PurePosixPath(weights).suffix in WEIGHT_SUFFIXES else join(weights, MODEL_FILE)
-    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        path = Path(folder) / PurePosixPath(url).name
+    with _temporary_folder() as folder:
+        path = folder / PurePosixPath(url).name
         try:
             path.write_bytes(read_bytes(url))
         except FileNotFoundError:
@@ -71,10 +74,25 @@ def local_weights(weights: str) -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for this process alone. Those of killed processes are removed first."""
+    place = Path(tempfile.gettempdir())
+    remove_leftovers(place, "weights")
+    folder = place / working_name("weights")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def card_of(path: Path) -> ModelCard | None:
-    """What the file says about itself; None for a file that is not ours."""
+    """What the file says about itself; None for a file that is not ours. Raises DamagedError where it was changed."""
     try:
         return read_card(path)
+    except DamagedError:
+        raise
     except ModelError:
         return None
 

@@ -5,6 +5,7 @@
 This process is a worker itself under the launchers torchrun (one of its processes) and local (the only one).
 """
 
+import logging
 import os
 import signal
 import sys
@@ -14,17 +15,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clipreid.errors import ModelError
+from clipreid.weights.card import MODEL_FILE
+from clipreid.weights.sealed import check_file
 from cluster.errors import ConfigError, Preempted, RankLost, TrainingError
 from cluster.ranks.process import joined, threads_per_worker
 from cluster.run.interrupts import stop_signals, withdraw_stop
 from cluster.run.reporter import headline, run_identity
-from cluster.run.run_folder import read_metrics, read_status
+from cluster.run.run_folder import STAGE1_RESULT, read_metrics, read_status
 from cluster.run.status_view import follow
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
 from shards.owner import owned_folder
 
+log = logging.getLogger(__name__)
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
@@ -105,8 +110,28 @@ def dataset_facts(index: ShardIndex) -> str:
 
 
 def is_finished(config: Config) -> bool:
-    status = read_status(Storage(config.run.dir))
-    return status.get("phase") == "finished" and status.get("run") == run_identity(config)
+    """Whether the run has ended, and its results are what it wrote: what is not is made again."""
+    run = Storage(config.run.dir)
+    status = read_status(run)
+    if status.get("phase") != "finished" or status.get("run") != run_identity(config):
+        return False
+    return (
+        _is_sound(run, MODEL_FILE) and bool(read_metrics(run)) if 2 in config.stages else _is_sound(run, STAGE1_RESULT)
+    )
+
+
+def _is_sound(run: Storage, name: str) -> bool:
+    """A remote file is not fetched for it: object stores check what they keep."""
+    if run.local_root is None:
+        return run.exists(name)
+    path = run.local_root / name
+    try:
+        with path.open("rb") as file:
+            check_file(file, path.stat().st_size, str(path))
+    except (FileNotFoundError, ModelError) as error:
+        log.warning("%s: it is made again", error)
+        return False
+    return True
 
 
 def result_table(metrics: dict[str, Any]) -> Table:

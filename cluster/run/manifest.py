@@ -2,21 +2,24 @@
 
     checkpoints/stage2-00000120-a3/rank-0-of-2.safetensors … manifest.json ──▶ [manifest] ──▶ checks, find_newest
 
-A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count.
+A checkpoint is a folder; its `manifest.json` is written last, so a folder without one does not count. It holds a
+checksum of every file, and of itself.
 Imports no torch: manifests are read before any worker starts.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from cluster.run.storage import Storage
+from shards.sealed import SealError
 
 FORMAT = 1
 FOLDER = "checkpoints"
-UNREADABLE = (OSError, ValueError, TypeError, KeyError)
+MANIFEST = "manifest.json"
+UNREADABLE = (OSError, ValueError)
 
 
 class Position(NamedTuple):
@@ -60,24 +63,36 @@ class CheckpointManifest:
 
     @classmethod
     def parse(cls, tree: dict[str, Any]) -> "CheckpointManifest":
-        """Raises ValueError, TypeError or KeyError for a tree that `dump` did not make."""
+        """Raises OtherFormat, or SealError for a tree that `dump` did not make."""
         if tree.get("format") != FORMAT:
-            raise ValueError(f"format {tree.get('format')}, this version reads {FORMAT}")
-        position = Position(*(tree["position"][KEYS_ON_DISK.get(name, name)] for name in Position._fields))
-        return cls(**tree | {"position": position})
+            raise OtherFormat(f"format {tree.get('format')}, this version reads {FORMAT}")
+        for name, kind in _TYPES.items():
+            if name not in tree or type(tree[name]) is not kind:
+                raise SealError(f"{name} is {tree.get(name)!r}, not of type {kind.__name__}")
+        on_disk = {name: tree["position"].get(KEYS_ON_DISK.get(name, name)) for name in Position._fields}
+        if [type(value) for value in on_disk.values()] != [int, int, int, int, bool]:
+            raise SealError(f"position is {tree['position']!r}")
+        for file, facts in tree["files"].items():
+            if not isinstance(facts, dict) or type(facts.get("size")) is not int or "sha256" not in facts:
+                raise SealError(f"{file} is {facts!r}, without its size or hash")
+        if unknown := tree.keys() - {field.name for field in fields(cls)}:
+            raise SealError(f"has unknown {', '.join(sorted(unknown))}")
+        return cls(**tree | {"position": Position(**on_disk)})
 
 
-def read_manifests(run: Storage) -> tuple[list[CheckpointManifest], dict[str, str]]:
-    """Complete checkpoints, oldest first; and what is wrong with each manifest that cannot be read, by its folder."""
-    manifests, faults = [], {}
-    for name in run.names(FOLDER):
-        if "manifest.json" not in run.names(f"{FOLDER}/{name}"):
-            continue
-        try:
-            manifests.append(CheckpointManifest.parse(run.read_json(f"{FOLDER}/{name}/manifest.json") | {"name": name}))
-        except UNREADABLE as error:
-            faults[name] = f"{run.url}/{FOLDER}/{name}/manifest.json cannot be read ({error})"
-    return sorted(manifests, key=lambda m: m.position), faults
+_TYPES = {
+    "name": str,
+    "position": dict,
+    "world_size": int,
+    "zero_stage": int,
+    "settings": dict,
+    "fingerprint": str,
+    "files": dict,
+}
+
+
+class OtherFormat(ValueError):
+    """A manifest of another version."""
 
 
 class Fault(NamedTuple):
@@ -85,7 +100,27 @@ class Fault(NamedTuple):
 
     text: str
     damaged: bool
-    """Whether a file is known to be incomplete, and not only out of reach."""
+    """Whether a file is known not to be what was written, and not only out of reach or of another version."""
+
+
+def read_manifest(folder: Storage) -> CheckpointManifest:
+    """Of one checkpoint. Raises OSError, OtherFormat, or SealError where it is not as it was written."""
+    return CheckpointManifest.parse(folder.read_sealed(MANIFEST))
+
+
+def read_manifests(run: Storage) -> tuple[list[CheckpointManifest], dict[str, Fault]]:
+    """Complete checkpoints, oldest first; and what is wrong with each manifest that cannot be read, by its folder."""
+    manifests, faults = [], {}
+    for name in run.names(FOLDER):
+        if MANIFEST not in run.names(f"{FOLDER}/{name}"):
+            continue
+        folder = Storage(run.place(f"{FOLDER}/{name}"))
+        try:
+            manifests.append(replace(read_manifest(folder), name=name))
+        except UNREADABLE as error:
+            damaged = isinstance(error, SealError)
+            faults[name] = Fault(f"{folder.url}/{MANIFEST} cannot be read ({error})", damaged)
+    return sorted(manifests, key=lambda m: m.position), faults
 
 
 def find_fault(folder: Storage, manifest: CheckpointManifest) -> Fault | None:
@@ -114,7 +149,7 @@ def chosen_manifest(path: str) -> CheckpointManifest:
     """The manifest of the checkpoint that run.resume names. Raises ConfigError where there is none."""
     folder = Storage(path)
     try:
-        return CheckpointManifest.parse(folder.read_json("manifest.json"))
+        return read_manifest(folder)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"run.resume: {path} is neither auto, never, nor a complete checkpoint (a folder with manifest.json, as "

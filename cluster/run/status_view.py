@@ -88,6 +88,8 @@ def summary(status: dict[str, Any], now_s: float) -> list[str]:
     saved_at = status.get("checkpoint_at")
     ago = f", {_clock(now_s - saved_at)} ago" if saved_at else ""
     lines["last checkpoint"] = f"{status['checkpoint']}{ago}" if status.get("checkpoint") else "none"
+    if "log_gap" in status:
+        lines["log lacks"] = status["log_gap"]
     lines["restarts"] = str(status["restarts"])
     nodes = ", ".join(f"{host}: {count}" for host, count in sorted(status["nodes"].items()))
     lines["workers"] = f"{status['workers']} ({nodes})"

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import TrainingError
 from shards import storage as files
+from shards.sealed import seal, unseal
 
 
 class Storage:
@@ -34,11 +35,11 @@ class Storage:
     def read(self, name: str) -> bytes:
         return files.read_bytes(self.place(name))
 
-    def write(self, name: str, *parts: bytes | memoryview) -> None:
-        """A file of these parts, one after the other."""
+    def write(self, name: str, *parts: bytes | memoryview, durable: bool = True) -> None:
+        """A file of these parts, one after the other. durable: as for `shards.storage.write_atomic`."""
         place = self.place(name)
         files.make_folder(place.rsplit("/", 1)[0])
-        with files.write_atomic(place) as file:
+        with files.write_atomic(place, durable=durable) as file:
             for part in parts:
                 file.write(part)
 
@@ -58,6 +59,14 @@ class Storage:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1).encode() + b"\n")
+
+    def read_sealed(self, name: str) -> dict[str, Any]:
+        """What `write_sealed` wrote. Raises OSError, and SealError where it is not that."""
+        return unseal(self.read(name))
+
+    def write_sealed(self, name: str, facts: dict[str, Any], *, durable: bool = True) -> None:
+        """As JSON with a checksum. durable: as for `write`."""
+        self.write(name, json.dumps(seal(facts), indent=1).encode() + b"\n", durable=durable)
 
     def remove(self, name: str) -> None:
         """A file or folder; nothing happens where it is gone already."""

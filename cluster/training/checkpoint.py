@@ -88,7 +88,7 @@ class Search(NamedTuple):
 
     checkpoint: Checkpoint | None
     passed_over: dict[str, Fault]
-    """Newer checkpoints of the run, by their folder, that cannot be used."""
+    """Checkpoints of the run, by their folder, that cannot be used: newer ones, and those with a bad manifest."""
 
     def own(self, run: Storage) -> CheckpointManifest | None:
         """The checkpoint where it is one of the run's own, and not another's that `run.resume` names."""
@@ -107,20 +107,18 @@ def find_newest(run: Storage, team: Team, resume: str = "auto") -> Search:
 
 
 def _search(run: Storage, resume: str) -> Search:
-    manifests, faults = read_manifests(run)
-    passed_over: dict[str, Fault] = {}
+    manifests, passed_over = read_manifests(run)
     while manifests:
         manifest = manifests.pop()
         folder = Storage(run.place(f"{FOLDER}/{manifest.name}"))
         fault = find_fault(folder, manifest)
         if fault is None:
-            for name, text in faults.items():
-                log.warning("%s: checkpoint %s is skipped", text, name)
+            for name, fault in passed_over.items():
+                log.warning("%s: checkpoint %s is skipped", fault.text, name)
             return Search(Checkpoint(folder, manifest), passed_over)
         passed_over[manifest.name] = fault
-        faults[manifest.name] = fault.text
-    if faults:
-        raise none_usable(run, faults.values())
+    if passed_over:
+        raise none_usable(run, (fault.text for fault in passed_over.values()))
     if resume in ("auto", "never"):
         return Search(None, passed_over)
     chosen = Checkpoint(Storage(resume), chosen_manifest(resume))
@@ -139,10 +137,10 @@ class Retention:
 
     def removable(self, run: Storage) -> list[str]:
         """Folders that may go, those of interrupted writes among them."""
-        manifests, unreadable = read_manifests(run)
+        manifests, faults = read_manifests(run)
         manifests = [m for m in manifests if m.name not in self.passed_over]
-        kept = {m.name for m in manifests[-self.keep :]} | unreadable.keys()
-        kept |= {name for name, fault in self.passed_over.items() if not fault.damaged}
+        kept = {m.name for m in manifests[-self.keep :]}
+        kept |= {name for name, fault in {**faults, **self.passed_over}.items() if not fault.damaged}
         evaluated = [(m.mAP, m.position, m.name) for m in manifests if m.mAP is not None]
         if evaluated:
             kept.add(max(evaluated, key=lambda entry: entry[:2])[-1])

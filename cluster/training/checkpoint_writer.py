@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.errors import TrainingError
 from cluster.ranks.team import Team
-from cluster.run.manifest import FOLDER, CheckpointManifest, Position
+from cluster.run.manifest import FOLDER, MANIFEST, CheckpointManifest, Position
 from cluster.run.storage import Storage
 from cluster.training.checkpoint import KEYS, Retention, kept_buffers
 from cluster.training.engine import Engine
@@ -178,7 +178,7 @@ class CheckpointWriter:
             if self.team.is_first:
                 if write.starts is not None:
                     manifest.files = self._facts_of_all_ranks(folder)
-                self.run.write_json(f"{folder}/manifest.json", manifest.dump())
+                self.run.write_sealed(f"{folder}/{MANIFEST}", manifest.dump())
                 self._complete_name = manifest.name
                 for name in self.retention.removable(self.run):
                     self.run.remove(f"{FOLDER}/{name}")

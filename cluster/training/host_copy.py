@@ -13,17 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""As the safetensors format calls them."""
+from clipreid.weights.file import TYPES
 
 
 class HostCopy:
@@ -56,7 +46,9 @@ class HostCopy:
         return [name for name, t in numbers if not all(math.isfinite(end) for end in t.aminmax())]
 
     def safetensors(self, metadata: dict[str, str]) -> list[memoryview | bytes]:
-        """A safetensors file in chunks: its header, then the tensors' own memory, which must not change yet."""
+        """A safetensors file in chunks: its header, then the tensors' own memory, which must not change yet.
+
+        It has no checksums of its own: the manifest has one of the whole."""
         header: dict[str, Any] = {"__metadata__": metadata}
         chunks: list[memoryview] = []
         end = 0

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
 from clipreid import stage1 as method
+from clipreid.errors import ModelError
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import parameter_groups, stage1_lr
-from clipreid.weights.card import read_metadata
+from clipreid.weights.file import dump_tensors
+from clipreid.weights.sealed import check_content
 from cluster.errors import ConfigError
 from cluster.ranks.team import Team
 from cluster.run.run_folder import STAGE1_RESULT
@@ -104,17 +106,25 @@ class Stage1Result:
     def write(self, storage: Storage) -> None:
         """Raises TrainingError where the storage cannot be written."""
         meta = {"label_names": self.label_names, "fingerprint": self.fingerprint, "encoder": self.encoder}
-        tensors = {
-            "tokens": self.tokens.cpu().contiguous(),
-            "text_features": self.text_features.cpu().contiguous(),
-        }
+        tensors = {"tokens": self.tokens, "text_features": self.text_features}
         with storage.writing(STAGE1_RESULT):
-            storage.write(STAGE1_RESULT, dump_safetensors(tensors, {"stage1": json.dumps(meta)}))
+            storage.write(STAGE1_RESULT, *dump_tensors(tensors, {"stage1": json.dumps(meta)}))
 
     @classmethod
-    def read(cls, content: bytes) -> "Stage1Result":
-        tensors, facts = parse_safetensors(content), read_metadata(content)["stage1"]
-        return cls(tensors["tokens"], tensors["text_features"], **facts)
+    def read(cls, content: bytes, source: str) -> "Stage1Result":
+        """Raises ModelError where it is no such file, or not as it was written."""
+        header = check_content(content, source)
+        try:
+            tensors, facts = parse_safetensors(content), json.loads(header.metadata["stage1"])
+            result = cls(tensors["tokens"], tensors["text_features"], **facts)
+            if not len(result.tokens) == len(result.text_features) == len(result.label_names):
+                raise ValueError("tokens, text features and names differ in number")
+            return result
+        except (SafetensorError, LookupError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"{source}: is no result of stage 1 ({type(error).__name__}: {error}): give the stage1.safetensors of "
+                "a run"
+            ) from None
 
     def check_fits(self, source: str, fingerprint: str, encoder: str, prompt_tokens: int) -> None:
         """Raises ConfigError where stage 2 would go on from another dataset, encoder or number of tokens."""

@@ -5,9 +5,7 @@
 A run that was interrupted goes on from its newest complete checkpoint; what is finished is not done again.
 """
 
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +13,11 @@ from torch import Tensor
 
 from clipreid import stage1 as method
 from clipreid.augment import normalise
+from clipreid.errors import ModelError
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.weights.card import MODEL_FILE, ModelCard
-from clipreid.weights.file import save_model
+from clipreid.weights.file import model_file
 from clipreid.weights.initial import build_models
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
@@ -135,16 +134,26 @@ class Run:
 
     def _bring_stage1_result(self, checkpoint: Checkpoint) -> None:
         """A checkpoint of another run's stage 2 goes with the text features of that run."""
-        if self.storage.exists(STAGE1_RESULT):
-            return
         theirs = Storage(checkpoint.folder.url.rsplit("/", 2)[0])
-        if not theirs.exists(STAGE1_RESULT):
-            raise ConfigError(
-                f"{self.storage.place(STAGE1_RESULT)}: no such file, nor {theirs.place(STAGE1_RESULT)}, but checkpoint "
-                f"{checkpoint.folder.url} is in stage 2: copy the file there from the run that wrote it"
-            )
-        with self.storage.writing(STAGE1_RESULT):
-            self.storage.write(STAGE1_RESULT, theirs.read(STAGE1_RESULT))
+        faults: dict[str, str] = {}
+        for storage in (self.storage, theirs):
+            place = storage.place(STAGE1_RESULT)
+            try:
+                content = storage.read(STAGE1_RESULT)
+                Stage1Result.read(content, place)
+            except FileNotFoundError:
+                faults[place] = f"{place}: no such file"
+            except ModelError as error:
+                faults[place] = str(error)
+            else:
+                if storage is theirs and theirs.url != self.storage.url:
+                    with self.storage.writing(STAGE1_RESULT):
+                        self.storage.write(STAGE1_RESULT, content)
+                return
+        raise ConfigError(
+            f"{'; '.join(faults.values())}; but checkpoint {checkpoint.folder.url} is in stage 2, which needs it: copy "
+            "the file there from the run that wrote it, or choose another run.dir"
+        )
 
     def start(self) -> None:
         """The untrained encoder's metrics, unless an earlier start of this run has them."""
@@ -221,7 +230,7 @@ class Run:
             return self._stage1_result().text_features  # The tokens came with model.pretrained.
         source = self.config.stage1.result or f"{self.storage.url}/{STAGE1_RESULT}"
         folder, _, name = source.rpartition("/")
-        result = Stage1Result.read(Storage(folder or ".").read(name))
+        result = Stage1Result.read(Storage(folder or ".").read(name), source)
         result.check_fits(source, self.index.fingerprint, self.encoder_hash, self.spec.prompt_tokens)
         with torch.no_grad():
             self.prompts.tokens.copy_(result.tokens)
@@ -273,8 +282,5 @@ class Run:
         data = self.config.data
         facts = training_facts(self.config, self.index)
         card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor, facts)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / MODEL_FILE
-            save_model(path, self.model, card, self.text)
-            with self.storage.writing(MODEL_FILE):
-                self.storage.write(MODEL_FILE, path.read_bytes())
+        with self.storage.writing(MODEL_FILE):
+            self.storage.write(MODEL_FILE, *model_file(self.model, card, self.text))

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from shards.errors import DamagedError, DataError
 from shards.format import DATASET_FILE, INDEX_FILE, index_schema, parse_index
+from shards.leftovers import remove_leftovers
 from shards.source import ShardSource
 from shards.storage import write_atomic
 
@@ -59,7 +60,7 @@ def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
     table = _decode(source, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomic(str(path)) as file:
+        with write_atomic(str(path), durable=False) as file:  # it has a checksum
             _write(file, table)
         _remove_unused(path.parent)
     except OSError as error:
@@ -69,6 +70,7 @@ def open_table(source: ShardSource, facts: dict, path: Path) -> pa.Table:
 
 def _remove_unused(folder: Path) -> None:
     """A file that other processes have mapped stays theirs."""
+    remove_leftovers(folder)
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process is at it too
             if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:

@@ -8,6 +8,7 @@ Working files lie in OUT/.partial; a killed build is repeated with the same comm
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +34,12 @@ from shards.packing.validate import check_collection
 from shards.packing.writer import ShardRows, WriteJob, rows_url, write_shard
 from shards.progress import Progress, silent
 from shards.records import SPLITS
+from shards.sealed import SealError, unseal
 from shards.storage import join
 
 WORK_FOLDER = ".partial"
+SHARD_ROWS = re.compile(rf"({'|'.join(SPLITS)})-\d+\.json")
+CHUNK_BYTES = 8 << 20
 DEFAULT_QUALITY = 95
 
 
@@ -89,7 +93,7 @@ def build(
         if existing := _existing(out, collection, shards, recorded):
             found = existing.get("found", {})
             _refuse(strict, found.get("warnings", []))
-            storage.remove(join(out, WORK_FOLDER))
+            _remove_work(out)
             warnings, notes = warnings + found.get("warnings", []), collection.notes + found.get("notes", [])
             return BuildReport(existing, warnings, notes, 0, len(shards))
         work = join(out, WORK_FOLDER)
@@ -142,7 +146,8 @@ def _existing(
     """dataset.json of a finished build of the same; raises DataError when `out` holds anything else."""
     names = storage.list_folder(out)
     if DATASET_FILE not in names:
-        if WORK_FOLDER not in names and (others := [name for name in names if not name.startswith(".")]):
+        others = [name for name in names if not name.startswith(".")]
+        if WORK_FOLDER not in names and others:
             raise DataError(f"--out {out}: holds other files ({examples(others)}): give a new or empty folder")
         return None
     dataset = read_dataset_json(out)
@@ -157,32 +162,74 @@ def _existing(
         raise DataError(f"--out {out}: the source has changed since this was packed: {remedy}")
     if missing := [name for name in dataset.get("files", {}) if name not in names]:
         raise DataError(f"--out {out}: incomplete, {examples(missing)} missing: delete that folder, then repeat")
+    if storage.is_local(out):
+        files = dataset.get("files", {}).items()
+        torn = [name for name, facts in files if storage.size_bytes(join(out, name)) != facts["bytes"]]
+        if torn:
+            raise DataError(f"--out {out}: {examples(torn)} cut short: delete that folder, then repeat")
     return dataset
 
 
 def _read_rows(work: str, shard: str) -> ShardRows:
-    return ShardRows(**json.loads(storage.read_bytes(rows_url(work, shard))))
+    """Raises OSError, and SealError where they are not what was written."""
+    facts = unseal(storage.read_bytes(rows_url(work, shard)))
+    try:
+        return ShardRows(**facts)
+    except TypeError as error:
+        raise SealError(str(error)) from None
 
 
 def _finished(out: str, work: str, shards: Sequence[PlannedShard]) -> set[str]:
-    """Names of the planned shards that an earlier call completed; what it left of other plans is deleted."""
+    """Names of the planned shards that an earlier call completed; what it left of other plans, or torn, is deleted."""
     signatures = {shard.name: shard.signature for shard in shards}
     finished = set()
     present = storage.list_folder(out)
-    for file in storage.list_folder(work):
-        if file.startswith("."):  # a working file of a killed process
-            storage.remove(join(work, file))
-            continue
+    for file in _own_files(work):
         shard = file.replace(".json", ".tar")
-        rows, url = _read_rows(work, shard), join(out, shard)
-        there = shard in present and len(rows.pixels) == len(rows.offsets)  # else of an earlier version
-        if there and signatures.get(shard) == rows.signature and storage.size_bytes(url) == rows.num_bytes:
+        if shard in present and _is_whole(out, work, shard, signatures.get(shard)):
             finished.add(shard)
             continue
-        if there:
-            storage.remove(url)
+        if shard in present:
+            storage.remove(join(out, shard))
         storage.remove(join(work, file))
     return finished
+
+
+def _own_files(work: str) -> list[str]:
+    """Of the work folder: rows, and working files of killed processes."""
+    return [name for name in storage.list_folder(work) if name.startswith(".") or SHARD_ROWS.fullmatch(name)]
+
+
+def _remove_work(out: str) -> None:
+    """What the build put there, and the folder where nothing else is in it."""
+    work = join(out, WORK_FOLDER)
+    for name in _own_files(work):
+        storage.remove(join(work, name))
+    if not storage.list_folder(work):
+        storage.remove(work)
+
+
+def _is_whole(out: str, work: str, shard: str, signature: str | None) -> bool:
+    """Whether a shard and its rows are there as they are planned. A remote one is not fetched for it: object stores
+    show a file only when they have all of it, and check what they keep."""
+    try:
+        rows = _read_rows(work, shard)
+    except SealError:
+        return False
+    if rows.signature != signature or len(rows.pixels) != len(rows.offsets):  # the latter: of an earlier version
+        return False
+    url = join(out, shard)
+    if storage.size_bytes(url) != rows.num_bytes:
+        return False
+    return not storage.is_local(url) or _crc32(url) == rows.crc32
+
+
+def _crc32(url: str) -> int:
+    checksum = 0
+    with storage.open_read(url) as file:
+        while data := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
 
 
 def _write(jobs: Sequence[WriteJob], processes: int, progress: Progress) -> int:
@@ -229,7 +276,7 @@ def _publish(
     if any(found.values()):
         dataset["found"] = found
     write_dataset_json(out, dataset, work)
-    storage.remove(work)
+    _remove_work(out)
     return dataset
 
 

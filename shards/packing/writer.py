@@ -20,6 +20,7 @@ from shards.format import EXTENSIONS, TAR_END, metadata, tar_header, tar_padding
 from shards.packing.processes import Advance
 from shards.packing.shard_plan import PlannedShard
 from shards.pictures import BadPicture, pixel_hash, read_picture
+from shards.sealed import seal
 from shards.storage import Source
 
 REPORT_EVERY = 64
@@ -82,7 +83,7 @@ def rows_url(work: str, shard: str) -> str:
 def write_shard(job: WriteJob, advance: Advance) -> list[str]:
     """Write the tar and its rows; returns a line for every unreadable image, and writes nothing if there are any.
 
-    The rows come first: a shard is finished when both are there and the sizes agree.
+    The rows come first: a shard is finished when both are there and agree.
     """
     rows = ShardRows(job.shard.signature)
     bad: list[str] = []
@@ -91,7 +92,7 @@ def write_shard(job: WriteJob, advance: Advance) -> list[str]:
             _write_images(job, file, rows, bad, advance)
             if bad:
                 raise _HasBadImages
-            storage.write_json(rows_url(job.work, job.shard.name), vars(rows), job.work)
+            storage.write_json(rows_url(job.work, job.shard.name), seal(vars(rows)), job.work)
     except _HasBadImages:
         return bad
     return []

@@ -10,6 +10,7 @@ from cluster.errors import ConfigError
 from cluster.run.manifest import FOLDER, Position
 from cluster.run.storage import Storage
 from cluster.settings.config import results_settings
+from shards.sealed import seal, unseal
 from tests.helpers.checkpoints import PlainEngine, at, damage, loaded, newest_at, save, settings_of, writer_at
 
 
@@ -59,7 +60,7 @@ def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_over_them(tm
     if kind == "flipped":
         damage(tmp_path, kind)
     elif kind == "other format":
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+        manifest.write_text(json.dumps(seal(unseal(manifest.read_bytes()) | {"format": 9})))
     else:
         monkeypatch.setattr(Storage, "read", out_of_reach)
     with pytest.raises(ConfigError, match=rf"none can be used \(.*{folder.name}.*choose another run.dir, or remove"):
@@ -81,7 +82,7 @@ def test_checkpoints_that_could_not_be_read_are_not_removed_with_the_next(tmp_pa
     with monkeypatch.context() as patch:
         if kind == "other format":
             manifest = newest / "manifest.json"
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+            manifest.write_text(json.dumps(seal(unseal(manifest.read_bytes()) | {"format": 9})))
         else:
             read = Storage.read
             patch.setattr(Storage, "read", lambda s, n: (out_of_reach if newest.name in s.url else read)(s, n))

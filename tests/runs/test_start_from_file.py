@@ -78,7 +78,7 @@ FAULTS = [
     ("baseline.pth", {}, "has no text side, which method two_stage needs: give CLIP's weights or a checkpoint with"),
     ("baseline.pth", {"stages": [1, 2]}, "has no text side"),
     ("baseline.pth", {"stages": [1]}, "has no text side"),
-    ("baseline.pth", {"stage1": {"result": "official.pth"}}, "has no text side"),
+    ("baseline.pth", {"stage1": {"result": "model.safetensors"}}, "has no text side"),
     ("baseline.pth", ONE_STAGE, "has no text side, which method one_stage needs"),
     ("clip.pt", {}, "holds no prompts: name a stage1.safetensors as stage1.result, or train them"),
     ("official.pth", {"model": {"image_size": [32, 32]}}, r"positional_embedding is \(9, 32\), .* needs \(17, 32\)"),

@@ -19,8 +19,10 @@ from clipreid.model.spec import ModelSpec
 from clipreid.weights.file import ModelCard, load_model, load_text, read_card, save_model, weights_file
 from clipreid.weights.initial import build_models
 from clipreid.weights.official import holds_prompts, official_shapes, save_official
+from clipreid.weights.pretrained import read_state_dict
 from launch import cli, export
 from shards import storage
+from tests.helpers.damage import flips
 from tests.helpers.golden_models import (
     ARCH,
     ROOT_CONFIGS,
@@ -504,3 +506,18 @@ def test_official_weights_need_quickgelu(tmp_path):
     torch.save({"image_encoder.proj": torch.zeros(1)}, tmp_path / "in.pth")
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
         build_models(spec, str(tmp_path / "in.pth"))
+
+
+def test_an_official_checkpoint_with_another_bit_is_refused_in_one_line_or_reads_the_same(tmp_path):
+    path = tmp_path / "official.pth"
+    expected = {"classifier.weight": torch.randn(8, 16), "bottleneck.weight": torch.randn(16)}
+    torch.save(expected, path)
+    content = path.read_bytes()
+    for changed in flips(content, 200):
+        path.write_bytes(changed)
+        try:
+            found = read_state_dict(path)
+        except ModelError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)

@@ -32,6 +32,7 @@ from shards.packing.overview import Overview
 from shards.packing.processes import run_tasks
 from shards.packing.verify import verify
 from shards.progress import silent
+from tests.helpers.damage import RUBBISH, TORN, Disk, flips
 from tests.helpers.layouts import image_bytes, make_duke, make_manifest, make_market, make_vehicleid, tree_bytes, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -265,6 +266,81 @@ def kill_itself(task, advance):
 def test_a_killed_process_is_an_error_with_a_remedy():
     with pytest.raises(DataError, match="a process was killed .* fewer --processes"):
         list(run_tasks(kill_itself, [1, 2], 2, silent, 2))
+
+
+def test_a_power_loss_at_any_moment_ends_in_the_same_bytes(tmp_path):
+    """Whatever it leaves of the files that were not flushed to the disk; and nothing once the build has ended."""
+    table = make_manifest(tmp_path, train=2, tested=1, images=1)
+    pack(table, tmp_path / "whole")
+    expected = tree_bytes(tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    with Disk(tmp_path / "out").watched() as disk:
+        pack(table, tmp_path / "out")
+        disk.safe = "packed"
+    tried = 0
+    for safe, folder in disk.outcomes(tmp_path / "after"):
+        whole = {name: data for name, data in tree_bytes(folder).items() if not name.startswith(".partial/")}
+        assert safe is None or whole == expected
+        pack(table, folder)
+        assert tree_bytes(folder) == expected
+        tried += 1
+    assert tried > 20
+
+
+def interrupted(table, out):
+    """A build that ended when all shards were written."""
+
+    def stop(done, total):
+        if done == total:
+            raise Crash
+
+    with pytest.raises(Crash):
+        pack(table, out, progress=stop)
+    return out / ".partial"
+
+
+@pytest.mark.parametrize("tear", TORN)
+def test_a_torn_shard_of_an_interrupted_build_is_written_again(large, tmp_path, tear):
+    table, packed = large
+    work = interrupted(table, tmp_path / "out")
+    name = next(work.glob("train-*.json")).with_suffix(".tar").name
+    shard = tmp_path / "out" / name
+    shard.write_bytes(TORN[tear](shard.read_bytes()))
+    pack(table, tmp_path / "out")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(packed)
+
+
+def test_rows_with_another_bit_or_rubbish_in_them_are_made_again(tmp_path):
+    table = make_manifest(tmp_path, train=2, tested=1, images=1)
+    pack(table, tmp_path / "whole")
+    interrupted(table, tmp_path / "left")
+    rows = next((tmp_path / "left" / ".partial").glob("*.json"))
+    content = rows.read_bytes()
+    for number, changed in enumerate([*flips(content, 50), *RUBBISH, b'{"signature": "x", "unknown": 1}']):
+        out = tmp_path / str(number)
+        shutil.copytree(tmp_path / "left", out)
+        (out / ".partial" / rows.name).write_bytes(changed)
+        pack(table, out)
+        assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
+def test_a_foreign_file_in_the_work_folder_is_left_alone(large, tmp_path):
+    table, packed = large
+    foreign = interrupted(table, tmp_path / "out") / "notes.txt"
+    foreign.write_text("precious")
+    pack(table, tmp_path / "out")
+    assert foreign.read_text() == "precious"
+    assert pack(table, tmp_path / "out").images_written == 0
+    shutil.rmtree(foreign.parent)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(packed)
+
+
+def test_a_finished_dataset_with_a_file_cut_short_is_not_called_packed(large, tmp_path):
+    table, packed = large
+    shutil.copytree(packed, tmp_path / "out")
+    shard = tmp_path / "out" / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    fails("train-000001.tar cut short: delete that folder, then repeat", table, tmp_path / "out")
 
 
 def test_finished_shards_are_not_written_again(large, tmp_path):
