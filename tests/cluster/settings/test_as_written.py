@@ -124,7 +124,7 @@ def test_a_file_that_is_no_settings_is_refused_in_one_line_with_the_place(file, 
 def test_a_file_of_another_encoding_is_refused_and_a_byte_order_mark_is_none(file, tmp_path):
     path = file("")
     path.write_bytes("data: {shards: 实验}\n".encode("gbk"))
-    with pytest.raises(ConfigError, match="utf-8"):
+    with pytest.raises(ConfigError, match="UTF-8 text"):
         load_config(path)
     path.write_bytes("\ufeffdata: {shards: 实验}\n".encode())
     assert load_config(path).data.shards == "实验"
