@@ -13,14 +13,14 @@ import numpy as np
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
-from clipreid.weights.sealed import check_content
+from clipreid.weights.sealed import check_file
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
-from shards.storage import read_bytes
+from shards.storage import open_read, size_bytes
 
 
 def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
@@ -80,7 +80,7 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
-    _, text = build_models(spec, pretrained)
+    text = build_models(spec, pretrained).text
     if config.method == "baseline":
         return
     if text is None:
@@ -98,7 +98,8 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
 
 def _stage1_result_faults(result: str) -> Iterator[str]:
     try:
-        check_content(read_bytes(result), result)
+        with open_read(result) as file:
+            check_file(file, size_bytes(result), result)
     except (FileNotFoundError, NotADirectoryError):
         yield f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors"
     except (OSError, ModelError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipreid.augment import normalise
+from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
 from clipreid.model.relevance import relevance_maps
 from clipreid.retrieval.metrics import retrieve
@@ -27,6 +28,7 @@ from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
 from clipreid.weights.pretrained import is_official, read_state_dict
+from clipreid.weights.tables import CLASSIFIER_PROJ, TOKENS, load_table
 from cluster.errors import ConfigError
 from cluster.evaluation.inference import Inference
 from cluster.evaluation.metrics import ShowProgress, labels_of
@@ -54,17 +56,26 @@ class Subject:
     index: ShardIndex
     text: PromptedText | None
     """None where no prompts were learned: the baseline, and CLIP's own weights."""
+    tokens: IdentityTable | None
+    """Of the prompts, with `text`."""
+    classifier: IdentityTable | None
+    """Of the projected feature."""
     show: ShowProgress
 
     @classmethod
     def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: ShowProgress) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
-        inference, text = Inference(config, path, card, index), None
-        if config.method != "baseline" and card:
-            text = load_text(path)
-        elif config.method != "baseline" and "train" in index.splits and is_official(read_state_dict(path)):
-            text = build_models(model_spec(config, index), str(path), config.run.seed)[1]
-        return cls(inference, index, text and text.to(inference.team.device).eval(), show)
+        inference, text, tokens, classifier = Inference(config, path, card, index), None, None, None
+        if card:
+            text, tokens, classifier = load_text(path), load_table(path, TOKENS), load_table(path, CLASSIFIER_PROJ)
+        elif "train" in index.splits:
+            _, text, tables = build_models(model_spec(config, index), str(path), config.run.seed)
+            tokens, classifier = tables.tokens, tables.classifier_proj
+            if not is_official(read_state_dict(path)):
+                text = None
+        if config.method == "baseline":
+            text = None
+        return cls(inference, index, text and text.to(inference.team.device).eval(), tokens, classifier, show)
 
     @property
     def train(self) -> SplitIndex:
@@ -77,9 +88,9 @@ class Subject:
     @torch.no_grad()
     def text_features(self, labels: np.ndarray) -> Tensor | None:
         """float32 [n, D] of these training identities."""
-        if self.text is None:
+        if self.text is None or self.tokens is None:
             return None
-        return self.text(torch.from_numpy(labels).to(self.inference.team.device)).float().cpu()
+        return self.text(self.tokens.block[labels].to(self.inference.team.device)).float().cpu()
 
     def pixels(self, images: Tensor) -> Tensor:
         """float32 [n, 3, H, W] as the encoder takes them."""
@@ -129,15 +140,16 @@ def tsne(subject: Subject) -> Figure:
 
 def relevance(subject: Subject) -> Figure:
     """Figure 3: what in an image speaks for its identity, by its text feature (without texts, by its classifier)."""
-    train, model = subject.train, subject.inference.model
+    train = subject.train
     labels = _spread(train.num_identities, RELEVANCE_IMAGES)
     rows = np.array([np.flatnonzero(train.labels == label)[0] for label in labels])
     images = pick_images(subject.index, "train", rows.tolist(), subject.inference.config.model.image_size)
     targets = subject.text_features(labels)
     if targets is None:
-        targets = model.classifier_proj.weight.detach()[labels]
+        assert subject.classifier is not None, "made or read wherever there is a training split"
+        targets = subject.classifier.block.detach()[labels]
     pixels = subject.pixels(images)
-    maps = relevance_maps(model.image_encoder, pixels, targets.to(pixels.device)).cpu()
+    maps = relevance_maps(subject.inference.model.image_encoder, pixels, targets.to(pixels.device)).cpu()
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
     figure, grid = _canvas(rows=2, columns=len(labels), image_size=subject.inference.config.model.image_size)

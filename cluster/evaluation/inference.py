@@ -97,8 +97,7 @@ def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDMo
         spec = model_spec(config, index)
     else:
         spec = _spec_of_shapes(config, path, index)
-    model, _ = build_models(spec, str(path), config.run.seed)
-    return model
+    return build_models(spec, str(path), config.run.seed).model
 
 
 def _spec_of_shapes(config: Config, path: Path, index: ShardIndex | None) -> ModelSpec:
