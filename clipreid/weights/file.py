@@ -15,43 +15,45 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clipreid.errors import ModelError
 from clipreid.identity_table import IdentityTables
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.appearing import appearing
 from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
-from clipreid.weights.initial import empty_models
+from clipreid.weights.initial import Models, empty_models
 from clipreid.weights.pretrained import check_fit
 from clipreid.weights.sealed import Stored, check_file, dump, read_header
-from clipreid.weights.tables import STD
+from clipreid.weights.tables import CLASSIFIER, CLASSIFIER_PROJ, STD, TOKENS, load_table
 from clipreid.weights.types import bytes_of, stored
 
-__all__ = ["MODEL_FILE", "ModelCard", "load_model", "load_text", "read_card", "save_model", "weights_file"]
+__all__ = [
+    "MODEL_FILE",
+    "ModelCard",
+    "load_model",
+    "load_models",
+    "load_state",
+    "load_text",
+    "read_card",
+    "save_model",
+    "weights_file",
+]
 
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def save_model(
-    path: str | Path,
-    model: ReIDModel,
-    card: ModelCard,
-    text: PromptedText | None = None,
-    tables: IdentityTables | None = None,
-) -> None:
-    """Write what `model_file` gives for whole tables to `path`, where it appears only when it is complete."""
+def save_model(path: str | Path, models: Models, card: ModelCard) -> None:
+    """Write all of `models`, whose tables are whole, to `path`, where it appears only when it is complete."""
     with appearing(Path(path)) as file:
-        file.writelines(model_file(model, card, text, {table.name: stored(table.block) for table in tables or ()}))
+        file.writelines(model_file(models, card, {table.name: stored(table.block) for table in models.tables}))
 
 
-def model_file(
-    model: ReIDModel, card: ModelCard, text: PromptedText | None, tables: Mapping[str, Stored]
-) -> Iterator[memoryview | bytes]:
-    """The file of `model`, of `text` if it is to be exported or trained on later, and of whole tables by name, with
-    their card: in pieces, to be written one after the other."""
-    state = model.state_dict() | (text.state_dict() if text is not None else {})
-    return dump({name: stored(tensor) for name, tensor in state.items()} | dict(tables), card.to_metadata())
+def model_file(models: Models, card: ModelCard, tables: Mapping[str, Stored]) -> Iterator[memoryview | bytes]:
+    """The file of `models` with these whole tables, and their card: in pieces, to be written one after the other."""
+    state = {name: stored(tensor) for name, tensor in models.state_dict().items()}
+    return dump(state | dict(tables), card.to_metadata())
 
 
 def load_model(path: str | Path) -> tuple[ReIDModel, ModelSpec]:
@@ -71,6 +73,15 @@ def load_text(path: str | Path) -> PromptedText | None:
         return None
     _, text = empty_models(read_card(path).spec)
     return _fill(text, path)
+
+
+def load_models(path: str | Path) -> Models:
+    """All of a run folder or of such a file, with whole tables."""
+    model, text = load_model(path)[0], load_text(path)
+    classifier, classifier_proj, tokens = (load_table(path, name) for name in (CLASSIFIER, CLASSIFIER_PROJ, TOKENS))
+    if classifier is None or classifier_proj is None:
+        raise ModelError(f"{path}: holds no classifiers: give the model.safetensors of a run")
+    return Models(model, text, IdentityTables(classifier, classifier_proj, tokens))
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:

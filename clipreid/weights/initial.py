@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipreid.identity_table import IdentityTables
 from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
@@ -34,6 +34,11 @@ class Models(NamedTuple):
     text: PromptedText | None
     """None with a checkpoint that holds no text side, as a baseline's does."""
     tables: IdentityTables
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it by the names that files of weights have; of the tables this rank's rows."""
+        text = {} if self.text is None else self.text.state_dict()
+        return self.model.state_dict() | text | {table.name: table.block.detach() for table in self.tables}
 
 
 def build_models(spec: ModelSpec, pretrained: str | None = None, seed: int = 0, peers: Peers = ALONE) -> Models:

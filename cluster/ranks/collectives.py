@@ -13,6 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Newer versions of torch know them by other names, and warn of these.
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def all_gather(tensor: Tensor, group: Any = None) -> Tensor:
     """[n, ...], the same n on every rank -> [R * n, ...]. Its backward sums over ranks what they send back."""
@@ -32,7 +36,7 @@ class _AllGather(torch.autograd.Function):
         ctx.group = group
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor, group=group)
+        _gather_into(gathered, tensor, group=group)
         return gathered
 
     @staticmethod
@@ -42,7 +46,7 @@ class _AllGather(torch.autograd.Function):
         gradient = gradient.contiguous()
         if dist.get_backend(ctx.group) == "nccl":
             own = gradient.new_empty(len(gradient) // world_size, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
+            _reduce_scatter_into(own, gradient, group=ctx.group)
             return own, None
         parts = torch.empty_like(gradient)  # gloo has no reduce-scatter; in rank order the sum is the same in every run
         dist.all_to_all_single(parts, gradient, group=ctx.group)

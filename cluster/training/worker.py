@@ -283,4 +283,4 @@ class Run:
         facts = training_facts(self.config, self.index)
         card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor, facts)
         with self.storage.writing(MODEL_FILE):
-            self.storage.write_pieces(MODEL_FILE, model_file(self.model, card, self.text, tables))
+            self.storage.write_pieces(MODEL_FILE, model_file(self.models, card, tables))

@@ -23,7 +23,7 @@ from clipreid.retrieval import vehicleid as protocols
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
-from clipreid.weights.file import load_model, load_text, read_card, save_model
+from clipreid.weights.file import load_models, read_card, save_model
 from clipreid.weights.initial import build_models
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
@@ -138,7 +138,7 @@ def clip(run, tmp_path_factory):
 def test_clip_weights_give_the_metrics_of_an_untrained_run(clip, tmp_path):
     config = load_config(clip[1], clip[4:])
     index = ShardIndex.open(config.data.shards)
-    model, _ = build_models(model_spec(config, index), str(clip[3]), config.run.seed)
+    model, *_ = build_models(model_spec(config, index), str(clip[3]), config.run.seed)
     assert evaluated(*clip, out=tmp_path / "metrics.json") == evaluate_in_team(model, index, config, Team())
 
 
@@ -770,7 +770,7 @@ def older(run, folder):
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation*"))
     file = run.folder / "model.safetensors"
     card = replace(read_card(file), training={})
-    save_model(folder / file.name, load_model(file)[0], card, load_text(file))
+    save_model(folder / file.name, load_models(file), card)
 
 
 def test_an_older_run_knows_its_settings_by_its_folder(run, own_metrics, tiny_shards, tmp_path, capsys):
