@@ -12,11 +12,26 @@ N = identities, R = ranks
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clipreid.peers import ALONE, Peers, rank_slice
+
+
+class _Exchange(NamedTuple):
+    """Which rows go where, for one rank."""
+
+    rows: np.ndarray
+    """Of this rank's block, for rank 0, then for rank 1, …"""
+    send: list[int]
+    """How many for each rank."""
+    receive: list[int]
+    """How many from each."""
+    place: np.ndarray
+    """Of each identity that this rank wants, among what it receives."""
 
 
 class IdentityTable:
@@ -32,7 +47,7 @@ class IdentityTable:
         assert len(block) == len(self.own), f"{name}: {len(block)} rows for {self.own}"
         self.block = nn.Parameter(block)
         others = range(1, peers.world_size)
-        self._bounds = torch.tensor([rank_slice(num_identities, rank, peers.world_size).start for rank in others])
+        self._bounds = np.array([rank_slice(num_identities, rank, peers.world_size).start for rank in others], np.int64)
         self._lent: list[tuple[Tensor, Tensor]] = []
         """Row numbers in the block, and the copies of these rows that a backward pass leaves gradients at."""
 
@@ -60,20 +75,24 @@ class IdentityTable:
         order, also repeated or none. Returns [len(wanted[rank]), ...] in that order, differentiable: the gradients
         go back to the owners, where `collect_gradient` finds them.
         """
-        by_rank, labels = self._sorted(wanted)
-        owner = torch.bucketize(labels, self._bounds, right=True)
-        mine, for_me = owner == self.rank, by_rank == self.rank
-        send = by_rank[mine].bincount(minlength=self.world_size)
-        receive = owner[for_me].bincount(minlength=self.world_size)
-        received = peers.all_to_all(self._lend(labels[mine] - self.own.start), send.tolist(), receive.tolist())
-        place = wanted[self.rank].argsort(stable=True).argsort(stable=True)
-        return received[place.to(received.device)]
+        plan = self._plan([labels.numpy() for labels in wanted])
+        received = peers.all_to_all(self._lend(torch.from_numpy(plan.rows)), plan.send, plan.receive)
+        return received[torch.from_numpy(plan.place).to(received.device)]
 
-    def _sorted(self, wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """All wanted identities with the rank that wants each, by rank and then by identity: the order of owners."""
-        ranks = torch.arange(self.world_size).repeat_interleave(torch.tensor([len(labels) for labels in wanted]))
-        keys = (ranks * self.num_identities + torch.cat(list(wanted))).sort().values
-        return keys // self.num_identities, keys % self.num_identities
+    def _plan(self, wanted: list[np.ndarray]) -> "_Exchange":
+        """What each rank wants, in the order of its owners, so that what it receives is in the order of identities."""
+        by_rank = np.repeat(np.arange(self.world_size), [len(labels) for labels in wanted])
+        by_rank, labels = np.divmod(
+            np.sort(by_rank * self.num_identities + np.concatenate(wanted)), self.num_identities
+        )
+        owner = np.searchsorted(self._bounds, labels, side="right")
+        mine, for_me = owner == self.rank, by_rank == self.rank
+        return _Exchange(
+            rows=labels[mine] - self.own.start,
+            send=np.bincount(by_rank[mine], minlength=self.world_size).tolist(),
+            receive=np.bincount(owner[for_me], minlength=self.world_size).tolist(),
+            place=wanted[self.rank].argsort(kind="stable").argsort(kind="stable"),
+        )
 
     def _lend(self, rows: Tensor) -> Tensor:
         """Copies of some rows, so that their gradients take no room for the rest of the block."""

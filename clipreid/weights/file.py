@@ -69,7 +69,7 @@ def load_text(path: str | Path) -> PromptedText | None:
     """The text side of a run folder or of such a file, or None when it was saved without. The tokens of its identities
     are a table."""
     path = weights_file(path)
-    if not any(name.startswith(_TEXT_PREFIXES) for name in read_header(path).places):
+    if not any(name.startswith(_TEXT_PREFIXES) and name not in STD for name in read_header(path).places):
         return None
     _, text = empty_models(read_card(path).spec)
     return _fill(text, path)

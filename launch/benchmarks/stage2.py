@@ -100,7 +100,7 @@ def _case(
     height, width = map(int, size.split("x"))
     arch = ARCHS.get(name, name)
     model, _, tables = build_models(model_spec(arch, (height, width), IDENTITIES))
-    flops = training_flops(model, (batch, 3, height, width))
+    flops = training_flops(model, tables, (batch, 3, height, width))
     rows, plain = [], None
     for mode in ("plain", *options.modes):
         torch._dynamo.reset()
@@ -230,7 +230,7 @@ class PlainLoop(OurLoop):
         return {name: part.item() for name, part in parts.items()}
 
 
-def training_flops(model: ReIDModel, shape: tuple[int, ...]) -> int:
+def training_flops(model: ReIDModel, tables: IdentityTables, shape: tuple[int, ...]) -> int:
     """Floating-point operations of one step's products and convolutions, forward and backward, (B, 3, H, W).
 
     Counted operation by operation, on tensors without data. Attention runs unfused for it, so that its products are
@@ -239,7 +239,8 @@ def training_flops(model: ReIDModel, shape: tuple[int, ...]) -> int:
     counted = copy.deepcopy(model).to("meta").train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         features = counted.image_encoder(torch.empty(shape, device="meta"))
-        scores = [value @ torch.empty(IDENTITIES, value.shape[1], device="meta").T for value in features[1:]]
+        rows = [torch.empty_like(table.block, device="meta", requires_grad=True) for table in tables.classifiers]
+        scores = [value @ own.T for value, own in zip(features[1:], rows, strict=True)]
         sum(value.sum() for value in (*features, *scores)).backward()
     return counter.get_total_flops()
 

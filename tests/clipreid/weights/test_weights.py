@@ -115,7 +115,7 @@ def test_openais_archive_is_read_with_its_half_precision_and_sizes(tmp_path):
     spec = dataclasses.replace(tiny_spec(), arch_config=config)
     half, full = (build_models(spec, str(tmp_path / name)) for name in ("ViT.pt", "float.pt"))
     assert equal(outputs(half), outputs(full))
-    assert {p.dtype for part in half for p in part.parameters()} == {torch.float32}
+    assert {p.dtype for part in half[:2] for p in part.parameters()} == {torch.float32}
     with pytest.raises(ModelError, match='trained with QuickGELU, but .* computes GELU: set "quick_gelu"'):
         build_models(tiny_spec(), str(tmp_path / "ViT.pt"))
 
@@ -430,8 +430,8 @@ def test_export_refuses_what_it_cannot_do_in_one_line(weights, out, reason, tmp_
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def full(state, path):
-        Path(path).write_bytes(b"half")
+    def full(state, file):
+        file.write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
