@@ -231,3 +231,11 @@ def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> Spl
 
 def _numpy(table: pa.Table, column: str) -> np.ndarray:
     return numpy(single(table.column(column)))
+
+
+def first_places(values: np.ndarray, size: int) -> np.ndarray:
+    """Where each of 0 … size-1 is first in `values`, int64 [size]; -1 where it is not. Others are passed over."""
+    first = np.full(size, -1)
+    places = np.arange(len(values))[::-1]
+    first[values[::-1]] = places  # of equal numbers the last one stays
+    return first
