@@ -213,7 +213,7 @@ class Run:
         return Stage1Result(
             self.prompts.tokens.detach(),
             features,
-            self.train_split.label_names,
+            list(self.train_split.label_names),
             self.index.fingerprint,
             self.encoder_hash,
         )
