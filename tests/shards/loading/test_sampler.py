@@ -356,7 +356,7 @@ def test_planning_holds_a_few_numbers_an_image(strategy):
     assert peak < 150 * len(split), peak / len(split)
 
 
-def test_the_benchmark_plans_what_the_plain_loop_plans():
+def test_the_benchmark_plans_what_the_plain_loop_plans(monkeypatch):
     from launch.benchmarks import sampler as benchmark
 
     split = split_of([5, 2, 9, 4, 6, 7] * 5)
@@ -364,6 +364,12 @@ def test_the_benchmark_plans_what_the_plain_loop_plans():
     plan = epoch_plan(split, PKSettings(4, 3), 1)
     assert len(epoch) % 12 == 0
     assert abs(len(epoch) // 12 - len(plan)) <= 2
+    monkeypatch.setitem(benchmark.SIZES, "million", benchmark.Size(3000, 3000, 100, 100, rounds=1, plain=False))
+    monkeypatch.setattr(benchmark, "PIECE_IMAGES", 1000)
+    result = benchmark.run(["--size", "million"])
+    assert (result["index_images"], result["train_identities"], result["plain_loop_s"]) == (3000, 100, None)
+    peaks = [result["open_index_peak_memory_mb"], *result["plan_epoch_peak_memory_mb"].values()]
+    assert min(*result["open_index_s"].values(), *peaks) > 0
     result = benchmark.run(["--rounds", "1"])
     assert (result["index_images"], result["train_images"], result["train_identities"]) == (221_763, 113_346, 13_164)
     assert min(*result["open_index_s"].values(), *result["plan_epoch_s"].values(), result["plain_loop_s"]) > 0
