@@ -12,7 +12,8 @@ import tarfile
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shards import storage
@@ -148,33 +149,81 @@ def read_index_table(url: str, dataset: dict[str, Any] | None = None) -> "pyarro
 
 
 def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> "pyarrow.Table":
-    """The table in index.parquet's bytes, its columns those of `index_schema`, without nulls.
+    """The table in index.parquet's bytes, its columns those of `index_schema`. Raises as `index_columns`."""
+    import pyarrow as pa
 
+    columns = index_columns(where, data, dataset)
+    return pa.table({name: columns[name] for name in columns}, schema=index_schema())
+
+
+def index_columns(
+    where: str, data: bytes, dataset: dict[str, Any], coded: Sequence[str] = ()
+) -> "Mapping[str, pyarrow.ChunkedArray]":
+    """The columns in index.parquet's bytes, as `index_schema` has them, without nulls; each is decoded when it is
+    asked for, and not kept.
+
+    coded: columns of strings that are given as codes into dictionaries.
     Raises DamagedError unless these are the bytes that dataset.json lists, and can be read. Damaged bytes are not
     decoded where dataset.json lists them: a Parquet reader may do anything with them.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     packed = dataset.get("files", {}).get(INDEX_FILE)
     if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
         raise DamagedError(
             f"{where}: not the file that {DATASET_FILE} (fingerprint {dataset['fingerprint']}) was packed with; one "
             "of the two comes from another packing, is damaged or was cut short: copy both again or re-pack"
         )
-    schema = index_schema()
-    try:
-        table = parquet.ParquetFile(pa.BufferReader(data)).read()
-        if missing := [name for name in schema.names if name not in table.column_names]:
+    return _IndexColumns(where, data, coded, trusted=bool(packed))
+
+
+class _IndexColumns(Mapping[str, Any]):
+    """The columns of index.parquet by their names."""
+
+    def __init__(self, where: str, data: bytes, coded: Sequence[str], trusted: bool):
+        """trusted: its checksum is right."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self.where, self.coded, self.trusted = where, coded, trusted
+        self.schema = index_schema()
+        with self._reading():
+            self.file = parquet.ParquetFile(pa.BufferReader(data), read_dictionary=list(coded))
+            names = self.file.schema_arrow.names
+        if missing := [name for name in self.schema.names if name not in names]:
             raise DamagedError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
-        table = table.select(schema.names).cast(schema)
-        if not packed:
-            table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
-    if empty := [name for name in schema.names if table.column(name).null_count]:
-        raise DamagedError(f"{where}: column {', '.join(empty)} has empty cells; pack the dataset again")
-    return table
+        if doubled := [name for name in self.schema.names if names.count(name) > 1]:
+            raise DamagedError(f"{where}: has column {', '.join(doubled)} twice; pack the dataset again")
+
+    def __len__(self) -> int:
+        return len(self.schema)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schema.names)
+
+    def __getitem__(self, name: str) -> "pyarrow.ChunkedArray":
+        import pyarrow as pa
+
+        kind = self.schema.field(name).type
+        with self._reading():
+            column = self.file.read(columns=[name]).column(0)
+            if name not in self.coded:
+                column = column.cast(kind)
+            elif column.type != pa.dictionary(pa.int32(), kind):
+                column = column.cast(kind).dictionary_encode()
+            if not self.trusted:
+                column.validate(full=True)
+        if column.null_count:
+            raise DamagedError(f"{self.where}: column {name} has empty cells; pack the dataset again")
+        return column
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            fault = str(error).splitlines()[0]
+            raise DamagedError(f"{self.where}: damaged ({fault}); copy it again or re-pack") from error
 
 
 def fingerprint(facts: Iterable[Any], table: "pyarrow.Table") -> str:

@@ -23,6 +23,7 @@ from clipreid.model.prompts import PromptedText
 from clipreid.model.relevance import relevance_maps
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
@@ -170,8 +171,8 @@ def ranked_lists(subject: Subject) -> Figure:
         name: inference.extract_split(index, name, subject.show)["features"]
         for name in sorted({query_split, gallery_split})
     }
-    query, gallery = _labels(index, query_split, query_rows), _labels(index, gallery_split, gallery_rows)
-    rule = "none" if query_split == "test" else inference.config.eval.rule
+    rule: Rule = "none" if query_split == "test" else inference.config.eval.rule
+    query, gallery = _labels(index, query_split, query_rows, rule), _labels(index, gallery_split, gallery_rows, rule)
     queries, rows = torch.from_numpy(encoded[query_split][query_rows]), encoded[gallery_split][gallery_rows]
     nearest = retrieve(queries, query, rows, gallery, rule=rule, top_k=NEAREST).nearest
     assert nearest is not None, "asked for by top_k"
@@ -231,8 +232,8 @@ def _query_and_gallery(config: Config, index: ShardIndex) -> tuple[SplitRows, Sp
     )
 
 
-def _labels(index: ShardIndex, split: str, rows: np.ndarray) -> Labels:
-    whole = labels_of(index.split(split))
+def _labels(index: ShardIndex, split: str, rows: np.ndarray, rule: Rule) -> Labels:
+    whole = labels_of(index.split(split), rule)
     cameras, times = (None if column is None else column[rows] for column in (whole.cameras, whole.times))
     return Labels(whole.identities[rows], cameras, times)
 

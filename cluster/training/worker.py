@@ -224,7 +224,7 @@ class Run:
     def _stage1_result(self) -> Stage1Result:
         """The bridge: every rank encodes the prompts of the identities that it owns."""
         texts = method.text_features(self.prompts, self.tokens, self.team)
-        names, encoder = self.train_split.label_names, self.encoder_hash
+        names, encoder = list(self.train_split.label_names), self.encoder_hash
         return Stage1Result(self.tokens, texts, names, self.index.fingerprint, encoder)
 
     def stage2(self) -> None:

@@ -206,8 +206,7 @@ class FillBatch:
             if error is None:
                 return other
             skipped.append((other, str(error)))
-        identity = self.split.identity[row]
         raise DataError(
-            f"{self.split.where(row)}: no image of identity {identity} can be read; copy the shard again, or drop "
-            "the identity and re-pack"
+            f"{self.split.where(row)}: no image of identity {self.split.identity_of(row)} can be read; copy the shard "
+            "again, or drop the identity and re-pack"
         )

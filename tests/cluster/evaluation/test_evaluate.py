@@ -30,7 +30,8 @@ from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
 from cluster.evaluation.feature_file import read_pair
 from cluster.evaluation.find_weights import check_fits, local_weights, open_weights
-from cluster.evaluation.metrics import normalize_rows
+from cluster.evaluation.metrics import RetrievalSet, RetrievalSettings, normalize_rows
+from cluster.evaluation.per_query import PerQueryFile
 from cluster.evaluation.result_file import default_place
 from cluster.evaluation.trained import FEATURES, training_facts
 from cluster.ranks.team import Team
@@ -207,6 +208,22 @@ def test_times_of_a_manifest_reach_the_rule_camera_time(clip, tmp_path):
     found = {rule: evaluated(*arguments, f"eval.rule={rule}", out=out)["mAP"] for rule in ("camera_time", "camera")}
     assert evaluated("--features", *files, "--rule", "camera_time", out=out)["mAP"] == found["camera_time"]
     assert found["camera_time"] == pytest.approx(mAP_by_sorting(query, gallery), abs=1e-9) != found["camera"]
+
+
+def test_an_evaluation_makes_strings_of_images_only_where_they_are_asked_for(tmp_path):
+    """A gallery of 20,000,000 keys and times is gigabytes of Python objects on every rank."""
+    index = ShardIndex.open(str(pack_with_times(tmp_path)), str(tmp_path / "cache"))
+    split = index.split("gallery")
+    features = np.zeros((len(split), 2), np.float32)
+
+    def of(rule, per_query=None):
+        found = RetrievalSet.of_split(features, split, RetrievalSettings(rule, per_query=per_query))
+        return found.labels.times, found.keys
+
+    assert of("camera") == of("none") == (None, None)
+    assert not {"times", "keys", "_keys"} & set(vars(split))  # what has been read of the index is kept there
+    times, keys = of("camera_time", PerQueryFile("unused.csv"))
+    assert set(times) == {"noon", "night", ""} and keys.tolist() == split.keys.tolist()
 
 
 MISFITS = {
