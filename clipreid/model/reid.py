@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipreid.model.encoders import Features, ImageEncoder
+from clipreid.model.in_pieces import in_pieces
 from clipreid.model.spec import FeatureName, ModelSpec
 
 
@@ -44,13 +45,28 @@ class ReIDModel(nn.Module):
         self.cv_embed = nn.Parameter(torch.empty(spec.sie_rows, img)) if spec.sie_rows else None
         self._initialise()
 
-    def forward(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> ReIDOutput:
+    def forward(
+        self,
+        images: Tensor,
+        cameras: Tensor | None = None,
+        views: Tensor | None = None,
+        micro_batch: int | None = None,
+    ) -> ReIDOutput:
         """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features before and behind the
-        necks."""
-        features = self.features(images, cameras, views)
+        necks. micro_batch: images that the encoder takes at a time (`in_pieces`); None: all at once."""
+        if micro_batch is None or micro_batch >= len(images):
+            features = self.features(images, cameras, views)
+        else:
+            features = Features(*in_pieces(self.features, (images, cameras, views), self._encoding, micro_batch))
         with torch.autocast(images.device.type, enabled=False):  # BatchNorm statistics in full precision
             necks = self.bottleneck(features.img), self.bottleneck_proj(features.proj)
         return ReIDOutput(features, necks)
+
+    @property
+    def _encoding(self) -> list[nn.Parameter]:
+        """What `features` computes with, and trains."""
+        own = [] if self.cv_embed is None else [self.cv_embed]
+        return [p for p in (*self.image_encoder.parameters(), *own) if p.requires_grad]
 
     def features(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> Features:
         """Features before the necks, at least float32. Without cameras and views: without side information."""

@@ -31,6 +31,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
         faults += _protocol_faults(index, config)
     try:
         spec = model_spec(config, index)
+        faults += _micro_batch_faults(config, spec)
         _check_weights(config, spec)
     except ModelError as error:
         faults.append(str(error))
@@ -66,6 +67,14 @@ def _with_splits(config: Config, wanted: Callable[[ShardIndex], list[str]]) -> S
 
 def _evaluation_splits(index: ShardIndex) -> list[str]:
     return ["test"] if "test" in index.splits else ["query", "gallery"]
+
+
+def _micro_batch_faults(config: Config, spec: ModelSpec) -> Iterator[str]:
+    if config.train.micro_batch and 2 in config.stages and spec.is_resnet:
+        yield (
+            f"train.micro_batch: {config.train.micro_batch}, but {spec.arch} is a ResNet, whose BatchNorm has to see "
+            "the whole batch: leave it out, and use more workers where memory is short"
+        )
 
 
 def _check_weights(config: Config, spec: ModelSpec) -> None:

@@ -141,7 +141,7 @@ class Stage2:
         )
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            output = self.engine(images, cameras, views)
+            output = self.engine(images, cameras, views, self.config.train.micro_batch)
             own_texts = self._own_texts(batch)
         return method.losses(
             output,
