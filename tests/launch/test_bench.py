@@ -9,7 +9,7 @@ from clipreid.retrieval.metrics import retrieve
 from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from launch.bench import main, names
-from launch.benchmarks import evaluate, loader, pack, rerank, stage1, stage2
+from launch.benchmarks import cluster, evaluate, loader, pack, rerank, scale, stage1, stage2
 from tests.helpers.runs import launch
 from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import within
@@ -106,10 +106,42 @@ def test_loader_measures_all_ways_cold_while_nothing_keeps_the_shards_mapped(mon
     assert mapped == [False] * 6  # three ways, a first round and a counted one
 
 
+def test_scale_sends_as_many_bytes_at_20000_identities_as_at_1000_in_both_stages(tmp_path):
+    sizes = ["--arch", TINY, "--image-size", "32x32", "--batch", "16", "--identities", "1000", "20000"]
+    result = scale.run([*sizes, "--ranks", "2", "--steps", "1", "--out", str(tmp_path)])
+    assert [(row["stage"], row["identities"]) for row in result["rows"]] == [
+        (s, n) for s in (1, 2) for n in (1000, 20000)
+    ]
+    assert min(row[key] for row in result["rows"] for key in ("step_ms", "sent_bytes", "peak_memory_mb")) > 0
+    for row in result["over_fewest_identities"]:
+        assert row["sent_bytes"] == pytest.approx(1, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"scale.json", "scale.md", "scale.png"}
+
+
+def test_cluster_predicts_from_a_worker_and_counted_bytes_and_says_how_far_off_it_is_here(tmp_path):
+    sizes = ["--arch", TINY, "--image-size", "32x32", "--batch", "32", "--identities", "500", "--stages", "1"]
+    result = cluster.run([*sizes, "--steps", "1", "--out", str(tmp_path)])
+    for rows in result["predicted"].values():
+        assert [row["gpus"] for row in rows] == [2**power for power in range(10)]
+        assert rows[0]["efficiency"] == 1 and rows[0]["network_ms"] == 0
+    assert [check["processes"] for check in result["check"]] == [1, 2, 4]
+    assert min(check["predicted_over_measured"] for check in result["check"]) > 0
+    for check in result["check"][1:]:
+        assert check["predicted_bytes"] == pytest.approx(check["counted_bytes"], rel=0.2)
+    assert {path.name for path in tmp_path.iterdir()} == {"cluster.json", "cluster.md", "cluster.png"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["nosuch"],
+        ["scale", "--batch", "6"],
+        ["scale", "--identities", "10"],
+        ["scale", "--image-size", "64"],
+        ["scale", "--ranks", "3"],
+        ["cluster", "--batch", "8"],
+        ["cluster", "--fixed-batch", "64"],
+        ["cluster", "--gbit-per-s", "0"],
         ["rerank", "--settings", "20"],
         ["stage1", "--batch", "5"],
         ["pack", "--images", "3"],
@@ -133,5 +165,5 @@ def test_a_device_that_is_not_there_is_refused(name):
 
 
 def test_the_promised_benchmarks_are_there():
-    promised = ["checkpoint", "evaluate", "loader", "pack", "rerank", "sampler", "stage1", "stage2"]
+    promised = ["checkpoint", "cluster", "evaluate", "loader", "pack", "rerank", "sampler", "scale", "stage1", "stage2"]
     assert names() == promised
