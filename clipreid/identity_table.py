@@ -46,8 +46,8 @@ class IdentityTable:
         """Identities whose rows are here."""
         assert len(block) == len(self.own), f"{name}: {len(block)} rows for {self.own}"
         self.block = nn.Parameter(block)
-        others = range(1, peers.world_size)
-        self._bounds = np.array([rank_slice(num_identities, rank, peers.world_size).start for rank in others], np.int64)
+        self._bounds = num_identities * np.arange(1, peers.world_size) // peers.world_size
+        """First identities of ranks 1, 2, …"""
         self._lent: list[tuple[Tensor, Tensor]] = []
         """Row numbers in the block, and the copies of these rows that a backward pass leaves gradients at."""
 

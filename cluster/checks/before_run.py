@@ -13,6 +13,7 @@ import numpy as np
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
+from clipreid.peers import Alone
 from clipreid.weights.sealed import check_file
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
@@ -89,7 +90,8 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
-    text = build_models(spec, pretrained).text
+    one_row_each = Alone(world_size=spec.identities)  # Whether the file fits is seen without all identities' rows.
+    text = build_models(spec, pretrained, peers=one_row_each).text
     if config.method == "baseline":
         return
     if text is None:
