@@ -47,8 +47,8 @@ def dump(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> list[mem
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         hashes[name] = hashlib.sha256(data).hexdigest()
         chunks.append(data)
-    said = {**metadata, HASHES: json.dumps(hashes)}
-    text = json.dumps({"__metadata__": {**said, SEAL: _seal(header, said)}, **header}).encode()
+    facts = {**metadata, HASHES: json.dumps(hashes)}
+    text = json.dumps({"__metadata__": {**facts, SEAL: _seal(header, facts)}, **header}).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *chunks]
 
