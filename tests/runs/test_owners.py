@@ -7,6 +7,7 @@ One distance for each way to start them is part of `make test`; twenty run with 
 import subprocess
 import sys
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_of_two_trainings_one_is_as_if_alone(tiny_shards, tmp_path, alone, reque
 
 @pytest.mark.parametrize("count", DISTANCES)
 def test_of_two_trainings_into_an_object_store_one_is_as_if_alone(tiny_shards, tmp_path, alone, count):
-    with s3_server("runs") as bucket:
+    with s3_server(f"runs-{uuid.uuid4().hex}") as bucket:
         for turn, distance_s in enumerate(distances(count, 2.0, "trainings into an object store")):
             run_dir = f"{bucket}/{turn}"
             together(training("local", tmp_path, tiny_shards, run_dir), distance_s, environment(), "training")
@@ -98,7 +99,7 @@ def contents(url):
 @pytest.mark.parametrize("count", DISTANCES)
 @pytest.mark.parametrize("place", ["disk", "object store"])
 def test_of_two_builds_one_is_as_if_alone(tiny_shards, tmp_path, place, count):
-    with s3_server("builds") as bucket:
+    with s3_server(f"builds-{uuid.uuid4().hex}") as bucket:
         for turn, distance_s in enumerate(distances(count, 1.0, f"builds on {place}")):
             out = tmp_path / str(turn) if place == "disk" else f"{bucket}/{turn}"
             together(build(tiny_shards.parent / "images", out), distance_s, environment(), "packing")
