@@ -54,8 +54,8 @@ class Manifest:
             if row["split"] not in self.splits:
                 raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")
             if row["identity"] in UNKNOWN_IDENTITIES:
-                said = row["identity"] or "empty"
-                raise DataError(f"{where}: identity is {said}, which is none: leave the image out, or give it one")
+                written = row["identity"] or "empty"
+                raise DataError(f"{where}: identity is {written}, which is none: leave the image out, or give it one")
             yield ImageRecord(
                 str(path),
                 row["identity"],
