@@ -82,9 +82,8 @@ class IdentityTable:
     def _plan(self, wanted: list[np.ndarray]) -> "_Exchange":
         """What each rank wants, in the order of its owners, so that what it receives is in the order of identities."""
         by_rank = np.repeat(np.arange(self.world_size), [len(labels) for labels in wanted])
-        by_rank, labels = np.divmod(
-            np.sort(by_rank * self.num_identities + np.concatenate(wanted)), self.num_identities
-        )
+        keys = np.sort(by_rank * self.num_identities + np.concatenate(wanted))
+        by_rank, labels = np.divmod(keys, self.num_identities)
         owner = np.searchsorted(self._bounds, labels, side="right")
         mine, for_me = owner == self.rank, by_rank == self.rank
         return _Exchange(
