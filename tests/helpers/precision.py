@@ -3,6 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipreid.weights.initial import build_models
 from cluster.errors import TrainingError
 from cluster.run.manifest import Position
 from cluster.run.storage import Storage
