@@ -78,7 +78,8 @@ class DataSection(Section):
     balance_alpha: NonNegative = 0.5
     """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
     cache_dir: Place | None = None
-    """Node-local folder for remote shards and feature banks; default: under the system's temporary folder."""
+    """Node-local folder for remote shards and feature banks; default: under the system's temporary folder. In one that
+    others can write to, a folder of yours."""
     cache_gb: PositiveFloat = 50.0
     """Size limit of that cache, GB."""
     loaders: Annotated[int, Field(ge=0)] = 2

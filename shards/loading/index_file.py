@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from shards.errors import DamagedError, DataError
 from shards.format import DATASET_FILE, INDEX_FILE, index_columns
 from shards.leftovers import remove_leftovers
 from shards.loading.array_file import ArrayFile, ArrayWriter, DamagedFile
+from shards.private import open_own, private_folder
 from shards.records import UNKNOWN_IDENTITIES
 from shards.source import ShardSource
 from shards.storage import write_atomic
@@ -101,7 +103,7 @@ class IndexFile:
             return found
         folder = self.path.parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder, "remove it, or give another folder as data.cache_dir")
             with _alone(folder.with_suffix(".lock")):
                 if found := self._found(damaged):
                     return found
@@ -119,8 +121,7 @@ class IndexFile:
             return None
         if found.facts["address"] != self.address or (damaged and found.is_same(damaged)):
             return None
-        with contextlib.suppress(PermissionError):  # another user's copy
-            self.path.touch()
+        self.path.touch()
         return found
 
     def _write(self, file: IO[bytes]) -> None:
@@ -149,7 +150,7 @@ class IndexFile:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """One process of the node at a time, where the file system has locks."""
-    with lock.open("ab") as file:
+    with open_own(lock, os.O_RDWR | os.O_CREAT) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
