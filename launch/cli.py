@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from shards.errors import mask_logs, masked
+
 if TYPE_CHECKING:
     from cluster.evaluation.trained import Trained
     from cluster.settings.config import Config
@@ -32,6 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> int:
 
     A mistake is printed on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
     """
+    mask_logs()
     try:
         return main(sys.argv[1:]) or 0
     except KeyboardInterrupt:
@@ -43,7 +46,7 @@ def run(main: Callable[[list[str]], int | None]) -> int:
     except Exception as error:
         if not (message := user_mistake(error)):
             raise
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        print(masked("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -66,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE_ERROR, masked(f"error: {message} (see {self.prog} --help)\n"))
 
 
 def add_settings(parser: Parser, *, required: bool = True) -> None:

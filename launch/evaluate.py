@@ -28,6 +28,7 @@ from launch.cli import (
     progress_bar,
     run,
 )
+from shards.errors import masked
 
 USAGE = """
   evaluate.py [--config FILE] --weights FILE|RUN [key.path=value ...] [--out FILE.json]
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> None:
         from cluster.evaluation.result_file import write_result
 
         show(metrics)  # First: they are not lost where the file cannot be written.
-        print(f"metrics: {write_result(metrics, place, replace=options.out is not None)}")
+        print(masked(f"metrics: {write_result(metrics, place, replace=options.out is not None)}"))
 
 
 def _check_places(parser: Parser, options: argparse.Namespace) -> str:

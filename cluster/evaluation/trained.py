@@ -7,7 +7,6 @@ nothing: they need --config.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from cluster.run.storage import Storage
 from cluster.settings.config import WEIGHT_SUFFIXES, Config, ModelSection, flatten
 from cluster.settings.paths import with_absolute_paths
 from cluster.settings.yaml_file import parse_config, parse_tree, with_overrides
+from shards.errors import masked
 from shards.loading.index import ShardIndex
 
 USED = {
@@ -42,7 +42,7 @@ def training_facts(config: Config, index: ShardIndex) -> dict[str, Any]:
     """For the card of a run's weights: the dataset that they were trained on, and the settings that a use needs."""
     whole = config.model_dump(mode="json")
     settings = {section: {name: whole[section][name] for name in names} for section, names in USED.items()}
-    url = re.sub(r"://[^/@]*@", "://", config.data.shards)  # Whoever gets the file gets no password.
+    url = masked(config.data.shards)  # Whoever gets the file gets no password.
     settings["data"]["shards"] = url
     settings["model"]["pretrained"] = None
     if config.method != "two_stage":
@@ -99,16 +99,17 @@ class Trained:
             keys = (*keys, *DRAWS)
         parts = [*self._dataset_difference(config, index), *self._setting_differences(config, keys)]
         if parts and os.environ.get("RANK", "0") == "0":
-            print(f"note: {'; '.join(parts)}", file=sys.stderr)
+            print(masked(f"note: {'; '.join(parts)}"), file=sys.stderr)
 
     def _dataset_difference(self, config: Config, index: ShardIndex | None) -> Iterator[str]:
         if index is None:
             return
         theirs = self.dataset or {"url": (self.settings or {}).get("data", {}).get("shards", "")}
-        same = theirs.get("fingerprint") == index.fingerprint if self.dataset else theirs["url"] == config.data.shards
+        url = masked(config.data.shards)
+        same = theirs.get("fingerprint") == index.fingerprint if self.dataset else theirs["url"] == url
         if theirs["url"] and not same:
             name = f"{theirs['name']} ({theirs['url']})" if "name" in theirs else theirs["url"]
-            yield f"data.shards is {index.name} ({config.data.shards}) here, {self.source} was trained on {name}"
+            yield f"data.shards is {index.name} ({url}) here, {self.source} was trained on {name}"
 
     def _setting_differences(self, config: Config, keys: tuple[str, ...]) -> Iterator[str]:
         here, theirs = flatten(config.model_dump(mode="json")), _complete(self.settings or {})
