@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
+from cluster.errors import Drained, Preempted, RankLost, TrainingError
+from cluster.launchers.local_ray import (
+    home_mistake,
+    is_local,
+    keep_to_loopback,
+    local_environment,
+    local_options,
+    ready_token,
+)
 from cluster.launchers.placement import shortage, worker_needs
 from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
 from cluster.ranks.team import PATIENCE, Team
@@ -39,6 +47,8 @@ def train_with_ray(config: Config) -> dict[str, Any]:
     Returns the metrics of metrics.json. Raises as `cluster.launchers.run.run`.
     """
     quiet_libraries()
+    if is_local():
+        keep_to_loopback()
     from cluster.launchers.ray_policies import final_error, warn_of_absent_parts
 
     warn_of_absent_parts()
@@ -128,10 +138,7 @@ def _connect(config: Config) -> None:
     try:
         _join_or_start(config)
     except PermissionError as error:
-        raise ConfigError(
-            f"Ray may not write {error.filename} ({error.strerror}): it keeps its token below the home folder, "
-            f"{Path.home()}: set HOME to a folder of yours, or cluster.launcher=local, which needs none"
-        ) from None
+        raise home_mistake(error.filename, error.strerror) from None
 
 
 def _join_or_start(config: Config) -> None:
@@ -139,20 +146,21 @@ def _join_or_start(config: Config) -> None:
     import ray
 
     options: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
-    if "RAY_ADDRESS" in os.environ:
+    ready_token()
+    if not is_local():
         ray.init(**options)
         return
     # Workers started ahead lack our environment variables and would never be used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Nothing big goes through Ray's object store: images and features have their own ways.
     cpus = max(os.cpu_count() or 1, config.cluster.worker_range[0])
-    ray.init(address="local", num_cpus=cpus, object_store_memory=100_000_000, **options)
+    ray.init(num_cpus=cpus, object_store_memory=100_000_000, **local_options(), **options)
 
 
 def _variables(config: Config) -> dict[str, str]:
     """The environment of controller and workers. What a user has set there already stays."""
     path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    ours = dict(QUIET_ENVIRONMENT)
+    ours = QUIET_ENVIRONMENT | (local_environment() if is_local() else {})
     low, high = config.cluster.worker_range
     if low != high:
         # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
