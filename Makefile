@@ -8,7 +8,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo-data train test test-faults test-floor lint lock clean
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
-UV_VERSION := 0.13.9
+# The lines of uv in the lock file: its version and what its files must be.
+UV = sed -n '/^uv==/,/[^\\]$$/p' requirements.lock
 PY := .venv/bin/python
 DEMO := data/demo
 FLOOR := build/floor
@@ -31,7 +32,8 @@ setup: .venv/ready
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with venv and ensurepip found on PATH"; exit 2; }
 	@echo "setting up .venv with $(PYTHON) (about 6 GB)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) 2>/dev/null || true
+	@.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r <($(UV)) \
+		2>/dev/null || true
 	@.venv/bin/uv pip install --quiet --no-cache --system-certs --python $(PY) --require-hashes -r requirements.lock \
 		|| .venv/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --require-hashes -r requirements.lock
 	@touch $@
