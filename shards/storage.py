@@ -35,6 +35,8 @@ NOT_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095
+"""Of one part of a path, and of all of it, on the file systems of Linux."""
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
@@ -49,6 +51,18 @@ def local_path(url: str) -> Path | None:
     if url.startswith("file://"):
         return Path(url.removeprefix("file://"))
     return None if "://" in url or "::" in url else Path(url)
+
+
+def path_fault(path: str) -> str:
+    """Why no file can have this path or URL, in words; empty where one can."""
+    if "\0" in path:
+        return "holds a NUL character, which no path can"
+    longest = max((len(os.fsencode(part)) for part in path.split("/")), default=0)
+    if is_local(path) and longest > MOST_NAME_BYTES:
+        return f"has a name of {longest:,} bytes, more than the {MOST_NAME_BYTES} that file systems take"
+    if len(os.fsencode(path)) > MOST_PATH_BYTES:
+        return f"is longer than the {MOST_PATH_BYTES:,} bytes that systems take"
+    return ""
 
 
 def is_process_local(url: str) -> bool:
@@ -163,6 +177,25 @@ def remove(url: str) -> None:
 
 
 @contextmanager
+def naming(place: str | os.PathLike) -> Iterator[None]:
+    """What the operating system refuses in the block is told with this path, where it names none: a write into an open
+    file that finds the disk full does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(place)
+        raise
+
+
+def require_writable(path: Path) -> None:
+    """Raises OSError where `write_atomic` could not write that file: what refuses it is asked, by writing nothing."""
+    working = path.parent / working_name(path.name)
+    working.touch(exist_ok=False)
+    working.unlink()
+
+
+@contextmanager
 def write_atomic(url: str, work: str | None = None, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name only when the block ends without an exception.
 
@@ -186,7 +219,7 @@ def write_atomic(url: str, work: str | None = None, *, durable: bool = True) -> 
         remove_leftovers(folder, target.name)
     working = folder / working_name(target.name)
     try:
-        with working.open("wb") as file:
+        with naming(target), working.open("wb") as file:
             yield file
             if durable:
                 file.flush()

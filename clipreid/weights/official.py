@@ -8,6 +8,7 @@ holds no settings: image size, stride and kind of side information come from the
 contradict them it is refused.
 """
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,18 @@ def save_official(path: str | Path, model: nn.Module, text: PromptedText | None,
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     if _TOKENS[1] in state:
         state[_TOKENS[0]] = state.pop(_TOKENS[1])
+    content = io.BytesIO()  # torch's own writer of files does not say what was refused
+    torch.save(state, content)
     partial = Path(f"{path}.partial")
     try:
-        torch.save(state, partial)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cluster.errors import ConfigError
 from shards.leftovers import remove_leftovers, working_name
 from shards.sealed import SealError, seal, unseal
-from shards.storage import sync, sync_folder, write_json
+from shards.storage import naming, sync, sync_folder, write_json
 
 SUFFIX = ".parquet"
 """Of the folder and of the files in it."""
@@ -105,7 +105,8 @@ def _folder_atomic(folder: Path) -> Iterator[Path]:
     working = folder.parent / working_name(folder.name)
     working.mkdir()
     try:
-        yield working
+        with naming(folder):
+            yield working
         sync_folder(working)
         working.rename(folder)
         sync_folder(folder.parent)

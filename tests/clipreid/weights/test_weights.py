@@ -23,6 +23,7 @@ from clipreid.weights.pretrained import read_state_dict
 from launch import cli, export
 from shards import storage
 from tests.helpers.damage import flips
+from tests.helpers.faults import small_disk
 from tests.helpers.golden_models import (
     ARCH,
     ROOT_CONFIGS,
@@ -429,15 +430,12 @@ def test_export_refuses_what_it_cannot_do_in_one_line(weights, out, reason, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def full(state, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
-        save_official(tmp_path / "out.pth", *build_models(tiny_spec()), tiny_spec())
-    assert not list(tmp_path.iterdir())
+def test_an_export_onto_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_official(disk / "out.pth", *build_models(tiny_spec()), tiny_spec())
+        assert caught.value.filename == str(disk / "out.pth")
+        assert not list(disk.iterdir())
 
 
 MISFITS = [
