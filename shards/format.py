@@ -10,13 +10,10 @@ import json
 import re
 import tarfile
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards import storage
-from shards.errors import DamagedError
 from shards.records import ImageRecord
 
 if TYPE_CHECKING:
@@ -61,6 +58,23 @@ INDEX_COLUMNS = {
     "height": "int32",
 }
 """Columns of index.parquet and their Arrow types: one row an image, in the order of the tars."""
+MOST_IMAGES = 1 << 28
+MOST_NUMBER = 9_999
+"""Of a camera or view. Their numbers are counted up to the largest, and each gets a row of the model's tables."""
+MOST_TEXT_BYTES = 4095
+"""Of a key, an identity or a time: what a path can have."""
+INDEX_BOUNDS = {
+    "offset": (0, 1 << 50),
+    "size": (0, 1 << 40),
+    "label": (-1, MOST_IMAGES),
+    "camera": (-1, MOST_NUMBER),
+    "view": (-1, MOST_NUMBER),
+    "width": (0, 1 << 30),
+    "height": (0, 1 << 30),
+}
+"""Smallest and largest number of a column."""
+PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}(?<!^\.)(?<!^\.\.)")
+"""A name of a file directly below a folder."""
 JSON_COLUMNS = ("identity", "label", "camera", "view", "time")
 """Those that KEY.json repeats; it has `lists` too where that is not empty."""
 
@@ -132,49 +146,6 @@ def index_schema() -> "pyarrow.Schema":
     import pyarrow as pa
 
     return pa.schema([pa.field(name, kind) for name, kind in INDEX_COLUMNS.items()])
-
-
-def read_index_table(url: str, dataset: dict[str, Any] | None = None) -> "pyarrow.Table":
-    """index.parquet as it is written. dataset: dataset.json, which lists its checksum; without it none is compared.
-
-    Raises as `parse_index`, and DamagedError when it is missing.
-    """
-    where = storage.join(url, INDEX_FILE)
-    try:
-        data = storage.read_bytes(where)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{where}: no such file; copy it again or re-pack") from error
-    return parse_index(where, data, dataset or {})
-
-
-def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> "pyarrow.Table":
-    """The table in index.parquet's bytes, its columns those of `index_schema`, without nulls.
-
-    Raises DamagedError unless these are the bytes that dataset.json lists, and can be read. Damaged bytes are not
-    decoded where dataset.json lists them: a Parquet reader may do anything with them.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    packed = dataset.get("files", {}).get(INDEX_FILE)
-    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
-        raise DamagedError(
-            f"{where}: not the file that {DATASET_FILE} (fingerprint {dataset['fingerprint']}) was packed with; one "
-            "of the two comes from another packing, is damaged or was cut short: copy both again or re-pack"
-        )
-    schema = index_schema()
-    try:
-        table = parquet.ParquetFile(pa.BufferReader(data)).read()
-        if missing := [name for name in schema.names if name not in table.column_names]:
-            raise DamagedError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
-        table = table.select(schema.names).cast(schema)
-        if not packed:
-            table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{where}: damaged ({str(error).splitlines()[0]}); copy it again or re-pack") from error
-    if empty := [name for name in schema.names if table.column(name).null_count]:
-        raise DamagedError(f"{where}: column {', '.join(empty)} has empty cells; pack the dataset again")
-    return table
 
 
 def fingerprint(facts: Iterable[Any], table: "pyarrow.Table") -> str:

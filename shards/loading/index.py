@@ -18,8 +18,9 @@ import pyarrow as pa
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
+from shards.index_table import numpy, single
 from shards.loading.cache import node_cache_dir
-from shards.loading.index_file import address, numpy, open_table, single
+from shards.loading.index_file import address, open_table
 from shards.records import UNKNOWN_IDENTITIES
 from shards.source import ShardSource
 

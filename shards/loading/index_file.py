@@ -14,12 +14,12 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import DamagedError, DataError
-from shards.format import DATASET_FILE, INDEX_FILE, index_schema, parse_index
+from shards.format import DATASET_FILE, INDEX_FILE, index_schema
+from shards.index_table import parse_index, single
 from shards.leftovers import remove_leftovers
 from shards.source import ShardSource
 from shards.storage import write_atomic
@@ -129,14 +129,3 @@ def _coded(values: pa.Array) -> pa.DictionaryArray:
     order = pc.sort_indices(encoded.dictionary)
     rank = pc.sort_indices(order).cast(pa.int32())  # sorting a permutation inverts it
     return pa.DictionaryArray.from_arrays(rank.take(encoded.indices), encoded.dictionary.take(order))
-
-
-def single(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece, without a copy where it is in one piece."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def numpy(values: pa.Array) -> np.ndarray:
-    """Numbers without nulls as they lie in memory. (`to_numpy` imports pandas first, for half a second.)"""
-    data = np.frombuffer(values.buffers()[1], values.type.to_pandas_dtype())
-    return data[values.offset : values.offset + len(values)]

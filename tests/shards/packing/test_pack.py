@@ -24,7 +24,8 @@ from launch.cli import run
 from shards import storage
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
-from shards.format import make_key, read_index_table
+from shards.format import make_key
+from shards.index_table import read_index_table
 from shards.loading.index import ShardIndex
 from shards.packing.build import build
 from shards.packing.contact_sheet import write_sheet

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from shards.errors import DataError
-from shards.format import read_index_table
+from shards.index_table import read_index_table
 from shards.loading.index import ShardIndex
 from shards.packing import writer
 from shards.packing.build import build
