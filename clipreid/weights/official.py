@@ -54,12 +54,12 @@ def holds_prompts(path: str | Path) -> bool:
 
 
 def load_official(
-    model: nn.Module, text: PromptedText, state: dict[str, Tensor], spec: ModelSpec, source: str
+    model: nn.Module, text: PromptedText | None, state: dict[str, Tensor], spec: ModelSpec, source: str
 ) -> PromptedText | None:
     """Fill `model` and `text`, built for `spec`, from a checkpoint's state dict.
 
-    Returns `text`, or None when the checkpoint holds no text side, as a baseline's does. Raises ModelError, one line
-    with both shapes, when position rows, side information, identities or widths do not fit `spec`.
+    Returns `text`, or None when the checkpoint holds no text side, as a baseline's does, or none is asked for. Raises
+    ModelError, one line with both shapes, when position rows, side information, identities or widths do not fit `spec`.
     """
     card = _card(source)
     if card is None:
@@ -73,7 +73,7 @@ def load_official(
         state[_TOKENS[1]] = state.pop(_TOKENS[0])
     text_state = {name: state.pop(name) for name in list(state) if name.startswith(_TEXT_PREFIXES)}
     _load(model, state, spec, source)
-    if not text_state:
+    if not text_state or text is None:
         return None
     _load(text, text_state, spec, source)
     _check_end(text, spec, source)

@@ -53,18 +53,23 @@ class Subject:
     inference: Inference
     index: ShardIndex
     text: PromptedText | None
-    """None where no prompts were learned: the baseline, and CLIP's own weights."""
+    """None where no prompts were learned, as by the baseline or in CLIP's own weights, or those of other identities."""
     show: ShowProgress
+    is_of_dataset: bool = True
+    """Whether the weights have as many classifiers and prompts as the dataset has training identities."""
 
     @classmethod
     def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: ShowProgress) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
         inference, text = Inference(config, path, card, index), None
-        if config.method != "baseline" and card:
+        is_official_file = card is None and is_official(read_state_dict(path))
+        of_weights = len(inference.model.classifier.weight) if card or is_official_file else 0
+        is_of_dataset = "train" in index.splits and of_weights == index.split("train").num_identities
+        if config.method != "baseline" and card and is_of_dataset:
             text = load_text(path)
-        elif config.method != "baseline" and "train" in index.splits and is_official(read_state_dict(path)):
+        elif config.method != "baseline" and is_official_file and is_of_dataset:
             text = build_models(model_spec(config, index), str(path), config.run.seed)[1]
-        return cls(inference, index, text and text.to(inference.team.device).eval(), show)
+        return cls(inference, index, text and text.to(inference.team.device).eval(), show, is_of_dataset)
 
     @property
     def train(self) -> SplitIndex:
@@ -130,6 +135,11 @@ def tsne(subject: Subject) -> Figure:
 def relevance(subject: Subject) -> Figure:
     """Figure 3: what in an image speaks for its identity, by its text feature (without texts, by its classifier)."""
     train, model = subject.train, subject.inference.model
+    if not subject.is_of_dataset:
+        raise ConfigError(
+            f"data.shards={subject.index.url}: the weights are of other training identities than it has, whose "
+            "relevance this figure shows; give the dataset that they were trained on, or draw --figure tsne ranked"
+        )
     labels = _spread(train.num_identities, RELEVANCE_IMAGES)
     rows = np.array([np.flatnonzero(train.labels == label)[0] for label in labels])
     images = pick_images(subject.index, "train", rows.tolist(), subject.inference.config.model.image_size)
