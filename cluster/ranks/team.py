@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as differentiable_all_gather
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_single_autograd
 
 from cluster.errors import RankLost, TrainingError
 from cluster.ranks.watchdog import Watchdog
@@ -61,7 +61,7 @@ class Team:
         """
         if self.world_size == 1:
             return tensor
-        return torch.cat(differentiable_all_gather(tensor.contiguous()))
+        return _all_gathered(tensor, dist.group.WORLD)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over ranks, without gradient."""
@@ -105,6 +105,12 @@ class Team:
         self.all_gather_objects(None, operation)
 
 
+def _all_gathered(tensor: Tensor, group: Any) -> Tensor:
+    """Of all ranks of a group, when it has come: a failure belongs to whoever asked."""
+    gathered = all_gather_single_autograd(tensor.contiguous(), 0, group)
+    return gathered.wait() if isinstance(gathered, AsyncCollectiveTensor) else gathered
+
+
 @dataclass(frozen=True)
 class PatientTeam:
     """A team's ranks where they may come far apart, as in an evaluation. Tensors may lie on any device."""
@@ -125,8 +131,8 @@ class PatientTeam:
         if self.world_size == 1:
             return tensor
         with self.team.within(self.operation, PATIENCE):
-            parts = differentiable_all_gather(tensor.to(self.team.device).contiguous(), self.team.patient_group)
-        return torch.cat(parts).to(tensor.device)
+            gathered = _all_gathered(tensor.to(self.team.device), self.team.patient_group or dist.group.WORLD)
+        return gathered.to(tensor.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """As `Team.all_reduce_sum`."""

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 from shards import storage
-from shards.errors import DataError, StoreError
+from shards.errors import MOST_SHOWN, DataError, StoreError, examples, shown
 from shards.format import IMAGE_ENDINGS, MOST_NUMBER, MOST_TEXT_BYTES
 from shards.records import UNKNOWN_IDENTITIES, ImageRecord
 from shards.storage import Source, path_fault
@@ -45,15 +45,17 @@ class Manifest:
             path = PurePosixPath(row["path"])
             if path.is_absolute() or ".." in path.parts or "\\" in row["path"]:
                 raise DataError(
-                    f"{where}: path {row['path']!r} must be posix and relative; give the folder it lies in as a "
+                    f"{where}: path {shown(row['path'])} must be posix and relative; give the folder it lies in as a "
                     "second --root"
                 )
             if fault := path_fault(row["path"]):
                 raise DataError(f"{where}: path {row['path'][:80]!a} {fault}")
             if path.suffix.lower() not in IMAGE_ENDINGS:
-                raise DataError(f"{where}: {row['path']!r} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})")
+                raise DataError(
+                    f"{where}: {shown(row['path'])} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})"
+                )
             if row["split"] not in self.splits:
-                raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")
+                raise DataError(f"{where}: split {shown(row['split'])} is not one of {', '.join(self.splits)}")
             for name in ("identity", "time"):
                 if len(row.get(name, "").encode(errors="replace")) > MOST_TEXT_BYTES:
                     raise DataError(f"{where}: {name} is longer than {MOST_TEXT_BYTES:,} bytes")
@@ -76,9 +78,9 @@ def number_or_unknown(text: str, what: str) -> int:
     if text in ("", "-1"):
         return -1
     if not text.isdecimal():
-        raise DataError(f"{what} is {text!r}, not a number 0, 1, ...; leave it empty when unknown")
+        raise DataError(f"{what} is {shown(text)}, not a number 0, 1, ...; leave it empty when unknown")
     if len(text) > len(str(MOST_NUMBER)) or int(text) > MOST_NUMBER:
-        raise DataError(f"{what} is {text}, above {MOST_NUMBER:,}: number them 0, 1, ... without large gaps")
+        raise DataError(f"{what} is {shown(text)}, above {MOST_NUMBER:,}: number them 0, 1, ... without large gaps")
     return int(text)
 
 
@@ -91,9 +93,9 @@ def read_table(url: str) -> Iterator[tuple[int, dict[str, str]]]:
     twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
     for names, fault in ((absent, "lacks"), (unknown, "has unknown"), (twice, "has more than one")):
         if names:
+            said = examples([name[:MOST_SHOWN] for name in names])
             raise DataError(
-                f"{url} {fault} column {', '.join(names)}; columns are path, identity, split and optionally camera, "
-                "view, time"
+                f"{url} {fault} column {said}; columns are path, identity, split and optionally camera, view, time"
             )
     for number, row in enumerate(rows, 1):
         if not any(cell.strip() for cell in row):

@@ -309,11 +309,17 @@ def outcome_of(read):
         outcome = "read"
     except Exception as error:
         message = user_mistake(error)
-        one_line = message and "\n" not in message and len(message) < 2000
+        one_line = message and len(message) < 2000 and ("\n" not in message or _is_a_line_each(error))
         outcome = "refused" if one_line else "".join(traceback.format_exception(error))[-1500:]
     finally:
         signal.alarm(0)
     return outcome if time.monotonic() - start < LIMIT_S else f"took {time.monotonic() - start:.0f} s"
+
+
+def _is_a_line_each(error):
+    """Settings tell all their faults at once, each in a line that begins with its key."""
+    lines = str(error).splitlines()
+    return type(error).__name__ == "ConfigError" and all(re.match(r"\S+: ", line) for line in lines)
 
 
 def try_class(name, count, seed):
