@@ -65,7 +65,8 @@ class PreemptionNotice(PreemptionCallback):
             rank = worker.distributed_context.world_rank
             nodes.setdefault(worker.metadata.node_id, []).append(rank)
             actors[rank] = worker.actor
-        self._watcher = ray.remote(num_cpus=0)(PreemptionWatcher).remote(
+        watcher: Any = ray.remote(num_cpus=0)(PreemptionWatcher)
+        self._watcher = watcher.remote(
             node_to_ranks=nodes, poll_interval_s=self._poll_interval_s, worker_actors_by_rank=actors
         )
 
