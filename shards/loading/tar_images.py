@@ -1,9 +1,10 @@
 """The images of a split in the order of the index, streamed out of its tar shards.
 
-    index + shards ── webdataset ──▶ [tar images] ──▶ sequential loader
+    index + shards ── tar members, webdataset ──▶ [tar images] ──▶ sequential loader
 
 Neighbouring rows are a run of neighbouring tar members, and a part of a tar that starts and ends between members is a
-tar, so webdataset reads just that part.
+tar, so just that part is read. `tar_members` gives its members, which webdataset groups: webdataset's own reader
+believes what headers say of sizes.
 """
 
 import zlib

@@ -20,15 +20,15 @@ CAPABILITIES_VERSION = 0x20080522
 
 
 @contextmanager
-def no_space(folder):
+def no_space(folder, left=0):
+    """left: bytes, so that the disk is full only after something was written."""
     with small_disk(folder / "full", "64k") as disk:
-        with (disk / "ballast").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(1024))
-            except OSError:
-                pass
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - left))
         yield disk / "out"
+
+
+def little_space(folder):
+    return no_space(folder, left=12 << 10)
 
 
 @contextmanager

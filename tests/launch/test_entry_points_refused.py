@@ -10,7 +10,7 @@ from clipreid.weights.file import save_model
 from clipreid.weights.initial import build_models
 from cluster.evaluation.feature_file import write_features
 from launch import cli, evaluate, export, extract, figures, pack, status, train
-from tests.helpers.refusals import WAYS, too_many_open_files
+from tests.helpers.refusals import WAYS, little_space, too_many_open_files
 from tests.helpers.runs import ROOT, TINY
 from tests.helpers.settings import model_spec
 from tests.helpers.shards import picture, write_shards
@@ -79,7 +79,7 @@ def export_file(files, out):
 
 
 def draw(files, out):
-    return figures.main, [*evaluate_weights(files, out)[1], "--figure", "ranked"]
+    return figures.main, ["--figure", "ranked", *evaluate_weights(files, out)[1]]
 
 
 def train_run(files, out):
@@ -96,21 +96,36 @@ COMMANDS = (*PACKING, *USING, train_run, show_status)
 WITH_SETTINGS = (evaluate_weights, extract_file, extract_folder, draw, train_run)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
-def test_what_the_system_refuses_is_one_line_and_exit_code_2(command, way, files, tmp_path, monkeypatch, capsys):
-    folder, settings = files
-    with way(tmp_path) as out:
-        main, arguments = command(folder, out)
+def outcome(command, way, files, folder, monkeypatch, capsys):
+    """Exit code, and what was said on stderr."""
+    read, settings = files
+    with way(folder) as out:
+        main, arguments = command(read, out)
         arguments = [*map(str, arguments), *(settings if command in WITH_SETTINGS else ())]
         monkeypatch.setattr(sys, "argv", [f"{main.__module__.split('.')[1]}.py", *arguments])
         try:
             code = cli.run(main)
         except SystemExit as stop:
             code = stop.code
-    told = capsys.readouterr().err.splitlines()
-    errors = [line for line in told if line.startswith("error: ")]
+    return code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_what_the_system_refuses_is_one_line_and_exit_code_2(command, way, files, tmp_path, monkeypatch, capsys):
+    code, told = outcome(command, way, files, tmp_path, monkeypatch, capsys)
     if (command, way) == (inspect, too_many_open_files) and code == 0:
         return  # it opens one file after the other
+    errors = [line for line in told if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1, told
     assert len(errors[0]) < 700 and not [line for line in told if "Traceback" in line], told
+
+
+@pytest.mark.parametrize("command", [*PACKING, *USING], ids=lambda command: command.__name__)
+def test_a_disk_that_is_full_after_a_while_is_one_line_as_well(command, files, tmp_path, monkeypatch, capsys):
+    code, told = outcome(command, little_space, files, tmp_path, monkeypatch, capsys)
+    errors = [line for line in told if line.startswith("error: ")]
+    assert not [line for line in told if "Traceback" in line], told
+    if command in (evaluate_features, evaluate_weights, extract_file, extract_folder) and code == 0:
+        return  # there was room for so little
+    assert code == 2 and len(errors) == 1 and "no space left" in errors[0] and "/full/" in errors[0], told
