@@ -80,7 +80,8 @@ def number_or_unknown(text: str, what: str) -> int:
     if not text.isdecimal():
         raise DataError(f"{what} is {shown(text)}, not a number 0, 1, ...; leave it empty when unknown")
     if len(text) > len(str(MOST_NUMBER)) or int(text) > MOST_NUMBER:
-        raise DataError(f"{what} is {shown(text)}, above {MOST_NUMBER:,}: number them 0, 1, ... without large gaps")
+        said = text[:MOST_SHOWN]
+        raise DataError(f"{what} is {said}, above {MOST_NUMBER:,}: number them 0, 1, ... without large gaps")
     return int(text)
 
 
