@@ -27,10 +27,10 @@ MOST_BYTES = 1 << 28
 MOST_NAME = 1000
 """Characters; a joint dataset has the names of its parts."""
 COUNTED = {
-    "splits": {"images": MOST_IMAGES},
-    "files": {"bytes": 1 << 50, "crc32": 2**32 - 1},
+    "splits": {"images": ("how many images", MOST_IMAGES)},
+    "files": {"bytes": ("how many bytes", 1 << 50), "crc32": ("its crc32", 2**32 - 1)},
 }
-"""Numbers of each entry, and the largest that can be."""
+"""Numbers of each entry: what they say, and the largest that can be."""
 OPTIONAL = {"options": dict, "source": str, "files": dict, "found": dict, "crc32": int}
 """`crc32`: of all the other keys, see `_checksum`; datasets packed before it was written have none."""
 
@@ -108,8 +108,8 @@ def _fault(dataset: Any) -> str:
             return f"files has {name[:80]!a}, which is no name of a file"
     for key, units in COUNTED.items():
         for name, facts in dataset.get(key, {}).items():
-            for unit, most in units.items():
+            for unit, (what, most) in units.items():
                 count = facts.get(unit) if isinstance(facts, dict) else None
                 if type(count) is not int or not 0 <= count <= most:
-                    return f"{key}.{name} does not say its {unit}, a number from 0 to {most}"
+                    return f"{key}.{name} does not say {what}, a number from 0 to {most}"
     return ""

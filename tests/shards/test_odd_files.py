@@ -110,8 +110,8 @@ def test_a_small_index_of_millions_of_long_texts_takes_neither_memory_nor_time(p
         (lambda facts: facts.update(views=-1), "views is -1"),
         (lambda facts: facts.update(noun="x\ny"), "noun is 'x\\ny'"),
         (lambda facts: facts["splits"].update(val={"images": 3}), "splits has 'val'"),
-        (lambda facts: facts["splits"]["train"].update(images=True), "splits.train does not say its images"),
-        (lambda facts: facts["splits"]["train"].update(images=10**30), "splits.train does not say its images"),
+        (lambda facts: facts["splits"]["train"].update(images=True), "splits.train does not say how many images"),
+        (lambda facts: facts["splits"]["train"].update(images=10**30), "splits.train does not say how many images"),
     ],
 )
 def test_a_dataset_file_with_what_no_packing_writes_is_refused(packed, change, words):
