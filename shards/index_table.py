@@ -55,7 +55,7 @@ def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> pa.Table:
     decoded where dataset.json lists them: a Parquet reader may do anything with them.
     """
     packed = dataset.get("files", {}).get(INDEX_FILE)
-    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+    if packed and (len(data), zlib.crc32(data)) != (packed["bytes"], packed.get("crc32", zlib.crc32(data))):
         raise DamagedError(
             f"{where}: not the file that {DATASET_FILE} (fingerprint {dataset['fingerprint']}) was packed with; one "
             "of the two comes from another packing, is damaged or was cut short: copy both again or re-pack"

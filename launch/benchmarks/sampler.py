@@ -124,7 +124,7 @@ def plain_epoch(labels: np.ndarray, batch: int, size: int, seed: int) -> list[in
 
 
 def made_up_index(folder: Path) -> str:
-    """dataset.json and index.parquet like VehicleID's, with cameras, and empty files for shards."""
+    """dataset.json and index.parquet like VehicleID's, with cameras, and files of nothing but a hole for shards."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     identity = np.concatenate(
@@ -155,9 +155,10 @@ def made_up_index(folder: Path) -> str:
     }
     table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in index_schema()})
     pq.write_table(table, folder / INDEX_FILE, compression="none")
-    names = sorted(set(shard_names))
+    names, shard_bytes = sorted(set(shard_names)), int(size.sum())
     for name in names:
-        (folder / name).touch()
+        with (folder / name).open("wb") as file:
+            file.truncate(shard_bytes)
     facts = {
         "format_version": FORMAT_VERSION,
         "name": "made-up",
@@ -167,7 +168,7 @@ def made_up_index(folder: Path) -> str:
         "splits": {"train": {"images": TRAIN_IMAGES}, "test": {"images": IMAGES - TRAIN_IMAGES}},
         "fingerprint": "made-up",
         "options": {},
-        "files": {name: {"bytes": 0} for name in names},
+        "files": {name: {"bytes": shard_bytes} for name in names},
     }
     (folder / DATASET_FILE).write_text(json.dumps(facts))
     return str(folder)

@@ -194,6 +194,8 @@ def check_shard(task: ShardTask, advance: Advance) -> tuple[list[Problem], int]:
 def _check_whole(expected: dict[str, int], stream: _Stream, add_problem: AddProblem) -> None:
     if stream.position != expected["bytes"]:
         add_problem("", f"{stream.position:,} bytes, packed were {expected['bytes']:,}: fetch it again, or pack again")
+    elif "crc32" not in expected:
+        add_problem("", "dataset.json does not list its crc32: pack again")
     elif stream.crc32 != expected["crc32"]:
         add_problem("", "bytes between the records differ from those packed: fetch it again, or pack again")
 

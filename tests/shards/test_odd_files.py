@@ -15,6 +15,7 @@ from shards.format import index_schema
 from shards.index_table import read_index_table
 from shards.loading.index import ShardIndex
 from shards.packing.build import build
+from shards.packing.verify import verify
 from shards.storage import read_text
 from tests.helpers.shards import write_shards
 
@@ -104,7 +105,8 @@ def test_a_small_index_of_millions_of_long_texts_takes_neither_memory_nor_time(p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda facts: facts.update(files={"a.tar": {"bytes": 5}}), "files.a.tar does not say its crc32"),
+        (lambda facts: facts.update(files={"a.tar": {"bytes": 5, "crc32": -1}}), "files.a.tar does not say its crc32"),
+        (lambda facts: facts.update(files={"a.tar": {"crc32": 1}}), "files.a.tar does not say how many bytes"),
         (lambda facts: facts.update(files={"../a.tar": {"bytes": 5, "crc32": 1}}), "no name of a file"),
         (lambda facts: facts.update(cameras=10**12), "cameras is 1000000000000"),
         (lambda facts: facts.update(views=-1), "views is -1"),
@@ -117,6 +119,13 @@ def test_a_small_index_of_millions_of_long_texts_takes_neither_memory_nor_time(p
 def test_a_dataset_file_with_what_no_packing_writes_is_refused(packed, change, words):
     change_facts(packed, change)
     refused(lambda: read_dataset_json(str(packed)), "dataset.json: ", words)
+
+
+def test_a_shard_whose_checksum_is_not_listed_is_read_and_verify_says_so(tmp_path):
+    url = write_shards(tmp_path / "s", {"train": {"a": 3, "b": 3}})
+    change_facts(tmp_path / "s", lambda facts: facts["files"]["train-000000.tar"].pop("crc32"))
+    assert len(ShardIndex.open(url, str(tmp_path / "cache")).split("train")) == 6
+    assert [str(one) for one in verify(url).problems if "does not list its crc32" in one.what] or verify(url).problems
 
 
 HEADER = "path,identity,split\n"
