@@ -1,11 +1,12 @@
 """The losses of the paper on features of one rank against features of all ranks; nothing is gathered here.
 
-    features, logits, text features ──▶ gathered from all ranks ──▶ [losses] ──▶ stage1.step, stage2.losses
+    features, text features ──▶ gathered from all ranks ──▶ [losses] ──▶ stage1.step, stage2.losses
 
-Anchors are this rank's images, what they are compared with is the global batch. All arithmetic is float32 (float64 if
-given), also under autocast: half-precision sums in a softmax or in squared distances lose the method's figures.
+Anchors are this rank's images, what they are compared with is the global batch; losses that tell an identity from all N
+are in `identity_softmax.py`. All arithmetic is float32 (float64 if given), also under autocast: half-precision sums in
+a softmax or in squared distances lose the method's figures.
 
-b = images of this rank, B = images of the global batch, D = feature width, C = classes, N = identities
+b = images of this rank, B = images of the global batch, D = feature width
 """
 
 import functools
@@ -34,12 +35,6 @@ def full_precision(loss: Loss) -> Loss:
             return loss(*args, **kwargs)
 
     return cast(Loss, wrapper)
-
-
-@full_precision
-def smoothed_cross_entropy(logits_bC: Tensor, labels_b: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy against (1 - smoothing) one-hot + smoothing / C (Eq. 6 and 8). Returns the mean over b."""
-    return F.cross_entropy(logits_bC, labels_b, label_smoothing=smoothing)
 
 
 @full_precision
@@ -83,14 +78,3 @@ def text_to_image(own_texts_bD: Tensor, labels_b: Tensor, images_BD: Tensor, lab
     log_prob_bB = (own_texts_bD @ images_BD.T).log_softmax(1)
     positive_bB = (labels_b[:, None] == labels_B[None, :]).to(log_prob_bB.dtype)
     return -(log_prob_bB * positive_bB).sum(1) / positive_bB.sum(1)
-
-
-@full_precision
-def text_to_mean_image(texts_bD: Tensor, labels_b: Tensor, means_ND: Tensor) -> Tensor:
-    """Text-to-image contrastive loss of the `average` variant (Eq. 10): the text of an identity against the mean image
-    features of all N identities.
-
-    labels_b: int64, which of the N each text is of. Raw dot products, temperature 1. Returns one value an identity [b]:
-    the caller averages, since a rank's part may be empty.
-    """
-    return F.cross_entropy(texts_bD @ means_ND.T, labels_b, reduction="none")

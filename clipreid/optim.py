@@ -23,8 +23,7 @@ def parameter_groups(
     """Groups of the trainable parameters: those without "bias" in their name and those with, in model order.
 
     Each group has `params`, `names`, `weight_decay` and `lr_factor`, by which the scheduled learning rate is
-    multiplied: `lr_factor`, for biases times `bias_lr_factor`. Frozen parameters and empty groups are left out. The
-    one-stage method adds the groups of its tokens, whose lr_factor is stage1.lr / stage2.lr.
+    multiplied: `lr_factor`, for biases times `bias_lr_factor`. Frozen parameters and empty groups are left out.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay, "lr_factor": factor}

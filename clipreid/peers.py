@@ -36,8 +36,19 @@ class Peers(Protocol):
         is that of the mean over ranks of the losses.
         """
 
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int], /) -> Tensor:
+        """Rows for each rank -> the rows that each rank has for this one, in rank order.
+
+        tensor: [sum(send), ...], `send[r]` rows for rank r after those for the ranks before it. receive: how many rows
+        come from each rank; [sum(receive), ...] is returned. Differentiable: the gradients go back the way the rows
+        came.
+        """
+
     def all_reduce_sum(self, tensor: Tensor, /) -> Tensor:
         """The sum over ranks, of the tensor's dtype and on its device, without gradient. Alone: the tensor itself."""
+
+    def all_reduce_max(self, tensor: Tensor, /) -> Tensor:
+        """The elementwise maximum over ranks, as `all_reduce_sum`."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,22 @@ class Alone:
     def all_gather(self, tensor: Tensor, /) -> Tensor:
         return tensor
 
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int], /) -> Tensor:
+        return tensor
+
     def all_reduce_sum(self, tensor: Tensor, /) -> Tensor:
+        return tensor
+
+    def all_reduce_max(self, tensor: Tensor, /) -> Tensor:
         return tensor
 
 
 ALONE = Alone()
+
+
+def rank_slice(total: int, rank: int, world_size: int) -> slice:
+    """A rank's contiguous part of `total` things; sizes differ by at most one, and are 0 where ranks outnumber them."""
+    return slice(total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def all_gather_unequal(tensor: Tensor, sizes: Sequence[int], peers: Peers) -> Tensor:

@@ -4,8 +4,9 @@
 
 The `average` variant has means over identities in place of the bank, and identities in place of a batch's images.
 
-A step works on identities: each of the batch's U distinct ones is encoded once over all ranks. Images are split over
-ranks in contiguous slices that may be unequal or empty; every rank joins every all_gather all the same.
+A step works on identities: the tokens of the batch's U distinct ones are fetched from the ranks that own them, and each
+is encoded once over all ranks. Images are split over ranks in contiguous slices that may be unequal or empty; every
+rank joins every collective all the same.
 
 b = images of this rank, B = images of the global batch, R = ranks, D = feature width
 U = distinct identities of the batch, N = all identities
@@ -17,10 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipreid.losses import at_least_float32, image_to_text, text_to_image, text_to_mean_image
-from clipreid.peers import ALONE, Peers, all_gather_unequal
+from clipreid.identity_softmax import identity_cross_entropy
+from clipreid.identity_table import IdentityTable
+from clipreid.losses import at_least_float32, image_to_text, text_to_image
+from clipreid.peers import ALONE, Peers, all_gather_unequal, rank_slice
+
+Text = Callable[[Tensor], Tensor]
+"""Prompt tokens [n, M, W] -> text features [n, D]; `clipreid.model.prompts.PromptedText`."""
 
 ROWS = 8192  # of the bank, read at a time
+TEXT_FEATURES = "text_features"
+"""Name of the table that stage 2 starts from."""
 
 
 def batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -32,13 +40,9 @@ def batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[np.
     return [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
 
 
-def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
-    """A rank's contiguous slice of a batch; sizes differ by at most one, and are 0 where ranks outnumber images."""
-    return slice(num_images * rank // world_size, num_images * (rank + 1) // world_size)
-
-
 def step(
-    text: Callable[[Tensor], Tensor],
+    text: Text,
+    tokens: IdentityTable,
     images_local: Tensor,
     labels_local: Tensor,
     labels_global: Tensor,
@@ -46,17 +50,15 @@ def step(
 ) -> dict[str, Tensor]:
     """Losses of one global batch (Eq. 2, 4, 5), scaled so that their mean over ranks is the global value.
 
-    text: int64 labels [n] -> text features [n, D], differentiable in the tokens.
     images_local: float [b, D], the rows `rank_slice(B, rank, R)` of the batch; b may be 0.
-    labels_global: int64 [B]; may stay on the CPU, where finding the distinct ones makes no host wait for a
-    GPU.
+    labels_global: int64 [B] on the CPU, where finding the distinct ones makes no host wait for a GPU.
     Returns scalars `i2t`, `t2i` and their sum `loss`: local sum x ranks / B.
     """
     slices = [rank_slice(len(labels_global), rank, peers.world_size) for rank in range(peers.world_size)]
     own = slices[peers.rank]
     identities, place = labels_global.unique(return_inverse=True)
     device = images_local.device
-    identity_texts = encode_identities(text, identities.to(device), peers)
+    identity_texts = encode_identities(text, tokens, identities, peers)
     texts = identity_texts[place.to(device)]
     images = all_gather_unequal(images_local, [rows.stop - rows.start for rows in slices], peers)
 
@@ -68,57 +70,65 @@ def step(
 
 
 def average_step(
-    text: Callable[[Tensor], Tensor], means: Tensor, labels_global: Tensor, peers: Peers = ALONE
+    text: Text, tokens: IdentityTable, means: IdentityTable, labels_global: Tensor, peers: Peers = ALONE
 ) -> dict[str, Tensor]:
     """Loss of one global batch of identities in the `average` variant (Eq. 10), scaled as in `step`.
 
-    means: float [N, D], the mean image feature of every identity, whole on every rank.
-    labels_global: int64 [B], different identities, on the device of `means`; a rank takes its `rank_slice`.
+    means: [N, D], the mean image feature of every identity (`identity_means`).
+    labels_global: int64 [B] on the CPU, different identities.
     Returns scalars `t2i`, and `loss`, which is the same: there is no image to text.
     """
-    own = rank_slice(len(labels_global), peers.rank, peers.world_size)
-    texts = encode_identities(text, labels_global, peers)
-    t2i = text_to_mean_image(texts[own], labels_global[own], means).sum() * (peers.world_size / len(labels_global))
+    texts = encode_identities(text, tokens, labels_global, peers)
+    t2i = identity_cross_entropy(texts, labels_global.to(texts.device), means, peers=peers)
     return {"t2i": t2i, "loss": t2i}
 
 
-def encode_identities(text: Callable[[Tensor], Tensor], identities: Tensor, peers: Peers = ALONE) -> Tensor:
-    """Text features of the given identities, each encoded on one rank. int64 [U] -> float32 (or float64) [U, D].
+def encode_identities(text: Text, tokens: IdentityTable, identities: Tensor, peers: Peers = ALONE) -> Tensor:
+    """Text features of the given identities, each encoded on one rank: int64 [U] on the CPU -> float32 (or float64)
+    [U, D], on every rank.
 
     Ranks take contiguous equal shares of ceil(U / R), filled up with repeats of the last identity, which are cut
     again after the all_gather: so no rank is without a forward pass.
     """
     share = -(-len(identities) // peers.world_size)
-    first = peers.rank * share
-    own = torch.arange(first, first + share, device=identities.device).clamp(max=len(identities) - 1)
-    return peers.all_gather(at_least_float32(text(identities[own])))[: len(identities)]
+    places = torch.arange(peers.world_size * share).clamp(max=len(identities) - 1)
+    rows = tokens.fetch(identities[places].split(share), peers)
+    return peers.all_gather(at_least_float32(text(rows)))[: len(identities)]
 
 
 @torch.no_grad()
-def all_text_features(
-    text: Callable[[Tensor], Tensor],
+def text_features(text: Text, tokens: IdentityTable, peers: Peers = ALONE, batch_size: int = 1024) -> IdentityTable:
+    """The bridge to stage 2: text features of all identities, frozen, each with the rank that owns its tokens [N, D].
+
+    batch_size: identities encoded at a time, which bounds the memory.
+    """
+    features = [at_least_float32(text(rows)) for rows in tokens.block.split(batch_size) if len(rows)]
+    if not features:  # A rank that owns no identity: one prompt tells the width.
+        features = [at_least_float32(text(tokens.block.new_zeros(1, *tokens.block.shape[1:])))[:0]]
+    return IdentityTable.frozen(TEXT_FEATURES, tokens.num_identities, torch.cat(features), peers)
+
+
+@torch.no_grad()
+def identity_means(
+    features: np.ndarray,
+    labels: np.ndarray,
     num_identities: int,
     peers: Peers = ALONE,
     device: torch.device | str = "cpu",
-    batch_size: int = 1024,
-) -> Tensor:
-    """The bridge to stage 2: text features of identities 0 … N-1, frozen, on every rank. Returns float32 [N, D].
-
-    batch_size: identities encoded at a time over all ranks, which bounds the memory.
-    """
-    chunks = torch.arange(num_identities, device=device).split(batch_size)
-    return torch.cat([encode_identities(text, chunk, peers) for chunk in chunks])
-
-
-def identity_means(features: np.ndarray, labels: np.ndarray, num_identities: int) -> np.ndarray:
+) -> IdentityTable:
     """For the `average` variant (Eq. 10): the mean image feature of each identity, summed in float64.
 
-    features: float [n, D], read a few rows at a time, so that a memory-mapped bank is never copied. labels: int64
-    [n], holding each of 0 … N-1. Returns [N, D] of the features' dtype.
+    features: float [n, D] of all images, read a few rows at a time, so that a memory-mapped bank is never copied.
+    labels: int64 [n], holding each of 0 … N-1. Returns [N, D] of the features' dtype; a rank sums its own rows.
     """
-    sums = torch.zeros(num_identities, features.shape[1], dtype=torch.float64)
+    own = rank_slice(num_identities, peers.rank, peers.world_size)
+    num_own = own.stop - own.start
+    sums, counts = torch.zeros(num_own, features.shape[1], dtype=torch.float64), torch.zeros(num_own)
     for start in range(0, len(labels), ROWS):
-        rows = slice(start, start + ROWS)
-        sums.index_add_(0, torch.tensor(labels[rows]), torch.from_numpy(features[rows].astype(np.float64)))
-    counts = np.bincount(labels, minlength=num_identities)
-    return (sums.numpy() / counts[:, None]).astype(features.dtype)
+        here = labels[start : start + ROWS]
+        chosen = np.flatnonzero((here >= own.start) & (here < own.stop))
+        place = torch.tensor(here[chosen] - own.start)
+        sums.index_add_(0, place, torch.from_numpy(features[start : start + ROWS][chosen].astype(np.float64)))
+        counts.index_add_(0, place, torch.ones(len(place)))
+    means = torch.from_numpy((sums / counts[:, None]).numpy().astype(features.dtype))
+    return IdentityTable.frozen("means", num_identities, means.to(device), peers)

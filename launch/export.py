@@ -41,13 +41,14 @@ def main(arguments: list[str]) -> None:
     from cluster.evaluation.find_weights import local_weights
 
     with owned_result(options.out, "exporting"), local_weights(options.weights) as path:
-        from clipreid.weights.file import load_model, load_text
+        from clipreid.weights.card import read_card
+        from clipreid.weights.file import load_state
         from clipreid.weights.official import save_official
+        from clipreid.weights.tables import TOKENS
 
-        model, spec = load_model(path)
-        text = load_text(path)
-        save_official(options.out, model, text, spec)
-    sides = "image and text side" if text is not None else "image side (the run has no text side)"
+        spec, state = read_card(path).spec, load_state(path)
+        save_official(options.out, state, spec)
+    sides = "image and text side" if TOKENS in state else "image side (the run has no text side)"
     print(f"{options.out}: {sides} of {spec.arch}, {spec.identities} identities, in the format {options.format}")
 
 

@@ -50,6 +50,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="a long fault test: make test-faults"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_models_kept():
+    """What a module of tests holds of the full-size models goes with it: gigabytes."""
+    yield
+    if golden := sys.modules.get("tests.helpers.golden_models"):
+        golden.seeded.cache_clear()
+        golden.read_case.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory):
     """A small packed dataset for whole runs."""

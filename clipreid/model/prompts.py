@@ -1,8 +1,8 @@
 """The text side: a learnable prompt per identity, encoded by CLIP's frozen text tower.
 
-    labels ──▶ [prompts] ──▶ text features ──▶ stage 1 (contrastive), stage 2 (image-to-text cross-entropy)
+    tokens of identities ──▶ [prompts] ──▶ text features ──▶ stage 1 (contrastive), stage 2 (cross-entropy)
 
-In:  labels, dense 0-based training identities.
+In:  the learnable tokens of some identities, rows of an `clipreid.identity_table`.
 Out: unnormalised text features in the space of the image features' `proj`.
 
 The prompt is "A photo of a X X X X person." (Eq. 2), its X replaced by the identity's tokens. The tower is causal, so
@@ -10,7 +10,7 @@ nothing behind the end token can reach the feature taken there: the prompt is cu
 and the 5 positions before the tokens, equal for all prompts, are encoded once. Only the tokens learn; for the tower's
 weights no gradient is computed.
 
-n = prompts, N = identities, M = learnable tokens, P = prefix positions, S = the positions behind it
+n = prompts, M = learnable tokens, P = prefix positions, S = the positions behind it
 W = width of the text tower, D = embed_dim
 """
 
@@ -31,37 +31,34 @@ PREFIX_POSITIONS = 5
 
 
 class PromptLearner(nn.Module):
-    """The learnable tokens of every identity, and the embedded words around them.
+    """The embedded words around the learnable tokens.
 
-    `tokens` [N, M, W]; `token_prefix` [1, 5, W] and `token_suffix` [1, context - 5 - M, W] are the constant rest of the
-    template, up to the tower's full context.
+    `token_prefix` [1, 5, W] and `token_suffix` [1, context - 5 - M, W] are the constant part of the template, up to the
+    tower's full context.
     """
 
     token_prefix: Tensor
     token_suffix: Tensor
 
-    def __init__(self, words_LW: Tensor, end: int, identities: int, tokens: int) -> None:
+    def __init__(self, words_LW: Tensor, end: int, tokens: int) -> None:
         """`words_LW`: the embedded template with M placeholders, [context, W]; `end`: its end token's place."""
         super().__init__()
         self.length = end + 1
-        self.tokens = nn.Parameter(words_LW.new_empty(identities, tokens, words_LW.shape[1]))
-        nn.init.normal_(self.tokens, std=0.02)
         words_LW = words_LW.detach()
         self.register_buffer("token_prefix", words_LW[None, :PREFIX_POSITIONS].clone())
         self.register_buffer("token_suffix", words_LW[None, PREFIX_POSITIONS + tokens :].clone())
 
-    def forward(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded prompts of the identities `labels`, int64 [n], cut behind the end token.
+    def forward(self, tokens_nMW: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded prompts of identities with these tokens, cut behind the end token.
 
         Returns the prefix that all share, [1, 5, W], and what follows it, [n, S, W], 5 + S = `length`.
         """
-        return self.token_prefix, self.uncut(labels)[:, PREFIX_POSITIONS : self.length]
+        return self.token_prefix, self.uncut(tokens_nMW)[:, PREFIX_POSITIONS : self.length]
 
-    def uncut(self, labels: Tensor) -> Tensor:
+    def uncut(self, tokens_nMW: Tensor) -> Tensor:
         """The whole prompts, [n, context, W], which the cut is measured against."""
-        n = len(labels)
-        prefix, suffix = (words.expand(n, -1, -1) for words in (self.token_prefix, self.token_suffix))
-        return torch.cat([prefix, self.tokens[labels], suffix], dim=1)
+        prefix, suffix = (words.expand(len(tokens_nMW), -1, -1) for words in (self.token_prefix, self.token_suffix))
+        return torch.cat([prefix, tokens_nMW, suffix], dim=1)
 
 
 class TextEncoder(nn.Module):
@@ -105,24 +102,16 @@ def _normed(block: "ResidualAttentionBlock", x_1PW: Tensor, x_nSW: Tensor) -> tu
 
 
 class PromptedText(nn.Module):
-    """Text features of identities: what stage 1 trains, and what stage 2 classifies against."""
+    """From an identity's tokens to its text feature: what stage 1 trains them through. Nothing in here learns."""
 
     def __init__(self, prompt_learner: PromptLearner, text_encoder: TextEncoder) -> None:
         super().__init__()
         self.prompt_learner = prompt_learner
         self.text_encoder = text_encoder
 
-    @property
-    def tokens(self) -> nn.Parameter:
-        """The learnable tokens, [N, M, W]: the only parameter that trains."""
-        return self.prompt_learner.tokens
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Unnormalised text features [n, D] of the identities `labels`, int64 [n].
-
-        A repeated label is encoded repeatedly: the caller makes them distinct.
-        """
-        features_nD: Tensor = self.text_encoder(*self.prompt_learner(labels))
+    def forward(self, tokens_nMW: Tensor) -> Tensor:
+        """Unnormalised text features [n, D] of identities with these tokens."""
+        features_nD: Tensor = self.text_encoder(*self.prompt_learner(tokens_nMW))
         return features_nD
 
 

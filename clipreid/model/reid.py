@@ -1,12 +1,13 @@
-"""The re-identification model: image encoder, side information, necks and classifiers.
+"""The re-identification model: image encoder, side information and necks.
 
-    augment ──▶ [reid: encoder ──▶ necks ──▶ classifiers] ──▶ stage2.losses
+    augment ──▶ [reid: encoder ──▶ necks] ──▶ stage2.losses ◀── classifiers
     normalise ──▶ [reid: encoder ──▶ descriptor] ──▶ retrieval
 
-Its weights come from `clipreid.weights`. Names of parameters are those of the checkpoints that the paper's authors
-released (`image_encoder.*`, `bottleneck.*`, `classifier.weight`, `cv_embed`).
+The classifiers behind the necks have a row per identity: they are `clipreid.identity_table`s. Weights come from
+`clipreid.weights`. Names of parameters are those of the checkpoints that the paper's authors released
+(`image_encoder.*`, `bottleneck.*`, `cv_embed`).
 
-B = images, W = width of the image tower, N = training identities
+B = images, W = width of the image tower
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipreid.model.encoders import Features, ImageEncoder
+from clipreid.model.in_pieces import in_pieces
 from clipreid.model.spec import FeatureName, ModelSpec
 
 
@@ -25,12 +27,13 @@ class ReIDOutput(NamedTuple):
 
     features: Features
     """Before the necks: float [B, *] each."""
-    logits: tuple[Tensor, Tensor]
-    """Logits [B, N] of the image feature and of the projected feature."""
+    necks: tuple[Tensor, Tensor]
+    """The image feature and the projected one behind their necks, float [B, *]: what the classifiers tell identities
+    by."""
 
 
 class ReIDModel(nn.Module):
-    """Image encoder with side information, and for each of its last two features a neck and a classifier."""
+    """Image encoder with side information, and a neck for each of its last two features."""
 
     def __init__(self, spec: ModelSpec, image_encoder: ImageEncoder) -> None:
         super().__init__()
@@ -39,20 +42,31 @@ class ReIDModel(nn.Module):
         self.image_encoder = image_encoder
         _, img, proj = image_encoder.widths
         self.bottleneck, self.bottleneck_proj = nn.BatchNorm1d(img), nn.BatchNorm1d(proj)
-        self.classifier = nn.Linear(img, spec.identities, bias=False)
-        self.classifier_proj = nn.Linear(proj, spec.identities, bias=False)
         self.cv_embed = nn.Parameter(torch.empty(spec.sie_rows, img)) if spec.sie_rows else None
         self._initialise()
 
-    def forward(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> ReIDOutput:
-        """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features and logits."""
-        features = self.features(images, cameras, views)
-        with torch.autocast(images.device.type, enabled=False):  # BatchNorm statistics and logits in full precision
-            logits = (
-                self.classifier(self.bottleneck(features.img)),
-                self.classifier_proj(self.bottleneck_proj(features.proj)),
-            )
-        return ReIDOutput(features, logits)
+    def forward(
+        self,
+        images: Tensor,
+        cameras: Tensor | None = None,
+        views: Tensor | None = None,
+        micro_batch: int | None = None,
+    ) -> ReIDOutput:
+        """Float images [B, 3, H, W], cameras and views int64 [B] (-1 = unknown), to features before and behind the
+        necks. micro_batch: images that the encoder takes at a time (`in_pieces`); None: all at once."""
+        if micro_batch is None or micro_batch >= len(images):
+            features = self.features(images, cameras, views)
+        else:
+            features = Features(*in_pieces(self.features, (images, cameras, views), self._encoding, micro_batch))
+        with torch.autocast(images.device.type, enabled=False):  # BatchNorm statistics in full precision
+            necks = self.bottleneck(features.img), self.bottleneck_proj(features.proj)
+        return ReIDOutput(features, necks)
+
+    @property
+    def _encoding(self) -> list[nn.Parameter]:
+        """What `features` computes with, and trains."""
+        own = [] if self.cv_embed is None else [self.cv_embed]
+        return [p for p in (*self.image_encoder.parameters(), *own) if p.requires_grad]
 
     def features(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> Features:
         """Features before the necks, at least float32. Without cameras and views: without side information."""
@@ -80,8 +94,6 @@ class ReIDModel(nn.Module):
     def _initialise(self) -> None:
         for neck in (self.bottleneck, self.bottleneck_proj):
             neck.bias.requires_grad_(False)  # stays 0, so that the classifier's planes pass through the origin
-        for classifier in (self.classifier, self.classifier_proj):
-            nn.init.normal_(classifier.weight, std=0.001)
         if self.cv_embed is not None:
             nn.init.trunc_normal_(self.cv_embed, std=0.02)
 

@@ -1,51 +1,68 @@
 """The models of a specification with the weights that a run starts from: random, CLIP's, or the paper's authors'.
 
-    ModelSpec, model.pretrained ──▶ [initial] ──▶ ReIDModel, PromptedText ──▶ stage 1, stage 2, evaluation
+    ModelSpec, model.pretrained ──▶ [initial] ──▶ ReIDModel, PromptedText, IdentityTables ──▶ stages, evaluation
 
 CLIP is built by open_clip at its native size and filled; its towers are then taken over into our modules, which resize
-the position embedding and add necks, classifiers, side information and prompts.
+the position embedding and add necks, side information and the words of the prompts. What has a row per identity is in
+tables, of which each rank makes its own rows.
 """
 
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from clipreid.identity_table import IdentityTables
 from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
 from clipreid.model.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
 from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
-from clipreid.weights.official import load_official
+from clipreid.peers import ALONE, Peers
+from clipreid.weights.official import load_official, renamed
 from clipreid.weights.pretrained import is_official, load_clip, read_pretrained
+from clipreid.weights.tables import drawn_tables, table_shapes, taken_tables
 
 
-def build_models(
-    spec: ModelSpec, pretrained: str | None = None, seed: int = 0
-) -> tuple[ReIDModel, PromptedText | None]:
-    """The image model and the text side of `spec`, on the CPU, float32, in training mode.
+class Models(NamedTuple):
+    """A specification with weights."""
+
+    model: ReIDModel
+    text: PromptedText | None
+    """None with a checkpoint that holds no text side, as a baseline's does."""
+    tables: IdentityTables
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it by the names that files of weights have; of the tables this rank's rows."""
+        text = {} if self.text is None else self.text.state_dict()
+        return self.model.state_dict() | text | {table.name: table.block.detach() for table in self.tables}
+
+
+def build_models(spec: ModelSpec, pretrained: str | None = None, seed: int = 0, peers: Peers = ALONE) -> Models:
+    """The image model, the text side and this rank's rows of the tables of `spec`: on the CPU, float32, in training
+    mode.
 
     `pretrained`: None (random weights), an open_clip tag, or a local file: CLIP weights, or a checkpoint of the paper's
-    authors (the text side is None when that holds none, as a baseline's does). What it does not hold is drawn from
-    `seed`; the global random state is left alone.
+    authors. What it does not hold is drawn from `seed`; the global random state is left alone.
     Raises ModelError when the weights cannot be had or do not fit.
     """
     if pretrained is None:
         with _seeded(seed, "clip"):
             clip = open_clip.CLIP(**_clip_arguments(spec))
-        return _rewire(spec, clip, seed)
+        return _with_drawn_tables(spec, clip, seed, peers)
     state = read_pretrained(pretrained, spec.arch, spec.arch_config)
     if is_official(state):
         model, text = empty_models(spec)
-        return model, load_official(model, text, state, spec, pretrained)
+        text_side = load_official(model, text, state, spec, pretrained)
+        return Models(model, text_side, taken_tables(renamed(state), peers))
     with torch.device("meta"):  # initialising what is overwritten at once takes seconds
         clip = open_clip.CLIP(**_clip_arguments(spec))
     clip.to_empty(device="cpu")
     load_clip(clip, state, pretrained)
-    return _rewire(spec, clip, seed)
+    return _with_drawn_tables(spec, clip, seed, peers)
 
 
 def empty_models(spec: ModelSpec) -> tuple[ReIDModel, PromptedText]:
@@ -53,6 +70,11 @@ def empty_models(spec: ModelSpec) -> tuple[ReIDModel, PromptedText]:
     with torch.device("meta"):
         model, text = _rewire(spec, open_clip.CLIP(**_clip_arguments(spec)), seed=0)
     return model.to_empty(device="cpu"), text.to_empty(device="cpu")
+
+
+def _with_drawn_tables(spec: ModelSpec, clip: open_clip.CLIP, seed: int, peers: Peers) -> Models:
+    model, text = _rewire(spec, clip, seed)
+    return Models(model, text, drawn_tables(table_shapes(spec, model, text), seed, peers))
 
 
 def _clip_arguments(spec: ModelSpec) -> dict[str, Any]:
@@ -63,8 +85,7 @@ def _rewire(spec: ModelSpec, clip: open_clip.CLIP, seed: int) -> tuple[ReIDModel
     """Take the towers of an open_clip CLIP over into our modules, and add what re-identification needs."""
     context = spec.arch_config["text_cfg"]["context_length"]
     ids, end = template_ids(spec.noun, spec.prompt_tokens, context)
-    with _seeded(seed, "prompts"):
-        learner = PromptLearner(clip.token_embedding.weight[ids], end, spec.identities, spec.prompt_tokens)
+    learner = PromptLearner(clip.token_embedding.weight[ids], end, spec.prompt_tokens)
     with _seeded(seed, "heads"):
         model = ReIDModel(spec, _encoder(spec, clip.visual))
     return model, PromptedText(learner, TextEncoder(clip))

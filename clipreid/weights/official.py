@@ -9,22 +9,25 @@ contradict them it is refused.
 """
 
 import io
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_activation
 from clipreid.model.prompts import PREFIX_POSITIONS, PromptedText
+from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.appearing import appearing
 from clipreid.weights.card import ModelCard, read_card
 from clipreid.weights.pretrained import read_state_dict, with_batch_counters
 from clipreid.weights.sealed import DamagedError
+from clipreid.weights.tables import TOKENS, table_shapes
 
-_TOKENS = ("prompt_learner.cls_ctx", "prompt_learner.tokens")
+_THEIR_TOKENS = "prompt_learner.cls_ctx"
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
 
 
@@ -50,79 +53,79 @@ def official_shapes(path: str | Path) -> OfficialShapes:
 
 def holds_prompts(path: str | Path) -> bool:
     """Whether the file has every identity's prompt tokens, under the authors' name or ours."""
-    return not read_state_dict(Path(path)).keys().isdisjoint(_TOKENS)
+    return not read_state_dict(Path(path)).keys().isdisjoint((TOKENS, _THEIR_TOKENS))
+
+
+def image_side(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What features are computed with, and the classifiers; no prompts, which are of a dataset and its noun."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_TEXT_PREFIXES)}
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The prompts' tokens under our name."""
+    return {TOKENS if name == _THEIR_TOKENS else name: tensor for name, tensor in state.items()}
 
 
 def load_official(
-    model: nn.Module, text: PromptedText | None, state: dict[str, Tensor], spec: ModelSpec, source: str
+    model: ReIDModel, text: PromptedText, state: Mapping[str, Tensor], spec: ModelSpec, source: str
 ) -> PromptedText | None:
-    """Fill `model` and `text`, built for `spec`, from a checkpoint's state dict.
+    """Fill `model` and `text`, built for `spec`, from a checkpoint's state dict; the tables' rows are only compared.
 
-    Returns `text`, or None when the checkpoint holds no text side, as a baseline's does, or none is asked for. Raises
-    ModelError, one line with both shapes, when position rows, side information, identities or widths do not fit `spec`.
+    Returns `text`, or None when the checkpoint holds no text side, as a baseline's does. Raises ModelError, one line
+    with both shapes, when position rows, side information, identities or widths do not fit `spec`.
     """
     card = _card(source)
     if card is None:
         _check_activation(spec, source)
     else:
         check_activation(source, bool(card.spec.arch_config.get("quick_gelu")), spec.arch, spec.arch_config)
-    state = dict(state)
+    state = renamed(state)
     if spec.is_resnet:
         state.pop("cv_embed", None)  # made by the authors' code when asked for, but never used by its ResNet
-    if _TOKENS[0] in state:
-        state[_TOKENS[1]] = state.pop(_TOKENS[0])
-    text_state = {name: state.pop(name) for name in list(state) if name.startswith(_TEXT_PREFIXES)}
-    _load(model, state, spec, source)
-    if not text_state or text is None:
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted |= table_shapes(spec, model, text)
+    if has_text := any(name.startswith(_TEXT_PREFIXES) for name in state):
+        wanted |= {name: tuple(value.shape) for name, value in text.state_dict().items()}
+    else:
+        del wanted[TOKENS]
+    state = with_batch_counters(state, model.state_dict())
+    _check_shapes(state, wanted, spec, source)
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    if not has_text:
         return None
-    _load(text, text_state, spec, source)
+    text.load_state_dict({name: state[name] for name in text.state_dict()})
     _check_end(text, spec, source)
     return text
 
 
-def save_official(path: str | Path, model: nn.Module, text: PromptedText | None, spec: ModelSpec) -> None:
+def save_official(path: str | Path, state: Mapping[str, Tensor], spec: ModelSpec) -> None:
     """Write a checkpoint that loads into the authors' model: float32, complete before it appears under its name.
 
-    Without `text` it holds the image side only, which is all that their evaluation uses.
+    state: as a file of ours has it. Without a text side it holds the image side only, which is all that the authors'
+    evaluation uses.
     """
     _check_activation(spec, str(path))
-    state = model.state_dict() | (text.state_dict() if text is not None else {})
-    state = {name: value.detach().cpu() for name, value in state.items()}
-    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    if _TOKENS[1] in state:
-        state[_TOKENS[0]] = state.pop(_TOKENS[1])
+    theirs = {_their_name(name): value.float() if value.is_floating_point() else value for name, value in state.items()}
     content = io.BytesIO()  # torch's own writer of files does not say what was refused
-    torch.save(state, content)
-    partial = Path(f"{path}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save(theirs, content)
+    with appearing(Path(path)) as file:
+        file.write(content.getbuffer())
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
-    wanted = module.state_dict()
-    state = with_batch_counters(state, wanted)
+def _check_shapes(
+    state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], spec: ModelSpec, source: str
+) -> None:
     for name in [*wanted, *sorted(state.keys() - wanted.keys())]:
-        here = tuple(wanted[name].shape) if name in wanted else None
-        there = tuple(state[name].shape) if name in state else None
+        here, there = wanted.get(name), tuple(state[name].shape) if name in state else None
         if here != there:
             raise ModelError(
                 f"{source}: {_their_name(name)} is {there or 'missing'}, the configuration needs {here or 'none'}: "
                 f"{_remedy(name, spec)}"
             )
-    module.load_state_dict(state)
 
 
 def _their_name(name: str) -> str:
-    return _TOKENS[0] if name == _TOKENS[1] else name
+    return _THEIR_TOKENS if name == TOKENS else name
 
 
 def _remedy(name: str, spec: ModelSpec) -> str:

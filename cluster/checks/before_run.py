@@ -13,14 +13,15 @@ import numpy as np
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
-from clipreid.weights.sealed import check_content
+from clipreid.peers import Alone
+from clipreid.weights.sealed import check_file
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
-from shards.storage import read_bytes
+from shards.storage import open_read, size_bytes
 
 
 def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
@@ -31,6 +32,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
         faults += _protocol_faults(index, config)
     try:
         spec = model_spec(config, index)
+        faults += _micro_batch_faults(config, spec)
         _check_weights(config, spec)
     except ModelError as error:
         faults.append(str(error))
@@ -69,6 +71,14 @@ def _evaluation_splits(index: ShardIndex) -> list[str]:
     return ["test"] if "test" in index.splits else ["query", "gallery"]
 
 
+def _micro_batch_faults(config: Config, spec: ModelSpec) -> Iterator[str]:
+    if config.train.micro_batch and 2 in config.stages and spec.is_resnet:
+        yield (
+            f"train.micro_batch: {config.train.micro_batch}, but {spec.arch} is a ResNet, whose BatchNorm has to see "
+            "the whole batch: leave it out, and use more workers where memory is short"
+        )
+
+
 def _check_weights(config: Config, spec: ModelSpec) -> None:
     """Raises ModelError where model.pretrained is neither a file nor a known tag, or a file that does not fit or lacks
     the prompts it needs."""
@@ -81,7 +91,8 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
-    _, text = build_models(spec, pretrained)
+    one_row_each = Alone(world_size=spec.identities)  # Whether the file fits is seen without all identities' rows.
+    text = build_models(spec, pretrained, peers=one_row_each).text
     if config.method == "baseline":
         return
     if text is None:
@@ -112,7 +123,8 @@ def _fetch_weights(config: Config) -> None:
 
 def _stage1_result_faults(result: str) -> Iterator[str]:
     try:
-        check_content(read_bytes(result), result)
+        with open_read(result) as file:
+            check_file(file, size_bytes(result), result)
     except (FileNotFoundError, NotADirectoryError):
         yield f"stage1.result: {result}: no such file; it is written by stage 1 as RUN/stage1.safetensors"
     except (OSError, ModelError) as error:

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipreid.augment import normalise
+from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
 from clipreid.model.relevance import relevance_maps
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
+from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
+from clipreid.weights.official import official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
+from clipreid.weights.tables import CLASSIFIER_PROJ, TOKENS, load_table
 from cluster.errors import ConfigError
 from cluster.evaluation.inference import Inference
 from cluster.evaluation.metrics import ShowProgress, labels_of
@@ -54,22 +58,29 @@ class Subject:
     index: ShardIndex
     text: PromptedText | None
     """None where no prompts were learned, as by the baseline or in CLIP's own weights, or those of other identities."""
+    tokens: IdentityTable | None
+    """Of the prompts, with `text`."""
+    classifier: IdentityTable | None
+    """Of the projected feature; None where it is of other identities than the dataset's."""
     show: ShowProgress
-    is_of_dataset: bool = True
-    """Whether the weights have as many classifiers and prompts as the dataset has training identities."""
 
     @classmethod
     def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: ShowProgress) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
-        inference, text = Inference(config, path, card, index), None
-        is_official_file = card is None and is_official(read_state_dict(path))
-        of_weights = len(inference.model.classifier.weight) if card or is_official_file else 0
-        is_of_dataset = "train" in index.splits and of_weights == index.split("train").num_identities
-        if config.method != "baseline" and card and is_of_dataset:
-            text = load_text(path)
-        elif config.method != "baseline" and is_official_file and is_of_dataset:
-            text = build_models(model_spec(config, index), str(path), config.run.seed)[1]
-        return cls(inference, index, text and text.to(inference.team.device).eval(), show, is_of_dataset)
+        inference, text, tokens, classifier = Inference(config, path, card, index), None, None, None
+        here = index.split("train").num_identities if "train" in index.splits else 0
+        if card:
+            text, tokens, classifier = load_text(path), load_table(path, TOKENS), load_table(path, CLASSIFIER_PROJ)
+        elif here and (not is_official(read_state_dict(path)) or official_shapes(path).identities == here):
+            _, text, tables = build_models(model_spec(config, index), str(path), config.run.seed)
+            tokens, classifier = tables.tokens, tables.classifier_proj
+            if not is_official(read_state_dict(path)):
+                text = None
+        if classifier is None or classifier.num_identities != here:
+            text = tokens = classifier = None
+        if config.method == "baseline":
+            text = None
+        return cls(inference, index, text and text.to(inference.team.device).eval(), tokens, classifier, show)
 
     @property
     def train(self) -> SplitIndex:
@@ -82,9 +93,9 @@ class Subject:
     @torch.no_grad()
     def text_features(self, labels: np.ndarray) -> Tensor | None:
         """float32 [n, D] of these training identities."""
-        if self.text is None:
+        if self.text is None or self.tokens is None:
             return None
-        return self.text(torch.from_numpy(labels).to(self.inference.team.device)).float().cpu()
+        return self.text(self.tokens.block[labels].to(self.inference.team.device)).float().cpu()
 
     def pixels(self, images: Tensor) -> Tensor:
         """float32 [n, 3, H, W] as the encoder takes them."""
@@ -134,8 +145,8 @@ def tsne(subject: Subject) -> Figure:
 
 def relevance(subject: Subject) -> Figure:
     """Figure 3: what in an image speaks for its identity, by its text feature (without texts, by its classifier)."""
-    train, model = subject.train, subject.inference.model
-    if not subject.is_of_dataset:
+    train = subject.train
+    if subject.classifier is None:
         raise ConfigError(
             f"data.shards={subject.index.url}: the weights are of other training identities than it has, whose "
             "relevance this figure shows; give the dataset that they were trained on, or draw --figure tsne ranked"
@@ -145,9 +156,10 @@ def relevance(subject: Subject) -> Figure:
     images = pick_images(subject.index, "train", rows.tolist(), subject.inference.config.model.image_size)
     targets = subject.text_features(labels)
     if targets is None:
-        targets = model.classifier_proj.weight.detach()[labels]
+        assert subject.classifier is not None, "made or read wherever there is a training split"
+        targets = subject.classifier.block.detach()[labels]
     pixels = subject.pixels(images)
-    maps = relevance_maps(model.image_encoder, pixels, targets.to(pixels.device)).cpu()
+    maps = relevance_maps(subject.inference.model.image_encoder, pixels, targets.to(pixels.device)).cpu()
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
     figure, grid = _canvas(rows=2, columns=len(labels), image_size=subject.inference.config.model.image_size)
@@ -168,8 +180,8 @@ def ranked_lists(subject: Subject) -> Figure:
         name: inference.extract_split(index, name, subject.show)["features"]
         for name in sorted({query_split, gallery_split})
     }
-    query, gallery = _labels(index, query_split, query_rows), _labels(index, gallery_split, gallery_rows)
-    rule = "none" if query_split == "test" else inference.config.eval.rule
+    rule: Rule = "none" if query_split == "test" else inference.config.eval.rule
+    query, gallery = _labels(index, query_split, query_rows, rule), _labels(index, gallery_split, gallery_rows, rule)
     queries, rows = torch.from_numpy(encoded[query_split][query_rows]), encoded[gallery_split][gallery_rows]
     nearest = retrieve(queries, query, rows, gallery, rule=rule, top_k=NEAREST).nearest
     assert nearest is not None, "asked for by top_k"
@@ -229,8 +241,8 @@ def _query_and_gallery(config: Config, index: ShardIndex) -> tuple[SplitRows, Sp
     )
 
 
-def _labels(index: ShardIndex, split: str, rows: np.ndarray) -> Labels:
-    whole = labels_of(index.split(split))
+def _labels(index: ShardIndex, split: str, rows: np.ndarray, rule: Rule) -> Labels:
+    whole = labels_of(index.split(split), rule)
     cameras, times = (None if column is None else column[rows] for column in (whole.cameras, whole.times))
     return Labels(whole.identities[rows], cameras, times)
 

@@ -17,7 +17,7 @@ from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_model
 from clipreid.weights.initial import build_models, empty_models
-from clipreid.weights.official import load_official, official_shapes
+from clipreid.weights.official import image_side, load_official, official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
@@ -96,11 +96,10 @@ def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDMo
     if is_official(state := read_state_dict(path)):
         shapes = official_shapes(path)
         spec = _spec_for_use(config, index, shapes.identities, max(shapes.sie_rows, 1))
-        model, _ = empty_models(spec)
-        load_official(model, None, state, spec, str(path))
+        model, text = empty_models(spec)
+        load_official(model, text, image_side(state), spec, str(path))
         return model
-    model, _ = build_models(_spec_for_use(config, index, 1, 1), str(path), config.run.seed)
-    return model
+    return build_models(_spec_for_use(config, index, 1, 1), str(path), config.run.seed).model
 
 
 def _spec_for_use(config: Config, index: ShardIndex | None, identities: int, sie_rows: int) -> ModelSpec:

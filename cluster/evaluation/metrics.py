@@ -17,7 +17,7 @@ from clipreid.errors import ModelError
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked
-from clipreid.retrieval.rules import Rule
+from clipreid.retrieval.rules import RULES, Rule
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
 from cluster.evaluation.features import Progress, no_progress
@@ -69,8 +69,9 @@ class RetrievalSet:
     """Strings [n], for the per-query file."""
 
     @classmethod
-    def of_split(cls, features: np.ndarray, split: SplitIndex) -> "RetrievalSet":
-        return cls(features, labels_of(split), split.keys)
+    def of_split(cls, features: np.ndarray, split: SplitIndex, settings: RetrievalSettings) -> "RetrievalSet":
+        """With the strings of every image only where they are asked for."""
+        return cls(features, labels_of(split, settings.rule), split.keys if settings.per_query else None)
 
 
 def measure(
@@ -90,9 +91,9 @@ def measure(
         test = index.split("test")
         draws = DrawSettings(config.eval.draws, config.run.seed)
         return vehicleid_metrics(np.array(descriptors("test")), test.identity_codes, test.lists, draws, team)
-    query = RetrievalSet.of_split(np.array(descriptors("query")), index.split("query"))
-    gallery = RetrievalSet.of_split(descriptors("gallery"), index.split("gallery"))
     settings = RetrievalSettings(config.eval.rule, config.eval.rerank, per_query)
+    query = RetrievalSet.of_split(np.array(descriptors("query")), index.split("query"), settings)
+    gallery = RetrievalSet.of_split(descriptors("gallery"), index.split("gallery"), settings)
     return retrieval_metrics(query, gallery, settings, team, show)
 
 
@@ -216,8 +217,9 @@ def normalize_rows(features: np.ndarray) -> None:
         rows /= length.where((length - 1).abs() > UNIT_TOLERANCE, 1.0)
 
 
-def labels_of(split: SplitIndex) -> Labels:
-    return Labels(split.identity_codes, split.cameras, split.times)
+def labels_of(split: SplitIndex, rule: Rule) -> Labels:
+    """Without times, a string for every image, where the rule does not compare them."""
+    return Labels(split.identity_codes, split.cameras, split.times if "times" in RULES[rule] else None)
 
 
 def _labels_of_file(file: FeatureSet) -> Labels:

@@ -40,8 +40,9 @@ def train_with_ray(config: Config) -> dict[str, Any]:
     Returns the metrics of metrics.json. Raises as `cluster.launchers.run.run`.
     """
     quiet_libraries()
-    from cluster.launchers.ray_policies import final_error
+    from cluster.launchers.ray_policies import final_error, warn_of_absent_parts
 
+    warn_of_absent_parts()
     run_dir = Storage(config.run.dir)
     withdraw_stop(config.run.dir)
     _connect(config)
@@ -63,12 +64,18 @@ def train_with_ray(config: Config) -> dict[str, Any]:
 
 
 def _trainer(config: Config, run_dir: Storage) -> "Trainer":
-    """For the nodes that the cluster has now. `ray.train` has these classes too, typed as its first version."""
+    """For the nodes that the cluster has now."""
     import ray
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-    from cluster.launchers.ray_policies import Trainer
+    from cluster.launchers.ray_policies import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        Trainer,
+    )
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = config.cluster.gpus_per_worker

@@ -4,7 +4,7 @@ Everything that crosses ranks goes through here, with the name of what it is for
 can say who is missing where. A team is the `Peers` of `clipreid`, which knows nothing of process groups.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_single_autograd
 
 from cluster.errors import RankLost, TrainingError
+from cluster.ranks.collectives import all_gather, all_to_all
 from cluster.ranks.watchdog import Watchdog
 
 PATIENCE = 10.0
@@ -61,7 +61,13 @@ class Team:
         """
         if self.world_size == 1:
             return tensor
-        return _all_gathered(tensor, dist.group.WORLD)
+        return all_gather(tensor)
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Differentiable: rows for each rank, `send[r]` of them, to the `receive[r]` rows from each."""
+        if self.world_size == 1:
+            return tensor
+        return all_to_all(tensor, send, receive)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over ranks, without gradient."""
@@ -69,6 +75,13 @@ class Team:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """A new tensor: the elementwise maximum over ranks, without gradient."""
+        largest = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest
 
     def patiently(self, operation: str) -> "PatientTeam":
         """The same ranks for collectives to which they may come far apart; `operation`: what these are for."""
@@ -105,12 +118,6 @@ class Team:
         self.all_gather_objects(None, operation)
 
 
-def _all_gathered(tensor: Tensor, group: Any) -> Tensor:
-    """Of all ranks of a group, when it has come: a failure belongs to whoever asked."""
-    gathered = all_gather_single_autograd(tensor.contiguous(), 0, group)
-    return gathered.wait() if isinstance(gathered, AsyncCollectiveTensor) else gathered
-
-
 @dataclass(frozen=True)
 class PatientTeam:
     """A team's ranks where they may come far apart, as in an evaluation. Tensors may lie on any device."""
@@ -131,13 +138,26 @@ class PatientTeam:
         if self.world_size == 1:
             return tensor
         with self.team.within(self.operation, PATIENCE):
-            gathered = _all_gathered(tensor.to(self.team.device), self.team.patient_group or dist.group.WORLD)
-        return gathered.to(tensor.device)
+            return all_gather(tensor.to(self.team.device), self.team.patient_group).to(tensor.device)
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """As `Team.all_to_all`."""
+        if self.world_size == 1:
+            return tensor
+        with self.team.within(self.operation, PATIENCE):
+            return all_to_all(tensor.to(self.team.device), send, receive, self.team.patient_group).to(tensor.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """As `Team.all_reduce_sum`."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """As `Team.all_reduce_max`."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         total = tensor.detach().to(self.team.device, copy=True)
         if self.world_size > 1:
             with self.team.within(self.operation, PATIENCE):
-                dist.all_reduce(total, group=self.team.patient_group)
+                dist.all_reduce(total, operation, group=self.team.patient_group)
         return total.to(tensor.device)

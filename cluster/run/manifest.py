@@ -19,6 +19,8 @@ from shards.sealed import SealError
 FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+PIECE_BYTES = 1 << 24
+"""Read at a time."""
 UNREADABLE = (OSError, ValueError)
 
 
@@ -127,13 +129,17 @@ def find_fault(folder: Storage, manifest: CheckpointManifest) -> Fault | None:
     """Compare every file of a checkpoint with its manifest's size and hash."""
     for name, facts in manifest.files.items():
         try:
-            content = folder.read(name)
+            with folder.open(name) as file:
+                digest, size = hashlib.sha256(), 0
+                while piece := file.read(PIECE_BYTES):
+                    digest.update(piece)
+                    size += len(piece)
         except OSError as error:
             gone = isinstance(error, FileNotFoundError)
             return Fault(f"{folder.place(name)} cannot be read ({error.strerror or error})", gone)
-        if len(content) != facts["size"]:
-            return Fault(f"{folder.place(name)} holds {len(content)} bytes, not {facts['size']}", True)
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        if size != facts["size"]:
+            return Fault(f"{folder.place(name)} holds {size} bytes, not {facts['size']}", True)
+        if digest.hexdigest() != facts["sha256"]:
             return Fault(f"{folder.place(name)} does not have the hash of its manifest", True)
     return None
 

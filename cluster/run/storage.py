@@ -6,9 +6,9 @@ A file appears under its final name only when it is complete.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from cluster.errors import TrainingError
 from shards import storage as files
@@ -35,13 +35,21 @@ class Storage:
     def read(self, name: str) -> bytes:
         return files.read_bytes(self.place(name))
 
-    def write(self, name: str, *parts: bytes | memoryview, durable: bool = True) -> None:
-        """A file of these parts, one after the other. durable: as for `shards.storage.write_atomic`."""
+    def open(self, name: str) -> IO[bytes]:
+        """A file to be read in pieces; raises OSError."""
+        return files.open_read(self.place(name))
+
+    def write(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        """durable: as for `shards.storage.write_atomic`."""
+        self.write_pieces(name, [content], durable=durable)
+
+    def write_pieces(self, name: str, pieces: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
+        """A file of these, one after the other."""
         place = self.place(name)
         files.make_folder(place.rsplit("/", 1)[0])
         with files.write_atomic(place, durable=durable) as file:
-            for part in parts:
-                file.write(part)
+            for piece in pieces:
+                file.write(piece)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:

@@ -202,6 +202,9 @@ class TrainSection(Section):
     """bf16: autocast around the encoders; parameters, moments and losses stay float32."""
     compile: bool = False
     """torch.compile of the encoder with static shapes."""
+    micro_batch: Count | None = None
+    """Images that a worker's encoder takes at a time in stage 2, for global batches larger than memory: losses and
+    gradients stay those of the whole batch, at the cost of a second forward pass. null: all at once. For a ViT only."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO stage. 3 is not offered: a model of 150 million parameters never needs it."""
 
@@ -383,6 +386,7 @@ MAY_CHANGE = (
     "model.pretrained",
     "stage2.epochs",
     "train.compile",
+    "train.micro_batch",
     "train.zero_stage",
     "eval",
     "checkpoint",

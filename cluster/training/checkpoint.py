@@ -3,20 +3,21 @@
     RUN/checkpoints/ ──▶ [find_newest ──▶ Checkpoint.read] ──▶ engine
     checkpoint_writer.py ── a checkpoint is complete ──▶ [Retention] ──▶ older ones are removed
 
-Every rank reads the pieces of all ranks that wrote, so their number does not matter.
+Every rank reads from all ranks' files what belongs to it, so it does not matter how many wrote.
 """
 
+import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
-from safetensors.torch import load as parse_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipreid.weights.card import read_metadata
+from clipreid.weights.types import DTYPES
 from cluster.errors import ConfigError, TrainingError
 from cluster.ranks.team import Team
 from cluster.run.manifest import (
@@ -30,11 +31,11 @@ from cluster.run.manifest import (
     read_manifests,
 )
 from cluster.run.storage import Storage
-from cluster.training.engine import MOMENTS, Engine
+from cluster.training.engine import Engine
+from cluster.training.pieces import Slot
 
 log = logging.getLogger(__name__)
-KEYS = ("value", *MOMENTS)
-"""What a checkpoint holds of each trained parameter."""
+READ_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,38 +50,64 @@ class Checkpoint:
         return self.manifest.position
 
     def load(self, engine: Engine, team: Team) -> None:
-        """Put it into this rank's engine: values, moments, step count and buffers. Raises TrainingError as `read`."""
-        engine.load(self.read(engine.module), self.position.step, team.rank)
-
-    @torch.no_grad()
-    def read(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """All ranks' pieces put together, per trained parameter and key flat float32; buffers go into the module.
-
-        Raises TrainingError where they are not the pieces of this module's parameters.
-        """
-        numels = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
-        full = {n: {key: torch.empty(numel) for key in KEYS} for n, numel in numels.items()}
-        held: Counter[str] = Counter()
-        buffers = dict(kept_buffers(module))
-        for name in self.manifest.files:
-            content = self.folder.read(name)
-            starts = read_metadata(content)["starts"]
-            for key, tensor in parse_safetensors(content).items():
-                kind, parameter = key.split("/", 1)
-                if kind == "buffer":
-                    buffers[parameter].copy_(tensor)
-                    continue
-                held[parameter] += tensor.numel() if kind == "value" else 0
-                start, end = starts[parameter], starts[parameter] + tensor.numel()
-                if end <= numels.get(parameter, 0):
-                    full[parameter][kind][start:end] = tensor
+        """Put it into this rank's engine: values, moments, step count and buffers. Raises TrainingError where it holds
+        another model's parameters."""
+        buffers = engine.replicated.buffers() if engine.replicated else {}
+        held = self._fill(engine.slots(team.rank), buffers)
+        numels = engine.numels()
         for parameter in held.keys() | numels.keys():
             if held[parameter] != (needed := numels.get(parameter, 0)):
                 raise TrainingError(
                     f"checkpoint {self.folder.url} holds {held[parameter]} elements of {parameter}, the model has "
                     f"{needed}: it is of another model"
                 )
-        return full
+        engine.loaded(self.position.step)
+
+    def load_values(self, values: dict[str, Slot]) -> None:
+        """Fill these with values of parameters, by name."""
+        self._fill({(name, "value"): [slot] for name, slot in values.items()}, {})
+
+    @torch.no_grad()
+    def _fill(self, slots: Mapping[tuple[str, str], list[Slot]], buffers: Mapping[str, Tensor]) -> Counter[str]:
+        """Read from every rank's file what belongs here. Returns the elements that the files hold of each parameter."""
+        held: Counter[str] = Counter()
+        for name in self.manifest.files:
+            with self.folder.open(name) as file:
+                pieces = PieceFile(file)
+                for tensor, (start, numel) in pieces.flat.items():
+                    kind, parameter = tensor.split("/", 1)
+                    if kind == "buffer" and parameter in buffers:
+                        pieces.copy(tensor, 0, buffers[parameter].view(-1))
+                    held[parameter] += numel if kind == "value" else 0
+                    for slot in slots.get((parameter, kind), []):
+                        if both := slot.overlap(start, numel):
+                            first, last = both
+                            pieces.copy(tensor, first - start, slot.tensor[first - slot.start : last - slot.start])
+        return held
+
+
+class PieceFile:
+    """One rank's file of a checkpoint, open for reading: only what is asked for is read."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        length = int.from_bytes(file.read(8), "little")
+        self._header = json.loads(file.read(length))
+        self._begin = 8 + length
+        starts = json.loads(self._header.pop("__metadata__")["starts"])
+        self.flat: dict[str, tuple[int, int]] = {
+            name: (starts.get(name.split("/", 1)[1], 0), math.prod(facts["shape"]))
+            for name, facts in self._header.items()
+        }
+        """Of each tensor, the first element in its parameter, and how many there are."""
+
+    def copy(self, name: str, first: int, target: Tensor) -> None:
+        """Elements from `first` on of a tensor into all of `target`, flat."""
+        dtype = DTYPES[self._header[name]["dtype"]]
+        at = self._begin + self._header[name]["data_offsets"][0] + first * dtype.itemsize
+        self._file.seek(at)
+        for part in target.split(READ_ELEMENTS):
+            part.copy_(torch.frombuffer(bytearray(self._file.read(part.numel() * dtype.itemsize)), dtype=dtype))
 
 
 class Search(NamedTuple):
@@ -145,9 +172,3 @@ class Retention:
         if evaluated:
             kept.add(max(evaluated, key=lambda entry: entry[:2])[-1])
         return [name for name in run.names(FOLDER) if name not in kept]
-
-
-def kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Running statistics and their like: the buffers that a state_dict holds."""
-    state = module.state_dict(keep_vars=True)
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in state]

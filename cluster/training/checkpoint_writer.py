@@ -1,29 +1,35 @@
 """Checkpoints written beside training.
 
-    engine ── fragments ──▶ [save: copy now, write in a thread] ──▶ RUN/checkpoints/NAME/ … manifest.json
+    engine ── pieces ──▶ [save: copy now, write in a thread] ──▶ RUN/checkpoints/NAME/ … manifest.json
 
 Every rank writes its own pieces. Rank 0 waits for all of them, writes the manifest last, and only then removes older
-checkpoints. Training waits for the copy, and for the write before if that has not ended. Ranks fail together.
+checkpoints. Training waits for the copy, and for the write before if that has not ended. Identity tables may fill most
+of the memory, so they are not copied: they are written as they are, and the next update waits for that. Ranks fail
+together.
 """
 
 import hashlib
 import json
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from clipreid.weights.sealed import dump
+from clipreid.weights.types import stored
 from cluster.errors import TrainingError
-from cluster.ranks.team import Team
+from cluster.ranks.team import PATIENCE, Team
 from cluster.run.manifest import FOLDER, MANIFEST, CheckpointManifest, Position
 from cluster.run.storage import Storage
-from cluster.training.checkpoint import KEYS, Retention, kept_buffers
+from cluster.training.checkpoint import Retention
 from cluster.training.engine import Engine
 from cluster.training.host_copy import HostCopy
+from cluster.training.pieces import KEYS, Piece
 
 STORAGE_REMEDY = "make room or mend the storage, then repeat the command"
 NOT_FINITE_REMEDY = (
@@ -48,6 +54,8 @@ class _Write:
     manifest: CheckpointManifest
     starts: dict[str, int] | None
     """First element of this rank's piece, by parameter; None where the pieces are there already."""
+    live: dict[str, Tensor] = field(default_factory=dict)
+    """Memory of tables, which is written as it is."""
     thread: threading.Thread | None = None
     piece_done: threading.Event = field(default_factory=threading.Event)
 
@@ -90,7 +98,7 @@ class CheckpointWriter:
         self.finish()
         manifest = self._manifest(position, engine, mAP)
         if self._complete is None or not _same_step(self._complete.position, position):
-            self._start(_Write(manifest, self._copy_state(engine)))
+            self._start(self._begin(manifest, engine))
         elif position.epoch_done and not self._complete.position.epoch_done:
             self._start(_Write(replace(self._complete, position=position, mAP=mAP), None))
 
@@ -99,17 +107,27 @@ class CheckpointWriter:
         write.thread = threading.Thread(target=self._work, args=(write,), daemon=True)
         write.thread.start()
 
-    def _copy_state(self, engine: Engine) -> dict[str, int]:
-        """The first element of each of this rank's pieces, whose copies are on their way."""
-        tensors: dict[str, Tensor] = {}
-        starts = {}
-        for piece in engine.fragments(self.team.rank):
-            starts[piece.name] = piece.start
-            tensors |= {f"{key}/{piece.name}": getattr(piece, key) for key in KEYS}
-        if self.team.is_first:
-            tensors |= {f"buffer/{name}": buffer for name, buffer in kept_buffers(engine.module)}
-        self._copy.take(tensors)
-        return starts
+    def _begin(self, manifest: CheckpointManifest, engine: Engine) -> _Write:
+        """Copies of this rank's pieces of what is replicated are on their way."""
+        tables = [table.piece() for table in engine.tables]
+        copied: list[Piece] = []
+        buffers: dict[str, Tensor] = {}
+        if engine.replicated is not None:
+            copied = list(engine.replicated.pieces(self.team.rank))
+            buffers = engine.replicated.buffers() if self.team.is_first else {}
+        self._copy.take(_by_key(copied) | {f"buffer/{name}": buffer for name, buffer in buffers.items()})
+        return _Write(manifest, {piece.name: piece.start for piece in (*copied, *tables)}, _by_key(tables))
+
+    def before_update(self) -> None:
+        """Wait until no table is being written, on any rank. All ranks call this together, before each update."""
+        write = self._write
+        if write is None or not write.live:
+            return
+        with self.team.within("write the tables", PATIENCE):
+            write.piece_done.wait(self.timeout_s)
+        self._check_in_time(write.piece_done.is_set())
+        self.team.barrier("write the tables")
+        write.live = {}
 
     def _manifest(self, position: Position, engine: Engine, mAP: float | None) -> CheckpointManifest:
         return CheckpointManifest(
@@ -168,12 +186,12 @@ class CheckpointWriter:
         try:
             folder = f"{FOLDER}/{manifest.name}"
             if write.starts is not None:
-                self._copy.arrive()
-                if bad := self._copy.not_finite():
+                tensors = self._copy.arrive() | write.live
+                if bad := _not_finite(tensors):
                     more = f" and {len(bad) - 1} more" if bad[1:] else ""
                     self._failure = f"{bad[0]}{more} not finite after {manifest.position.words}", NOT_FINITE_REMEDY
                     return
-                self._write_piece(folder, write.starts)
+                self._write_pieces(folder, tensors, write.starts)
             write.piece_done.set()
             if self.team.is_first:
                 if write.starts is not None:
@@ -187,15 +205,21 @@ class CheckpointWriter:
         finally:
             write.piece_done.set()
 
-    def _write_piece(self, folder: str, starts: dict[str, int]) -> None:
+    def _write_pieces(self, folder: str, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
         """This rank's file, and beside it its hash and size."""
         name = _file_name(self.team.rank, self.team.world_size)
-        chunks = self._copy.safetensors({"starts": json.dumps(starts)})
-        self.run.write(f"{folder}/{name}", *chunks)
-        digest = hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
-        self.run.write_json(f"{folder}/{name}.json", {"sha256": digest.hexdigest(), "size": sum(map(len, chunks))})
+        digest, size = hashlib.sha256(), 0
+
+        def written() -> Iterator[bytes | memoryview]:
+            nonlocal size
+            content = {key: stored(tensor) for key, tensor in tensors.items()}
+            for part in dump(content, {"starts": json.dumps(starts)}, sealed=False):
+                digest.update(part)
+                size += len(part)
+                yield part
+
+        self.run.write_pieces(f"{folder}/{name}", written())
+        self.run.write_json(f"{folder}/{name}.json", {"sha256": digest.hexdigest(), "size": size})
 
     def _facts_of_all_ranks(self, folder: str) -> dict[str, dict[str, Any]]:
         files = [_file_name(rank, self.team.world_size) for rank in range(self.team.world_size)]
@@ -205,6 +229,16 @@ class CheckpointWriter:
                 raise TimeoutError(f"after {self.timeout_s:g} s these files are missing: {', '.join(missing)}")
             time.sleep(0.02)
         return {f: self.run.read_json(f"{folder}/{f}.json") for f in files}
+
+
+def _by_key(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    return {f"{key}/{piece.name}": getattr(piece, key) for piece in pieces for key in KEYS}
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that hold NaN or an infinite number."""
+    numbers = ((name, t) for name, t in tensors.items() if t.is_floating_point() and t.numel())
+    return [name for name, t in numbers if not all(math.isfinite(end) for end in t.aminmax())]
 
 
 def _same_step(one: Position, other: Position) -> bool:

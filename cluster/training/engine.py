@@ -1,15 +1,17 @@
-"""DeepSpeed around one module and its Adam: averaged gradients, ZeRO, and a state that no world size owns.
+"""What a stage trains, as one thing with a step: a module under DeepSpeed, and identity tables of which each rank has
+its own rows.
 
-    stage ── module, parameter groups ──▶ [engine] ── named fragments ──▶ checkpoint
+    stage ──▶ [Engine: Replicated, TrainedTables] ── pieces ──▶ checkpoint
 
-DeepSpeed's own checkpoints of ZeRO 1 and 2 fit only the number of workers that wrote them. Here the state is
-taken out as named pieces of each parameter (value and Adam's two moments), and put back from any set of pieces.
+DeepSpeed keeps what is the same on every rank: the image encoder with side information and necks, whose gradients it
+averages and whose optimizer state it splits (ZeRO). The tables (`clipreid.identity_table`) are in parts already and
+have no gradient to reduce, so neither ZeRO's settings nor clipping reach them. Stage 1 trains tables alone: DeepSpeed
+has no part in it.
 """
 
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,20 +20,12 @@ from torch import Tensor, nn
 from clipreid.optim import adam as make_adam
 from cluster.errors import TrainingError
 from cluster.ranks.team import PATIENCE, Team
+from cluster.training.pieces import MOMENTS, Piece, Slot, slots
+from cluster.training.trained_table import TrainedTable
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Fragment:
-    """The piece of one parameter that this rank's optimizer owns: flat elements start … start + value.numel()."""
-
-    name: str
-    start: int
-    value: Tensor
-    """float32 master copy, flat."""
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+BUCKET_ELEMENTS = 1 << 24
+"""Of gradients reduced at a time: 64 MB fill the links, and the first are on their way while most of the backward pass
+is still to come."""
 
 
 def prepare_deepspeed(device: torch.device) -> Any:
@@ -48,20 +42,115 @@ def prepare_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _zero_settings(stage: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000}
+def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS}
+    if stage == 0:
+        return settings
+    # Behind the backward pass by default. gloo has no stream of its own to reduce on.
+    settings["overlap_comm"] = device.type == "cuda"
     # The norm is of no use without clipping. Reading it costs a host-device synchronisation in every step, and where it
     # is not finite DeepSpeed leaves the step out without a word.
-    return settings if stage == 0 else settings | {"compute_grad_norm": False}
+    return settings | {"compute_grad_norm": False}
 
 
 class Engine:
-    """One module under DeepSpeed. `groups` come from `clipreid.optim`, each with its `lr_factor`."""
+    """All that a stage trains."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], *, team: Team, zero_stage: int):
+    def __init__(self, *, replicated: "Replicated | None" = None, tables: Sequence[TrainedTable] = ()):
+        self.replicated, self.tables = replicated, tables
+        self.steps = 0
+        """Optimizer steps taken, over all epochs of the stage."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Of the replicated module."""
+        assert self.replicated is not None
+        return self.replicated(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        if self.replicated is None:
+            loss.backward()
+        else:
+            self.replicated.backward(loss)
+
+    def step(self) -> None:
+        """Move what trains by its gradients, of the mean over ranks of their losses."""
+        if self.replicated is not None:
+            self.replicated.step()
+        for table in self.tables:
+            table.step()
+        self.steps += 1
+
+    def set_lr(self, lr: float) -> None:
+        optimizers = [table.adam for table in self.tables]
+        if self.replicated is not None:
+            optimizers.append(self.replicated.adam)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_factor"]
+
+    def remember_buffers(self) -> None:
+        """Keep a copy of the running statistics, which a forward pass changes before its loss is known."""
+        if self.replicated is not None:
+            self.replicated.remember_buffers()
+
+    def restore_buffers(self) -> None:
+        """Undo what the forward pass since `remember_buffers` did to the running statistics."""
+        if self.replicated is not None:
+            self.replicated.restore_buffers()
+
+    @property
+    def zero_stage(self) -> int:
+        """0 where nothing is replicated."""
+        return 0 if self.replicated is None else self.replicated.zero_stage
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The replicated module."""
+        return None if self.replicated is None else self.replicated.module
+
+    def is_finite(self) -> bool:
+        """Whether every parameter here is."""
+        parameters = [table.block for table in self.tables] + (list(self.module.parameters()) if self.module else [])
+        return all(bool(parameter.isfinite().all()) for parameter in parameters)
+
+    def numels(self) -> dict[str, int]:
+        """Elements of every trained parameter, over all ranks."""
+        own = self.replicated.numels() if self.replicated else {}
+        return own | {table.name: table.numel for table in self.tables}
+
+    def slots(self, rank: int) -> dict[tuple[str, str], list[Slot]]:
+        """Where a checkpoint's elements belong on this rank, by parameter and key: every element that it uses."""
+        places = slots(table.piece() for table in self.tables)
+        if self.replicated is not None:
+            places |= self.replicated.slots(rank)
+        return places
+
+    def loaded(self, steps: int) -> None:
+        """The slots are filled: `steps` steps were taken."""
+        for table in self.tables:
+            table.set_steps(steps)
+        if self.replicated is not None:
+            self.replicated.loaded(steps)
+        self.steps = steps
+
+    def close(self) -> None:
+        if self.replicated is not None:
+            self.replicated.close()
+
+
+class Replicated:
+    """One module under DeepSpeed, the same on every rank, and its Adam.
+
+    DeepSpeed's own checkpoints of ZeRO 1 and 2 fit only the number of workers that wrote them. Here the state is taken
+    out as named pieces of each parameter (value and Adam's two moments), and put back from any set of pieces.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], *, team: Team, zero_stage: int, prefix: str = ""
+    ):
+        """groups: of `clipreid.optim`, each with its `lr_factor`. prefix: before the names in checkpoints."""
         self.module = module.to(team.device)
-        self.zero_stage = zero_stage
-        self._groups = groups
+        self.zero_stage, self.prefix = zero_stage, prefix
         self._settings = [{k: g[k] for k in ("betas", "eps", "weight_decay") if k in g} for g in groups]
         adam = make_adam(groups, fused=team.device.type == "cuda")
         deepspeed = prepare_deepspeed(team.device)
@@ -69,7 +158,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,  # Its default is 1.0, the paper clips nothing.
-            "zero_optimization": _zero_settings(zero_stage),
+            "zero_optimization": _zero_settings(zero_stage, team.device),
             # By default it waits for the GPU twice a step, to time what the run's own log times.
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
             "zero_allow_untested_optimizer": True,
@@ -81,8 +170,6 @@ class Engine:
                 model=self.module, optimizer=adam, config=settings
             )
         self._remembered: list[tuple[list[Tensor], list[Tensor]]] = []
-        self.steps = 0
-        """Optimizer steps taken, over all epochs of the stage."""
 
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
@@ -93,10 +180,8 @@ class Engine:
     def step(self) -> None:
         """Move the parameters by the gradients, averaged over ranks."""
         self._engine.step()
-        self.steps += 1
 
     def remember_buffers(self) -> None:
-        """Keep a copy of the running statistics, which a forward pass changes before its loss is known."""
         if not self._remembered:
             alike: dict[torch.dtype, list[Tensor]] = {}  # One kernel copies many tensors of one type.
             for buffer in self.module.buffers():
@@ -106,79 +191,75 @@ class Engine:
             torch._foreach_copy_(copies, buffers)
 
     def restore_buffers(self) -> None:
-        """Undo what the forward pass since `remember_buffers` did to the running statistics."""
         for buffers, copies in self._remembered:
             torch._foreach_copy_(buffers, copies)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self._adam.param_groups:
-            group["lr"] = lr * group["lr_factor"]
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the module stays usable."""
         self._engine.destroy()
 
     @property
-    def _adam(self) -> torch.optim.Adam:
+    def adam(self) -> torch.optim.Adam:
         return getattr(self._optimizer, "optimizer", self._optimizer) if self.zero_stage else self._base
 
     @property
     def _base(self) -> torch.optim.Adam:
         return self._engine.basic_optimizer
 
-    def fragments(self, rank: int) -> Iterator[Fragment]:
-        """This rank's pieces of all trained parameters. Together the ranks' pieces cover each one exactly once."""
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """By their names in checkpoints."""
+        named = self.module.named_parameters()
+        return ((self.prefix + name, parameter) for name, parameter in named if parameter.requires_grad)
+
+    def numels(self) -> dict[str, int]:
+        return {name: parameter.numel() for name, parameter in self.trained()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Running statistics and their like, by their names in checkpoints: what a state_dict holds of them."""
+        state = self.module.state_dict(keep_vars=True)
+        return {self.prefix + name: buffer for name, buffer in self.module.named_buffers() if name in state}
+
+    def pieces(self, rank: int) -> Iterator[Piece]:
+        """What this rank's optimizer owns. Together the ranks' pieces cover each parameter exactly once."""
+        if self.zero_stage > 0 or rank == 0:  # Without ZeRO every rank holds the same: one of them speaks for all.
+            yield from self._own_pieces()
+
+    def _own_pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.trained():
             if self.zero_stage == 0:
-                if rank == 0:  # Every rank holds the same state: one of them speaks for all.
-                    state = self._moments(parameter)
-                    yield Fragment(name, 0, parameter.detach().flatten(), *(state[m].flatten() for m in MOMENTS))
+                state = self._moments(parameter)
+                yield Piece(name, 0, parameter.detach().flatten(), *(state[m].flatten() for m in MOMENTS))
             elif (mapping := cast(Any, parameter)._hp_mapping) is not None:  # An attribute that DeepSpeed adds.
                 at = mapping.hp_fragment_address
-                flat = self._adam.param_groups[mapping.param_group_index]["params"][0]
+                flat = self.adam.param_groups[mapping.param_group_index]["params"][0]
                 state = self._moments(flat)
                 moments = (state[m].narrow(0, at.start, at.numel) for m in MOMENTS)
-                yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
+                yield Piece(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
+
+    def slots(self, rank: int) -> dict[tuple[str, str], list[Slot]]:
+        """As of `Engine`: the whole of every parameter, which each rank computes with, and what its optimizer owns."""
+        places = slots(self._own_pieces())
+        for name, parameter in self.trained():
+            places.setdefault((name, "value"), []).append(Slot(0, parameter.detach().view(-1)))
+        return places
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Adam's state of one (flat) parameter, made as Adam would make it if no step was taken yet."""
-        state = self._adam.state[parameter]
+        state = self.adam.state[parameter]
         if not state:
-            fused = self._adam.defaults["fused"]
+            fused = self.adam.defaults["fused"]
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
             state |= {m: torch.zeros_like(parameter, memory_format=torch.preserve_format) for m in MOMENTS}
         return state
 
-    @torch.no_grad()
-    def load(self, full: dict[str, dict[str, Tensor]], steps: int, rank: int) -> None:
-        """Take on a state: per parameter name flat float32 "value", "exp_avg" and "exp_avg_sq", and Adam's step count.
-
-        Raises TrainingError where a trained parameter is missing or has another size.
-        """
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                if name not in full or full[name]["value"].numel() != parameter.numel():
-                    held = full[name]["value"].numel() if name in full else "nothing"
-                    raise TrainingError(
-                        f"checkpoint holds {held} for parameter {name} of {parameter.numel()} elements: "
-                        "it is of another model"
-                    )
-                parameter.copy_(full[name]["value"].view_as(parameter))
-        # Every rank's own fragments, also under ZeRO 0, where each holds all of them.
-        for piece in self.fragments(rank=0 if self.zero_stage == 0 else rank):
-            elements = slice(piece.start, piece.start + piece.value.numel())
-            for key in ("value", *MOMENTS):
-                getattr(piece, key).copy_(full[piece.name][key][elements])
-        for state in self._adam.state.values():
+    def loaded(self, steps: int) -> None:
+        for state in self.adam.state.values():
             state["step"].fill_(float(steps))
-        self.steps = steps
         self._check_settings()
 
     def _check_settings(self) -> None:
         """The optimizer's settings are the configuration's, whatever was loaded."""
-        for group, expected in zip(self._adam.param_groups, self._settings, strict=True):
+        for group, expected in zip(self.adam.param_groups, self._settings, strict=True):
             for key, value in expected.items():
                 if group[key] != value:
                     raise TrainingError(f"optimizer has {key} {group[key]} after loading, the settings say {value}")

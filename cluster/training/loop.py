@@ -115,6 +115,7 @@ class Loop:
             # It was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
             means, requests = reduction.wait()
             self._check_finite(means, stage, batch, here)
+            self.writer.before_update()
             stage.engine.step()
             if requests.failed:
                 self.writer.finish()
@@ -131,7 +132,7 @@ class Loop:
         identities = sorted({identity for own in by_rank for identity in own})
         stage.engine.restore_buffers()
         # A finite loss can have a gradient that is not; then the step before this one has spoilt the parameters.
-        sound = all(bool(parameter.isfinite().all()) for parameter in stage.engine.module.parameters())
+        sound = bool(all(self.team.all_gather_objects(stage.engine.is_finite(), "look at the parameters")))
         outcome = "the state before this step is saved"
         try:
             if sound:

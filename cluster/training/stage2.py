@@ -9,38 +9,25 @@ Images arrive as uint8; augmentation is done on the device.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipreid import stage2 as method
 from clipreid.augment import AugmentSettings, augment
+from clipreid.identity_table import IdentityTable
 from clipreid.loss_settings import LossSettings
 from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.encoders import ResNetEncoder
-from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import parameter_groups, stage2_lr
+from clipreid.weights.initial import Models
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
-from cluster.training.engine import Engine
+from cluster.training.engine import Engine, Replicated
+from cluster.training.trained_table import TrainedTable
 from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKBatch, PKLoader
 from shards.loading.pk_sampler import PKSettings
-
-
-class Stage2Module(nn.Module):
-    """What trains in stage 2: the image model, and in the one-stage method the prompts with it."""
-
-    def __init__(self, model: ReIDModel, text: PromptedText | None, images_per_identity: int):
-        super().__init__()
-        self.model = model
-        self.text = text
-        self.images_per_identity = images_per_identity
-
-    def forward(self, images: Tensor, labels: Tensor, cameras: Tensor, views: Tensor):
-        output = self.model(images, cameras, views)
-        texts = None if self.text is None else method.batch_texts(self.text, labels, self.images_per_identity)
-        return output, texts
 
 
 class ToDevice:
@@ -71,12 +58,11 @@ class Stage2:
         self,
         config: Config,
         team: Team,
-        model: ReIDModel,
-        text: PromptedText | None,
-        text_features: Tensor | None,
+        models: Models,
+        text_features: IdentityTable | None,
         index: ShardIndex,
     ):
-        """text: trained in the one-stage method only. text_features: float32 [N, D], of the two-stage method.
+        """text_features: frozen [N, D], of the two-stage method.
 
         Raises DataError where the batch does not fit the dataset.
         """
@@ -87,30 +73,37 @@ class Stage2:
         self.epochs = s.epochs
         self.global_images = config.batch_images
         self.label_names = index.split("train").label_names
-        learning_text = text if config.method == "one_stage" else None
+        self.text, self.tables = models.text, models.tables
+        self.one_stage = config.method == "one_stage"
         if team.world_size > 1:
-            globalize_batchnorm(model, team)
+            globalize_batchnorm(models.model, team)
         if config.train.compile:
-            model.image_encoder.compile(dynamic=False)
-        module = Stage2Module(model, learning_text, s.images_per_identity)
-        groups = self._groups(model, learning_text)
-        self.engine = Engine(module, groups, team=team, zero_stage=config.train.zero_stage)
+            models.model.image_encoder.compile(dynamic=False)
+        self.model = models.model
+        self.engine = self._engine(models.model)
         self.loss_settings = loss_settings(config)
         self.augment_settings = augment_settings(config)
         # Convolutions are fastest with a pixel's channels side by side. The weights stay as they are: ZeRO lays them
         # out flat, and checkpoints take them as such.
-        resnet = isinstance(model.image_encoder, ResNetEncoder)
+        resnet = isinstance(models.model.image_encoder, ResNetEncoder)
         self.memory_format = torch.channels_last if resnet else torch.contiguous_format
         self.to_device = ToDevice(team.device)
         self.loader = self._loader(index)
 
-    def _groups(self, model: ReIDModel, text: PromptedText | None) -> list[dict]:
-        s = self.config.stage2
+    def _engine(self, model: ReIDModel) -> Engine:
+        s, stage1, team = self.config.stage2, self.config.stage1, self.team
         groups = parameter_groups(model.named_parameters(), s.weight_decay, s.bias_lr_factor)
-        if text is not None:
-            stage1 = self.config.stage1
-            groups += parameter_groups(text.named_parameters(), stage1.weight_decay, lr_factor=stage1.lr / s.lr)
-        return groups
+        zero_stage = self.config.train.zero_stage
+        replicated = Replicated(model, groups, team=team, zero_stage=zero_stage, prefix="model.")
+        tables = [
+            TrainedTable(f"model.{classifier.name}", classifier, weight_decay=s.weight_decay)
+            for classifier in self.tables.classifiers
+        ]
+        if self.one_stage:
+            assert self.tables.tokens is not None
+            name, factor = f"text.{self.tables.tokens.name}", stage1.lr / s.lr
+            tables.append(TrainedTable(name, self.tables.tokens, weight_decay=stage1.weight_decay, lr_factor=factor))
+        return Engine(replicated=replicated, tables=tables)
 
     def _loader(self, index: ShardIndex) -> PKLoader:
         data, config, team = self.config.data, self.config, self.team
@@ -135,7 +128,7 @@ class Stage2:
         return self.loader.steps_per_epoch(epoch)
 
     def batches(self, epoch: int, first_step: int) -> Iterator[PKBatch]:
-        self.engine.module.train()
+        self.model.train()
         return self.loader.epoch(epoch, first_step)
 
     def losses(self, batch: PKBatch) -> dict[str, Tensor]:
@@ -148,8 +141,29 @@ class Stage2:
         )
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            output, own_texts = self.engine(images, labels, cameras, views)
-        return method.losses(output, labels, self.text_features, self.loss_settings, self.team, own_texts)
+            output = self.engine(images, cameras, views, self.config.train.micro_batch)
+            own_texts = self._own_texts(batch)
+        return method.losses(
+            output,
+            labels,
+            self.tables.classifiers,
+            self.loss_settings,
+            self.team,
+            text_features=self.text_features,
+            own_texts=own_texts,
+        )
+
+    def _own_texts(self, batch: PKBatch) -> Tensor | None:
+        """Text features of this rank's images [b, D], where a loss needs those of the batch alone."""
+        per = self.config.stage2.images_per_identity
+        if self.one_stage:
+            assert self.text is not None and self.tables.tokens is not None
+            return method.batch_texts(self.text, self.tables.tokens, batch.identities, per, self.team)
+        if {"i2t", "t2i"}.isdisjoint(self.loss_settings.text_loss.split("+")):
+            return None
+        assert self.text_features is not None
+        wanted = batch.identities.tensor_split(self.team.world_size)
+        return self.text_features.fetch(wanted, self.team).repeat_interleave(per, dim=0)
 
     def identities(self, batch: PKBatch) -> list[str]:
         return [self.label_names[label] for label in batch.labels.unique().tolist()]

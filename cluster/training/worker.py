@@ -5,7 +5,9 @@
 A run that was interrupted goes on from its newest complete checkpoint; what is finished is not done again.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 from clipreid import stage1 as method
 from clipreid.augment import normalise
 from clipreid.errors import ModelError
+from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel
 from clipreid.weights.card import MODEL_FILE, ModelCard
 from clipreid.weights.file import model_file
 from clipreid.weights.initial import build_models
+from clipreid.weights.sealed import Stored
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
@@ -35,10 +38,16 @@ from cluster.settings.model_spec import model_spec
 from cluster.training.checkpoint import Checkpoint, Retention, find_newest
 from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
 from cluster.training.engine import Engine
+from cluster.training.gathered import on_first_with_tables
 from cluster.training.loop import Loop
-from cluster.training.stage1 import Stage1, Stage1Result, encoder_hash, image_features
+from cluster.training.pieces import Slot
+from cluster.training.stage1 import Stage1, encoder_hash, image_features
+from cluster.training.stage1_result import Stage1Result
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
+
+COPIED_BYTES = 1 << 24
+"""Of another run's file, at a time."""
 
 
 def train(config: Config, team: Team, report: Report | None = None) -> dict[str, Any]:
@@ -88,9 +97,8 @@ class Run:
         self.index = ShardIndex.open(config.data.shards, config.data.cache_dir)
         self.train_split = self.index.split("train")
         self.spec = model_spec(config, self.index)
-        self.model: ReIDModel
-        self.text: PromptedText | None  # None with an authors' baseline checkpoint, which has no text side.
-        self.model, self.text = build_models(self.spec, config.model.pretrained, config.run.seed)
+        self.models = build_models(self.spec, config.model.pretrained, config.run.seed, team)
+        self.model, self.text, self.tables = self.models
         self.encoder_hash = encoder_hash(self.model)
         search = find_newest(self.storage, team, config.run.resume)
         self.resumed: Checkpoint | None = search.checkpoint
@@ -121,6 +129,12 @@ class Run:
         assert self.text is not None
         return self.text
 
+    @property
+    def tokens(self) -> IdentityTable:
+        """Of the prompts, likewise."""
+        assert self.tables.tokens is not None
+        return self.tables.tokens
+
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         """Raises ConfigError where the run began with other weights, or lacks what belongs to the checkpoint."""
         if checkpoint.manifest.encoder not in ("", self.encoder_hash):  # A file may be replaced: only its weights tell.
@@ -139,16 +153,15 @@ class Run:
         for storage in (self.storage, theirs):
             place = storage.place(STAGE1_RESULT)
             try:
-                content = storage.read(STAGE1_RESULT)
-                Stage1Result.read(content, place)
+                Stage1Result.read(place)
             except FileNotFoundError:
                 faults[place] = f"{place}: no such file"
             except ModelError as error:
                 faults[place] = str(error)
             else:
                 if storage is theirs and theirs.url != self.storage.url:
-                    with self.storage.writing(STAGE1_RESULT):
-                        self.storage.write(STAGE1_RESULT, content)
+                    with self.storage.writing(STAGE1_RESULT), theirs.open(STAGE1_RESULT) as file:
+                        self.storage.write_pieces(STAGE1_RESULT, iter(partial(file.read, COPIED_BYTES), b""))
                 return
         raise ConfigError(
             f"{'; '.join(faults.values())}; but checkpoint {checkpoint.folder.url} is in stage 2, which needs it: copy "
@@ -160,6 +173,7 @@ class Run:
         self.model.to(self.team.device)
         if self.text is not None:
             self.text.to(self.team.device)
+        self.tables.to(self.team.device)
         known = self.team.on_first(lambda: read_metrics(self.storage), "read the metrics of an earlier start")
         if 2 not in self.config.stages:
             return
@@ -194,11 +208,13 @@ class Run:
             settings, progress = PassSettings.of(self.config), self.reporter.images
             bank = extract(self._encode_frozen, self.index, "train", self.team, settings, progress)
             self.prompts.eval()
-            self._run(Stage1(self.config, self.team, self.prompts, bank, self.train_split), start)
-        elif self.resumed:
-            self._take_tokens(self.resumed)
-        result = self._stage1_result()
-        self.team.on_first(lambda: result.write(self.storage), "write stage 1's result")
+            stage = Stage1(self.config, self.team, self.prompts, self.tokens, bank, self.train_split)
+            self._run(stage, start)
+        elif self.resumed:  # A finished stage 1 whose result was not written yet.
+            flat = self.tokens.block.detach().view(-1)
+            slot = Slot(self.tokens.own.start * self.tokens.row_numel, flat)
+            self.resumed.load_values({self.tokens.name: slot})
+        self._stage1_result().write(self.storage, self.team)
 
     def _encode_frozen(self, images: Tensor, rows: Tensor) -> Tensor:
         pixels = normalise(images, self.config.data.pixel_mean, self.config.data.pixel_std)
@@ -206,43 +222,27 @@ class Run:
             return image_features(self.model, pixels)
 
     def _stage1_result(self) -> Stage1Result:
-        """The bridge: every rank encodes the prompts of its share of the identities."""
-        team = self.team
-        with team.within("encode the prompts of all identities", PATIENCE):
-            features = method.all_text_features(self.prompts, self.spec.identities, team, team.device)
-        return Stage1Result(
-            self.prompts.tokens.detach(),
-            features,
-            self.train_split.label_names,
-            self.index.fingerprint,
-            self.encoder_hash,
-        )
+        """The bridge: every rank encodes the prompts of the identities that it owns."""
+        texts = method.text_features(self.prompts, self.tokens, self.team)
+        names, encoder = list(self.train_split.label_names), self.encoder_hash
+        return Stage1Result(self.tokens, texts, names, self.index.fingerprint, encoder)
 
     def stage2(self) -> None:
         """Train the image encoder."""
-        stage = Stage2(self.config, self.team, self.model, self.text, self._text_features(), self.index)
+        stage = Stage2(self.config, self.team, self.models, self._text_features(), self.index)
         self._run(stage, self._start_of(2))
 
-    def _text_features(self) -> Tensor | None:
+    def _text_features(self) -> IdentityTable | None:
         if self.config.method != "two_stage":
             return None
         if 1 not in self.config.stages and not self.config.stage1.result:
             return self._stage1_result().text_features  # The tokens came with model.pretrained.
-        source = self.config.stage1.result or f"{self.storage.url}/{STAGE1_RESULT}"
-        folder, _, name = source.rpartition("/")
-        result = Stage1Result.read(Storage(folder or ".").read(name), source)
+        source = self.config.stage1.result or self.storage.place(STAGE1_RESULT)
+        result = Stage1Result.read(source, self.team)
         result.check_fits(source, self.index.fingerprint, self.encoder_hash, self.spec.prompt_tokens)
         with torch.no_grad():
-            self.prompts.tokens.copy_(result.tokens)
+            self.tokens.block.copy_(result.tokens.block)
         return result.text_features.to(self.team.device)
-
-    @torch.no_grad()
-    def _take_tokens(self, checkpoint: Checkpoint) -> None:
-        """The tokens of a finished stage 1 whose result was not written yet."""
-        full = checkpoint.read(self.prompts)
-        for name, parameter in self.prompts.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(full[name]["value"].view_as(parameter))
 
     def _run(self, stage: Stage1 | Stage2, start: Position) -> None:
         self._restore(stage.engine, stage.number)
@@ -274,13 +274,13 @@ class Run:
         if 2 in self.config.stages:
             self.metrics = {**self.evaluate("evaluate"), **self.metrics}
             self._report_metrics()
-        self.team.on_first(self._write_model, "write the model")
+        on_first_with_tables(self.team, list(self.tables), self._write_model, "write the model")
         self.team.on_first(self.reporter.finished, "write the log")
         return self.metrics
 
-    def _write_model(self) -> None:
+    def _write_model(self, tables: Mapping[str, Stored]) -> None:
         data = self.config.data
         facts = training_facts(self.config, self.index)
         card = ModelCard(self.spec, data.pixel_mean, data.pixel_std, self.config.eval.descriptor, facts)
         with self.storage.writing(MODEL_FILE):
-            self.storage.write(MODEL_FILE, *model_file(self.model, card, self.text))
+            self.storage.write_pieces(MODEL_FILE, model_file(self.models, card, tables))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clipreid import stage2
+from clipreid.identity_table import IdentityTable
 from clipreid.optim import parameter_groups
 from clipreid.weights.initial import build_models
 from launch.benchmarks._published import LOSSES, model_spec
@@ -65,28 +66,36 @@ class Bench:
         from cluster.run.storage import Storage
         from cluster.training.checkpoint import Retention
         from cluster.training.checkpoint_writer import CheckpointWriter, Origin
-        from cluster.training.engine import Engine
+        from cluster.training.engine import Engine, Replicated
+        from cluster.training.trained_table import TrainedTable
 
         self.team = join_process_group(timeout_s=600)
         device = self.team.device
         self.batch = batch or (64 if device.type == "cuda" else 8)
         spec = model_spec(arch, image_size, IDENTITIES)
-        model = build_models(spec)[0].train()
-        groups = parameter_groups(model.named_parameters(), weight_decay=1e-4, bias_lr_factor=2.0)
-        self.engine = Engine(model, groups, team=self.team, zero_stage=1)
+        model, _, tables = build_models(spec)
+        self.classifiers = tables.to(device).classifiers
+        groups = parameter_groups(model.train().named_parameters(), weight_decay=1e-4, bias_lr_factor=2.0)
+        self.engine = Engine(
+            replicated=Replicated(model, groups, team=self.team, zero_stage=1),
+            tables=[TrainedTable(table.name, table, weight_decay=1e-4) for table in self.classifiers],
+        )
         self.engine.set_lr(5e-6)
         origin = Origin(settings={}, fingerprint="bench")
         self.writer = CheckpointWriter(Storage(folder), self.team, origin, Retention(keep=1), timeout_s=600)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(self.batch, 3, *image_size, generator=generator).to(device)
         self.labels = (torch.arange(self.batch) // 4).to(device)
-        self.texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator).to(device)
+        texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator)
+        self.texts = IdentityTable.frozen("texts", IDENTITIES, texts.to(device))
         self.saved = 0
 
     def step(self) -> None:
         with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda"):
             output = self.engine(self.images)
-        self.engine.backward(stage2.losses(output, self.labels, self.texts, LOSSES)["loss"])
+        losses = stage2.losses(output, self.labels, self.classifiers, LOSSES, text_features=self.texts)
+        self.engine.backward(losses["loss"])
+        self.writer.before_update()
         self.engine.step()
 
     def save(self) -> None:
@@ -112,9 +121,8 @@ class Bench:
             self.writer.finish()
             times["write"].append(time.perf_counter() - start)
         step, stalled, beside, write = (statistics.median(values) for values in times.values())
-        pieces = [piece.value for piece in self.engine.fragments(self.team.rank)]
         return {
-            "state_bytes": 3 * sum(piece.numel() * piece.element_size() for piece in pieces),
+            "state_bytes": 3 * 4 * sum(self.engine.numels().values()),
             "step_ms": round(step * 1e3, 1),
             "stalled_ms": round(stalled * 1e3, 1),
             "stalled_share_of_step": round(stalled / step, 4),

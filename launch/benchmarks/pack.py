@@ -21,6 +21,7 @@ from typing import Any
 from launch.benchmarks import sampler
 from launch.benchmarks._memory import PeakMemory
 from launch.cli import Parser, local_place, progress_bar
+from shards.loading.pk_sampler import PKSettings
 from shards.records import ImageRecord
 
 IMAGES, IDENTITIES, TRAIN_IMAGES, TRAIN_IDENTITIES = 221_763, 26_267, 113_346, 13_164
@@ -51,7 +52,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
         built, again = timed(*build), timed(*build)
         verified = timed("verify", out, "--processes", options.processes)
         train_identities, _ = identity_counts(options.images)
-        sampled = sampler.time_sampler(str(out), Path(folder) / "cache", min(16, train_identities), 4, SAMPLER_ROUNDS)
+        sampled = sampler.time_sampler(
+            str(out), Path(folder) / "cache", PKSettings(min(16, train_identities), 4), SAMPLER_ROUNDS
+        )
         shutil.rmtree(out)
         out.mkdir()
         plain_s = plain_loop(root, out)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipreid import stage1
+from clipreid.identity_table import IdentityTable
 from clipreid.losses import image_to_text, text_to_image
 from clipreid.model.prompts import PromptedText
 from clipreid.optim import adam, parameter_groups
@@ -34,10 +35,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     options = _options(arguments)
     device = choose_device(options.device)
     spec = model_spec(options.arch, (256, 128), options.identities)
-    text = build_models(spec)[1]
-    assert text is not None
+    _, text, tables = build_models(spec)
+    assert text is not None and tables.tokens is not None
     text.to(device).eval()
-    cases = [_case(text, options, per, device) for per in (1, 4)]
+    tables.to(device)
+    cases = [_case(text, tables.tokens, options, per, device) for per in (1, 4)]
     return {
         "bench": "stage1",
         **machine_facts(device),
@@ -66,14 +68,16 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _case(text: PromptedText, options, per_identity: int, device: torch.device) -> dict[str, Any]:
+def _case(
+    text: PromptedText, tokens: IdentityTable, options, per_identity: int, device: torch.device
+) -> dict[str, Any]:
     """A batch in which every identity has `per_identity` images."""
     generator = torch.Generator().manual_seed(0)
     distinct = torch.randperm(options.identities, generator=generator)[: options.batch // per_identity]
     labels = distinct.repeat_interleave(per_identity)
     images = torch.randn(options.batch, feature_width(text), generator=generator).to(device)
     amp = options.precision == "bf16"
-    ours, plain = OurStep(text, images, labels, amp), PlainStep(text, images, labels, amp)
+    ours, plain = (kind(text, tokens, images, labels, amp) for kind in (OurStep, PlainStep))
     first = ours.loss().item(), plain.loss().item()
     taken = median_seconds_in_turn({"ours": ours, "plain": plain}, options.rounds, device)
     return {
@@ -95,40 +99,43 @@ def feature_width(text: PromptedText) -> int:
 class OurStep:
     """Losses, backward pass and Adam, as `cluster.training.stage1` takes them on one worker."""
 
-    def __init__(self, text: PromptedText, images: Tensor, labels: Tensor, amp: bool):
-        self.text = copy.deepcopy(text)
+    def __init__(self, text: PromptedText, tokens: IdentityTable, images: Tensor, labels: Tensor, amp: bool):
+        self.text, self.tokens = copy.deepcopy(text), copy.deepcopy(tokens)
         self.images, self.labels, self.batch_labels = images, labels.to(images.device), labels
         self.amp = amp
-        groups = parameter_groups(self.text.named_parameters(), WEIGHT_DECAY)
-        self.optimizer = adam(groups, fused=images.is_cuda)
+        named = [(tokens.name, self.tokens.block)]
+        self.optimizer = adam(parameter_groups(named, WEIGHT_DECAY), fused=True)
         self.optimizer.param_groups[0]["lr"] = LR
 
     def __call__(self) -> None:
         self.loss().backward()
+        self.tokens.collect_gradient()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.tokens.clear_gradient()
 
     def loss(self) -> Tensor:
-        return stage1.step(self._encode, self.images, self.labels, self.batch_labels)["loss"]
+        return stage1.step(self._encode, self.tokens, self.images, self.labels, self.batch_labels)["loss"]
 
-    def _encode(self, labels: Tensor) -> Tensor:
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
-            return self.text(labels)
+    def _encode(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.amp):
+            return self.text(tokens)
 
 
 class PlainStep(OurStep):
     """The same losses from 77 positions and one prompt per image; the tower's gradients are computed, not used."""
 
-    def __init__(self, text: PromptedText, images: Tensor, labels: Tensor, amp: bool):
-        super().__init__(text, images, labels, amp)
-        self.optimizer = torch.optim.Adam([self.text.tokens], lr=LR, weight_decay=WEIGHT_DECAY)
+    def __init__(self, text: PromptedText, tokens: IdentityTable, images: Tensor, labels: Tensor, amp: bool):
+        super().__init__(text, tokens, images, labels, amp)
+        self.optimizer = torch.optim.Adam([self.tokens.block], lr=LR, weight_decay=WEIGHT_DECAY)
         self.text.text_encoder.requires_grad_(True)
         self.tower = cast(Any, self.text.text_encoder)  # As in `feature_width`.
         context = len(self.tower.positional_embedding)
         self.mask = images.new_full((context, context), float("-inf")).triu_(1)
 
     def __call__(self) -> None:
-        super().__call__()
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.text.text_encoder.zero_grad()
 
     def loss(self) -> Tensor:
@@ -139,6 +146,6 @@ class PlainStep(OurStep):
     def _encode_uncut(self, labels: Tensor) -> Tensor:
         tower, learner = self.tower, self.text.prompt_learner
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
-            x = learner.uncut(labels) + tower.positional_embedding
+            x = learner.uncut(self.tokens.block[labels]) + tower.positional_embedding
             x = tower.ln_final(tower.transformer(x, attn_mask=self.mask))
             return x[:, learner.length - 1] @ tower.text_projection

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipreid import stage2
 from clipreid.augment import augment, normalise
+from clipreid.identity_table import IdentityTable, IdentityTables
 from clipreid.model.encoders import ResNetEncoder
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import adam, parameter_groups
@@ -98,8 +99,8 @@ def _case(
     name, _, size = case.rpartition(":")
     height, width = map(int, size.split("x"))
     arch = ARCHS.get(name, name)
-    model, _ = build_models(model_spec(arch, (height, width), IDENTITIES))
-    flops = training_flops(model, (batch, 3, height, width))
+    model, _, tables = build_models(model_spec(arch, (height, width), IDENTITIES))
+    flops = training_flops(model, tables, (batch, 3, height, width))
     rows, plain = [], None
     for mode in ("plain", *options.modes):
         torch._dynamo.reset()
@@ -107,7 +108,7 @@ def _case(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         kind = PlainLoop if mode == "plain" else OurLoop
-        loop = kind(model, (batch, 3, height, width), device, amp=options.precision == "bf16")
+        loop = kind(model, tables, (batch, 3, height, width), device, amp=options.precision == "bf16")
         if mode == "compiled":
             loop.model.image_encoder.compile(dynamic=False)
         images_per_s = batch / _step_seconds(loop, options.steps, device)
@@ -144,7 +145,9 @@ def _step_seconds(loop: "OurLoop", steps: int, device: torch.device) -> float:
 class OurLoop:
     """A stage 2 step as `cluster.training` takes it on one worker, on batches made up beforehand."""
 
-    def __init__(self, model: ReIDModel, shape: tuple[int, ...], device: torch.device, amp: bool):
+    def __init__(
+        self, model: ReIDModel, tables: IdentityTables, shape: tuple[int, ...], device: torch.device, amp: bool
+    ):
         """shape: (B, 3, H, W)."""
         self.device, self.amp, self.dtype = device, amp, torch.bfloat16
         self.model = copy.deepcopy(model).to(device).train()
@@ -154,8 +157,11 @@ class OurLoop:
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         self.labels = torch.arange(shape[0]) // IMAGES_PER_IDENTITY
         self.positions = torch.arange(shape[0])
-        self.texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator).to(device)
-        self.groups = parameter_groups(self.model.named_parameters(), WEIGHT_DECAY, bias_lr_factor=2.0)
+        texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator)
+        self.texts = IdentityTable.frozen("texts", IDENTITIES, texts.to(device))
+        self.classifiers = copy.deepcopy(tables).to(device).classifiers
+        named = [*self.model.named_parameters(), *((table.name, table.block) for table in self.classifiers)]
+        self.groups = parameter_groups(named, WEIGHT_DECAY, bias_lr_factor=2.0)
         for group in self.groups:
             group["lr"] = LR * group["lr_factor"]
         self.steps = 0
@@ -191,7 +197,7 @@ class OurLoop:
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             output = self.model(images)
-        return stage2.losses(output, labels, self.texts, LOSSES)
+        return stage2.losses(output, labels, self.classifiers, LOSSES, text_features=self.texts)
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         if self.device.type != "cuda":
@@ -224,7 +230,7 @@ class PlainLoop(OurLoop):
         return {name: part.item() for name, part in parts.items()}
 
 
-def training_flops(model: ReIDModel, shape: tuple[int, ...]) -> int:
+def training_flops(model: ReIDModel, tables: IdentityTables, shape: tuple[int, ...]) -> int:
     """Floating-point operations of one step's products and convolutions, forward and backward, (B, 3, H, W).
 
     Counted operation by operation, on tensors without data. Attention runs unfused for it, so that its products are
@@ -233,7 +239,8 @@ def training_flops(model: ReIDModel, shape: tuple[int, ...]) -> int:
     counted = copy.deepcopy(model).to("meta").train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         features = counted.image_encoder(torch.empty(shape, device="meta"))
-        scores = counted.classifier(features.img), counted.classifier_proj(features.proj)
+        rows = [torch.empty_like(table.block, device="meta", requires_grad=True) for table in tables.classifiers]
+        scores = [value @ own.T for value, own in zip(features[1:], rows, strict=True)]
         sum(value.sum() for value in (*features, *scores)).backward()
     return counter.get_total_flops()
 

@@ -60,8 +60,8 @@ class Manifest:
                 if len(row.get(name, "").encode(errors="replace")) > MOST_TEXT_BYTES:
                     raise DataError(f"{where}: {name} is longer than {MOST_TEXT_BYTES:,} bytes")
             if row["identity"] in UNKNOWN_IDENTITIES:
-                said = row["identity"] or "empty"
-                raise DataError(f"{where}: identity is {said}, which is none: leave the image out, or give it one")
+                written = row["identity"] or "empty"
+                raise DataError(f"{where}: identity is {written}, which is none: leave the image out, or give it one")
             yield ImageRecord(
                 str(path),
                 row["identity"],

@@ -5,12 +5,13 @@
 In:  the folder that `launch/pack.py build` wrote, any fsspec URL.
 Out: `SplitIndex`, one numpy array per column and one row per image; its pixels stay in the tar files.
 
-All processes of a node map one decoded copy of the index (`index_file.py`); a column is decoded when it is used.
+All processes of a node map one decoded copy of the index (`index_file.py`); a column is read when it is used.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +19,46 @@ import pyarrow as pa
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
-from shards.index_table import numpy, single
+from shards.index_table import arrow
 from shards.loading.cache import node_cache_dir
-from shards.loading.index_file import address, open_table
-from shards.records import UNKNOWN_IDENTITIES
+from shards.loading.index_file import IndexFile
 from shards.source import ShardSource
+
+
+class Names(Sequence[str]):
+    """Strings side by side in memory, each a Python object only when it is asked for: a million of them as a list would
+    be 70 MB in every process that holds it."""
+
+    def __init__(self, values: pa.LargeStringArray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> "Names": ...
+    def __getitem__(self, number: int | slice) -> "str | Names":
+        found = self.values[number]
+        return Names(found) if isinstance(number, slice) else found.as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # as lists have none
 
 
 class ShardIndex:
     """A packed dataset: its facts (`dataset.json`) and its splits."""
 
-    def __init__(self, source: ShardSource, facts: dict, address: str, cache_dir: str | None):
-        self.source, self.facts, self.address, self.cache_dir = source, facts, address, cache_dir
-        self.table = open_table(source, facts, node_cache_dir(cache_dir) / "index" / f"{address}.arrow")
+    def __init__(self, source: ShardSource, facts: dict, cache_dir: str | None):
+        self.source, self.facts, self.cache_dir = source, facts, cache_dir
+        self.file = IndexFile(source, facts, node_cache_dir(cache_dir) / "index")
+        self.address = self.file.address
         self.url: str = source.url
         self.name: str = facts["name"]
         self.noun: str = facts["noun"]
@@ -39,6 +67,10 @@ class ShardIndex:
         self.fingerprint: str = facts["fingerprint"]
         self.splits: dict[str, dict] = facts["splits"]
         self.files: dict[str, dict] = facts.get("files", {})
+
+    def __len__(self) -> int:
+        """Images of all splits."""
+        return sum(stop - start for start, stop in self.file.splits.values())
 
     @classmethod
     def open(cls, url: str, cache_dir: str | None = None) -> "ShardIndex":
@@ -49,50 +81,39 @@ class ShardIndex:
         """
         source = ShardSource(url)
         facts = read_dataset_json(url)
-        index = cls(source, facts, address(source, facts), cache_dir)
+        index = cls(source, facts, cache_dir)
         if source.local_root is not None:
             index._check_local_shards(source.local_root)
         return index
 
     @cached_property
-    def identities(self) -> list[str]:
+    def identities(self) -> Names:
         """All identities of all splits, sorted; `identity_codes` of every split are numbers into this list, or -1."""
-        return self._dictionary("identity").to_pylist()
+        return Names(self.file.names("identity"))
 
     @cached_property
     def shard_names(self) -> list[str]:
-        return self._dictionary("shard").to_pylist()
+        return self.file.names("shard").to_pylist()
 
-    @cached_property
+    @property
     def split_names(self) -> list[str]:
-        return self._dictionary("split").to_pylist()
+        return list(self.file.splits)
 
     def split(self, name: str) -> "SplitIndex":
         """Raises DataError when the dataset has no such split, or an empty one."""
-        if name not in self.split_names:
+        if name not in self.file.splits:
             raise DataError(f"{self.url} has no split {name!r}; it has: {', '.join(self.split_names)}")
-        rows = np.flatnonzero(self._codes("split") == self.split_names.index(name))
-        contiguous = rows[-1] - rows[0] + 1 == len(rows)
-        table = self.table.slice(rows[0], len(rows)) if contiguous else self.table.take(rows)
-        return SplitIndex(self, name, table)
+        return SplitIndex(self, name)
 
     def shard_bytes(self, name: str) -> int:
         """Length of a shard: as `dataset.json` says, else up to its last image, padding included."""
-        if name in self.files:
-            return self.files[name]["bytes"]
-        return int(self._shard_ends[self.shard_names.index(name)])
+        return self.files[name]["bytes"] if name in self.files else self._shard_ends[name]
 
     @cached_property
-    def _shard_ends(self) -> np.ndarray:
+    def _shard_ends(self) -> dict[str, int]:
         ends = np.zeros(len(self.shard_names), np.int64)
-        np.maximum.at(ends, self._codes("shard"), _numpy(self.table, "offset") + _numpy(self.table, "size"))
-        return -(-ends // TAR_BLOCK) * TAR_BLOCK
-
-    def _dictionary(self, column: str) -> pa.Array:
-        return self.table.column(column).chunk(0).dictionary
-
-    def _codes(self, column: str) -> np.ndarray:
-        return numpy(self.table.column(column).chunk(0).indices)
+        np.maximum.at(ends, self.file.column("shard"), self.file.column("offset") + self.file.column("size"))
+        return dict(zip(self.shard_names, (-(-ends // TAR_BLOCK) * TAR_BLOCK).tolist(), strict=True))
 
     def _check_local_shards(self, root: Path) -> None:
         """Every listed shard is there and as long as it was packed."""
@@ -114,11 +135,12 @@ class SplitIndex:
     Pickles as its address: another process maps the same file again.
     """
 
-    def __init__(self, index: ShardIndex, name: str, table: pa.Table):
-        self.index, self.name, self.table = index, name, table
+    def __init__(self, index: ShardIndex, name: str):
+        self.index, self.name = index, name
+        self._rows = slice(*index.file.splits[name])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self._rows.stop - self._rows.start
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.index.url, self.index.cache_dir, self.index.fingerprint, self.name)
@@ -129,56 +151,55 @@ class SplitIndex:
         return self.index.shard_names
 
     @property
-    def identities(self) -> list[str]:
+    def identities(self) -> Names:
         """Identities of the whole dataset, sorted; `identity_codes` count into this list."""
         return self.index.identities
 
     @cached_property
     def shard(self) -> np.ndarray:
         """int32, numbers into `shard_names`."""
-        return self._codes("shard")
+        return self._column("shard")
 
     @cached_property
     def identity_codes(self) -> np.ndarray:
         """int64, numbers into `identities`; equal codes are equal identities, across splits too. -1 is unknown."""
-        codes = self._codes("identity").astype(np.int64)
-        unknown = [code for code, name in enumerate(self.identities) if name.strip() in UNKNOWN_IDENTITIES]
+        codes, unknown = self._column("identity"), self.index.file.unknown_identities
         return np.where(np.isin(codes, unknown), -1, codes) if unknown else codes
 
     @cached_property
     def labels(self) -> np.ndarray:
         """int64, 0 ... N-1 in train and -1 elsewhere."""
-        return _numpy(self.table, "label")
+        return self._column("label")
 
     @cached_property
     def cameras(self) -> np.ndarray:
         """int64, -1 is unknown."""
-        return _numpy(self.table, "camera")
+        return self._column("camera")
 
     @cached_property
     def views(self) -> np.ndarray:
         """int64, -1 is unknown."""
-        return _numpy(self.table, "view")
+        return self._column("view")
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64, where the image's bytes start in its shard."""
-        return _numpy(self.table, "offset")
+        return self._column("offset")
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """int64, bytes."""
-        return _numpy(self.table, "size")
+        return self._column("size")
 
     @cached_property
     def crc32(self) -> np.ndarray:
         """uint32, of the image's bytes."""
-        return _numpy(self.table, "crc32")
+        return self._column("crc32")
 
     @cached_property
     def keys(self) -> np.ndarray:
         """Strings; unique in the split."""
-        return self._strings("key")
+        return np.array(self._keys.to_pylist(), dtype=object)
 
     @cached_property
     def identity(self) -> np.ndarray:
@@ -197,30 +218,37 @@ class SplitIndex:
 
     @cached_property
     def num_identities(self) -> int:
-        return len(np.unique(self.identity_codes[self.identity_codes >= 0]))
+        codes = self.identity_codes
+        return int(np.count_nonzero(np.bincount(codes[codes >= 0])))
 
     @cached_property
-    def label_names(self) -> list[str]:
+    def label_names(self) -> Names:
         """The identity behind each label 0 ... N-1; empty outside train."""
-        labels, rows = np.unique(self.labels, return_index=True)
-        return [self.identities[code] for code in self.identity_codes[rows[labels >= 0]]]
+        rows = first_places(self.labels, int(self.labels.max(initial=-1)) + 1)
+        return Names(self.identities.values.take(arrow(self.identity_codes[rows[rows >= 0]])))
 
     def key(self, row: int) -> str:
         """One key, without decoding all of them."""
-        return self.table.column("key")[int(row)].as_py()
+        return self._keys[int(row)].as_py()
+
+    def identity_of(self, row: int) -> str:
+        """One identity as in the source, likewise."""
+        return self.identities[int(self._column("identity")[row])]
 
     def where(self, row: int) -> str:
         """How errors name an image: its shard and key."""
         return f"shard {self.shard_names[self.shard[row]]}, key {self.key(row)}"
 
-    def _codes(self, column: str) -> np.ndarray:
-        return numpy(single(self.table.column(column)).indices)
+    @cached_property
+    def _keys(self) -> pa.LargeStringArray:
+        return self.index.file.keys()[self._rows]
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.index.file.column(name)[self._rows]
 
     def _strings(self, column: str) -> np.ndarray:
-        values = single(self.table.column(column))
-        if isinstance(values, pa.DictionaryArray):
-            return np.array(values.dictionary.to_pylist(), dtype=object)[numpy(values.indices)]
-        return np.array(values.to_pylist(), dtype=object)
+        """A column of NAMED, of objects: every row refers to one of few strings."""
+        return np.array(self.index.file.names(column).to_pylist(), dtype=object)[self._column(column)]
 
 
 def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> SplitIndex:
@@ -230,5 +258,8 @@ def _reopen(url: str, cache_dir: str | None, fingerprint: str, name: str) -> Spl
     return index.split(name)
 
 
-def _numpy(table: pa.Table, column: str) -> np.ndarray:
-    return numpy(single(table.column(column)))
+def first_places(values: np.ndarray, size: int) -> np.ndarray:
+    """Where each of 0 … size-1 is first in `values`, int64 [size]; -1 where it is not. Numbers below 0 do not count."""
+    first = np.full(size + 1, -1)
+    first[values[::-1]] = np.arange(len(values))[::-1]  # of equal numbers the last one stays; -1 is the last place
+    return first[:size]

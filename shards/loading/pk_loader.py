@@ -41,6 +41,8 @@ class PKBatch:
     """int64 [b], place in the global batch, 0 ... P*K-1"""
     rows: Tensor
     """int64 [b], row in the training split"""
+    identities: Tensor
+    """int64 [P] on the CPU, labels of the whole global batch, in its order"""
     epoch: int
     """From 1."""
     epoch_step: int
@@ -103,7 +105,8 @@ class PKLoader:
         results = self._pool.run((epoch, rows) for rows in part)
         for epoch_step, ((rows, skipped), slot) in enumerate(results, first_step):
             self._count_skipped(skipped)
-            yield self._batch_of(rows, slot, epoch, epoch_step)
+            identities = self.split.labels[self._plan(epoch)[epoch_step - 1, :, 0]]
+            yield self._batch_of(rows, slot, identities, epoch, epoch_step)
 
     @property
     def num_skipped(self) -> int:
@@ -125,7 +128,9 @@ class PKLoader:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
 
-    def _batch_of(self, rows: np.ndarray, slot: np.ndarray, epoch: int, epoch_step: int) -> PKBatch:
+    def _batch_of(
+        self, rows: np.ndarray, slot: np.ndarray, identities: np.ndarray, epoch: int, epoch_step: int
+    ) -> PKBatch:
         images = torch.empty(slot.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         images.copy_(torch.from_numpy(slot))
 
@@ -139,6 +144,7 @@ class PKLoader:
             views=tensor(self.split.views[rows]),
             positions=tensor(np.arange(len(rows)) + self.rank * len(rows)),
             rows=tensor(rows),
+            identities=torch.from_numpy(identities),
             epoch=epoch,
             epoch_step=epoch_step,
         )
@@ -200,8 +206,7 @@ class FillBatch:
             if error is None:
                 return other
             skipped.append((other, str(error)))
-        identity = self.split.identity[row]
         raise DataError(
-            f"{self.split.where(row)}: no image of identity {identity} can be read; copy the shard again, or drop "
-            "the identity and re-pack"
+            f"{self.split.where(row)}: no image of identity {self.split.identity_of(row)} can be read; copy the shard "
+            "again, or drop the identity and re-pack"
         )

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from shards.errors import DataError
-from shards.loading.index import SplitIndex
+from shards.loading.index import SplitIndex, first_places
 from shards.loading.pk_draws import (
     Cut,
     Images,
@@ -26,6 +26,7 @@ from shards.loading.pk_draws import (
     draw_weighted,
     identity_groups,
     num_groups,
+    starts_of,
 )
 
 STRATEGIES = ("identity", "camera_aware", "balanced")
@@ -98,8 +99,9 @@ def rank_part(plan: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 def shards_needed(split: SplitIndex, part: np.ndarray) -> list[int]:
     """The shards that hold the rows of a part of a plan, in the order in which they are first needed."""
-    shards, first = np.unique(split.shard[part.reshape(-1)], return_index=True)
-    return shards[np.argsort(first)].tolist()
+    first = first_places(split.shard[part.reshape(-1)], len(split.shard_names))
+    needed = np.flatnonzero(first >= 0)
+    return needed[np.argsort(first[needed])].tolist()
 
 
 def check_settings(split: SplitIndex, settings: PKSettings, world_size: int = 1) -> None:
@@ -125,7 +127,7 @@ def check_settings(split: SplitIndex, settings: PKSettings, world_size: int = 1)
             f"stage2.identities: {settings.identities} identities per batch can't be split over {nodes} virtual "
             f"nodes; make it a multiple of data.virtual_nodes"
         )
-    if nodes and (shards := len(np.unique(split.shard))) < nodes:
+    if nodes and (shards := np.count_nonzero(np.bincount(split.shard))) < nodes:
         raise DataError(
             f"data.virtual_nodes: {nodes}, but {name} has {shards} training shards; use at most {shards}, or smaller "
             "shards (pack with a lower --shard-mb)"
@@ -149,50 +151,49 @@ def _plan(
     split: SplitIndex, rows: np.ndarray, settings: PKSettings, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Batches of `batch_size` identities from some rows of the split, ascending; int64 [steps, batch_size, K]."""
-    images: Images = {label: [] for label in np.unique(split.labels[rows]).tolist()}
-    for row, label in zip(rows.tolist(), split.labels[rows].tolist(), strict=True):
-        images[label].append(row)
-    size = settings.images_per_identity
-    groups = [num_groups(len(own), size) for own in images.values()]
+    images = Images.of(split.labels, rows)
+    groups = num_groups(images.counts, settings.images_per_identity)
     if settings.strategy == "balanced":
-        num_steps = sum(groups) // batch_size if len(groups) >= batch_size else 0
-        weights = np.array([len(own) for own in images.values()]) ** settings.balance_alpha
-        steps = draw_weighted(weights, batch_size, num_steps, rng)
+        num_steps = int(groups.sum()) // batch_size if len(groups) >= batch_size else 0
+        steps = draw_weighted(images.counts**settings.balance_alpha, batch_size, num_steps, rng)
     else:
-        steps = draw_until_used(groups, batch_size, rng)
+        steps = draw_until_used(groups.tolist(), batch_size, rng)
     cut: Cut = identity_groups
     if settings.strategy == "camera_aware":
-        cut = partial(camera_groups, split.cameras.tolist())
-    labels = list(images)
-    drawn = [labels[number] for step in steps for number in step]
-    return np.array(_groups_of(drawn, images, size, cut, rng), np.int64).reshape(-1, batch_size, size)
+        cut = partial(camera_groups, split.cameras)
+    size = settings.images_per_identity
+    return _groups_of(steps.reshape(-1), images, size, cut, rng).reshape(*steps.shape, size)
 
 
-def _groups_of(drawn: list[int], images: Images, size: int, cut: Cut, rng: np.random.Generator) -> list[list[int]]:
-    """The rows of every drawn identity: its next group, and its images are cut anew when it has used all of them."""
-    counts = {identity: num_groups(len(rows), size) for identity, rows in images.items()}
-    times_drawn = dict.fromkeys(images, 0)
-    rounds: list[list[tuple[int, int, int]]] = []  # (place in `drawn`, identity, group), of each cutting
-    for place, identity in enumerate(drawn):
-        number, group = divmod(times_drawn[identity], counts[identity])
-        times_drawn[identity] += 1
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append((place, identity, group))
-    found: list[list[int]] = [[]] * len(drawn)
-    for uses in rounds:
-        used = sorted({identity for _, identity, _ in uses})
-        groups = cut({identity: images[identity] for identity in used}, size, rng)
-        for place, identity, group in uses:
-            found[place] = groups[identity][group]
+def _groups_of(drawn: np.ndarray, images: Images, size: int, cut: Cut, rng: np.random.Generator) -> np.ndarray:
+    """The rows of every drawn identity, int64 [drawn, K]: its next group, and its images are cut anew when it has used
+    all of them (`balanced`)."""
+    counts = num_groups(images.counts, size)
+    cutting, group = np.divmod(_times_before(drawn), counts[drawn])
+    found = np.empty((len(drawn), size), np.int64)
+    for number in range(int(cutting.max(initial=-1)) + 1):
+        places = np.flatnonzero(cutting == number)
+        used = np.zeros(len(counts), bool)
+        used[drawn[places]] = True
+        first = starts_of(counts * used)
+        found[places] = cut(images.only(used), size, rng)[first[drawn[places]] + group[places]]
     return found
+
+
+def _times_before(values: np.ndarray) -> np.ndarray:
+    """How often each value came before: [a, b, a, a] -> [0, 0, 1, 2]."""
+    order = np.argsort(values, kind="stable")
+    counts = np.bincount(values)
+    times = np.empty_like(values)
+    times[order] = np.arange(len(values)) - np.repeat(starts_of(counts), counts)
+    return times
 
 
 def _deal_shards(split: SplitIndex, settings: PKSettings, rng: np.random.Generator) -> np.ndarray:
     """Virtual node of each shard, int64; in random order, each to the node with the fewest groups so far."""
-    _, first, images = np.unique(split.labels, return_index=True, return_counts=True)
-    groups = np.maximum(images // settings.images_per_identity, 1)
-    load = np.bincount(split.shard[first], weights=groups, minlength=len(split.shard_names))
+    images = Images.of(split.labels, np.arange(len(split)))
+    groups = num_groups(images.counts, settings.images_per_identity)
+    load = np.bincount(split.shard[images.rows[images.starts]], weights=groups, minlength=len(split.shard_names))
     node_of_shard = np.full(len(load), -1)
     nodes = [(0.0, node) for node in range(settings.virtual_nodes)]
     for shard in np.argsort(rng.random(len(load)), kind="stable"):

@@ -18,12 +18,11 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from shards.errors import DataError
-from shards.format import TAR_BLOCK
+from shards.format import TAR_BLOCK, BadTar, tar_members
 from shards.loading.cache import DEFAULT_CACHE, CacheSettings, Prefetcher
 from shards.loading.decode import decode_row
 from shards.loading.index import ShardIndex
 from shards.loading.reader import RowReader, shard_cache
-from shards.tar_members import BadTar, tar_members
 
 
 class TarImages:

@@ -25,6 +25,7 @@ from shards.format import (
     INDEX_FILE,
     JSON_COLUMNS,
     fingerprint,
+    first_member,
     is_key_of,
     tar_header,
     tar_padding,
@@ -35,7 +36,6 @@ from shards.packing.writer import REPORT_EVERY
 from shards.pictures import BadPicture, read_picture
 from shards.progress import Progress, silent
 from shards.storage import join
-from shards.tar_members import first_member
 
 log = logging.getLogger(__name__)
 DECODE_EVERY = 50

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from clipreid.optim import adam, parameter_groups
-from clipreid.stage1 import all_text_features, average_step, batches, identity_means, rank_slice, step
+from clipreid.peers import rank_slice
+from clipreid.stage1 import average_step, batches, identity_means, step, text_features
 from tests.helpers.golden_models import case_models, case_spec, read_case, scaled_error
 from tests.helpers.rank_threads import run_ranks
+from tests.helpers.tables import table_of
 from tests.helpers.tolerances import close, within
 
 IDENTITIES, WIDTH = 9, 6
@@ -19,40 +20,53 @@ IDENTITIES, WIDTH = 9, 6
 def test_prompt_learning_matches_the_reference_figures(name, net):
     """Text features, loss parts of every batch, token gradients, and all tokens after the Adam steps."""
     golden, case = read_case(name)
-    _, text = case_models(case_spec(case, net, noun=case["template"]), net)
-    lr = float(golden["lr"])
-    optimizer = adam(parameter_groups(text.named_parameters(), float(golden["weight_decay"])))
+    _, text, tables = case_models(case_spec(case, net, noun=case["template"]), net)
+    tokens, lr = tables.tokens, float(golden["lr"])
+    optimizer = adam(parameter_groups([("tokens", tokens.block)], float(golden["weight_decay"])), fused=True)
     optimizer.param_groups[0]["lr"] = lr
     for k in range(len(case["batches"])):
         images, labels = (torch.from_numpy(golden[f"{key}{k}"]) for key in ("image_features", "labels"))
-        losses = step(text, images, labels, labels)
+        losses = step(text, tokens, images, labels, labels)
         for part, reference in zip(("i2t", "t2i", "loss"), golden["loss_parts"][k], strict=True):
             close(losses[part], reference, rtol=1e-5, what=part)
-        optimizer.zero_grad()
         losses["loss"].backward()
+        tokens.collect_gradient()
         if k == 0:
-            within(scaled_error(text(labels), golden["text_features0"]), 2e-5)
-            within(scaled_error(text.tokens.grad, golden["grad_tokens0"]), 2e-5)
+            within(scaled_error(text(tokens.block[labels]), golden["text_features0"]), 2e-5)
+            within(scaled_error(tokens.block.grad, golden["grad_tokens0"]), 2e-5)
         optimizer.step()
-    off = (text.tokens.detach().double() - torch.from_numpy(golden["tokens_after"])).abs() / lr
+        tokens.clear_gradient()
+    off = (tokens.block.detach().double() - torch.from_numpy(golden["tokens_after"])).abs() / lr
     within((off >= 0.02).double().mean(), 0.001)
     within(off.max(), 0.5)
     assert all(p.grad is None for p in text.text_encoder.parameters())
 
 
-class CountingText(nn.Embedding):
-    """Stands for the prompts: one row an identity, and what it was asked for."""
+class Text:
+    """Stands for the text tower: an identity's row, whose last number is its label, is its feature; and what was asked
+    for."""
 
     def __init__(self):
-        super().__init__(IDENTITIES, WIDTH, dtype=torch.float64)
         generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            self.weight.copy_(torch.randn(IDENTITIES, WIDTH, generator=generator))
+        rows = torch.randn(IDENTITIES, WIDTH, dtype=torch.float64, generator=generator)
+        self.rows = torch.cat([rows, torch.arange(IDENTITIES)[:, None]], dim=1)
         self.asked = []
 
-    def forward(self, labels):
-        self.asked.append(labels.tolist())
-        return super().forward(labels)
+    @property
+    def features(self):
+        return self.rows[:, :WIDTH]
+
+    def __call__(self, rows):
+        self.asked.append(rows[:, WIDTH].long().tolist())
+        return rows[:, :WIDTH]
+
+
+def gradient_of(tables):
+    """Of the whole table, from the ranks' blocks, after a backward pass of the sum of their losses."""
+    for table in tables:
+        table.collect_gradient()
+    grads = [torch.zeros_like(t.block) if t.block.grad is None else t.block.grad for t in tables]
+    return torch.cat(grads)[:, :WIDTH]
 
 
 def toy_batch(size, seed=0):
@@ -79,20 +93,20 @@ def per_image_losses(texts, images, labels):
 def test_mean_over_ranks_equals_the_loop_over_images(size, world_size):
     """Parts are unequal, and empty where ranks outnumber images; identities repeat."""
     images, labels = toy_batch(size)
-    text = CountingText()
-    expected = per_image_losses(text.weight, images, labels)
-    expected["loss"].backward()
-    gradient, text.weight.grad = text.weight.grad, None
+    text = Text()
+    features = text.features.requires_grad_()
+    expected = per_image_losses(features, images, labels)
+    (gradient,) = torch.autograd.grad(expected["loss"], features)
 
     def one_rank(peers):
-        own = rank_slice(size, peers.rank, world_size)
-        return step(text, images[own], labels[own], labels, peers)
+        own, tokens = rank_slice(size, peers.rank, world_size), table_of(text.rows, peers)
+        return tokens, step(text, tokens, images[own], labels[own], labels, peers)
 
-    losses = run_ranks(world_size, one_rank)
+    tables, losses = zip(*run_ranks(world_size, one_rank), strict=True)
     for name, value in expected.items():
         torch.testing.assert_close(sum(part[name] for part in losses) / world_size, value)
-    (sum(part["loss"] for part in losses) / world_size).backward()
-    torch.testing.assert_close(text.weight.grad, gradient)
+    sum(part["loss"] for part in losses).backward()
+    torch.testing.assert_close(gradient_of(tables), gradient)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, IDENTITIES])
@@ -102,30 +116,33 @@ def test_the_average_variant_is_equation_10_over_all_identities(size, world_size
     generator = torch.Generator().manual_seed(size)
     means = torch.randn(IDENTITIES, WIDTH, dtype=torch.float64, generator=generator)
     batch = torch.randperm(IDENTITIES, generator=generator)[:size]
-    text = CountingText()
-    expected = 0.0
+    text = Text()
+    features, expected = text.features.requires_grad_(), 0.0
     for y in batch.tolist():
-        scores = [(means[a] * text.weight[y]).sum().exp() for a in range(IDENTITIES)]
+        scores = [(means[a] * features[y]).sum().exp() for a in range(IDENTITIES)]
         expected = expected - (scores[y] / sum(scores)).log() / size
-    expected.backward()
-    gradient, text.weight.grad = text.weight.grad, None
+    (gradient,) = torch.autograd.grad(expected, features)
 
-    losses = run_ranks(world_size, lambda peers: average_step(text, means, batch, peers))
+    def one_rank(peers):
+        tokens = table_of(text.rows, peers)
+        return tokens, average_step(text, tokens, table_of(means, peers, frozen=True), batch, peers)
+
+    tables, losses = zip(*run_ranks(world_size, one_rank), strict=True)
     assert all(set(part) == {"t2i", "loss"} and part["t2i"] is part["loss"] for part in losses)
-    loss = sum(part["loss"] for part in losses) / world_size
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    loss = sum(part["loss"] for part in losses)
+    torch.testing.assert_close(loss / world_size, expected, rtol=1e-12, atol=1e-12)
     loss.backward()
-    torch.testing.assert_close(text.weight.grad, gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient_of(tables), gradient, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_distinct_identity_is_encoded_once(world_size):
     images, labels = toy_batch(16)
-    text = CountingText()
+    text = Text()
 
     def one_rank(peers):
         own = rank_slice(16, peers.rank, world_size)
-        return step(text, images[own], labels[own], labels, peers)
+        return step(text, table_of(text.rows, peers), images[own], labels[own], labels, peers)
 
     run_ranks(world_size, one_rank)
     distinct = set(labels.tolist())
@@ -134,11 +151,13 @@ def test_each_distinct_identity_is_encoded_once(world_size):
     assert {label for call in text.asked for label in call} == distinct
 
 
-def test_all_text_features_are_those_of_every_identity():
-    text = CountingText()
-    for world_size in (1, 2, 4):
-        for result in run_ranks(world_size, lambda peers: all_text_features(text, IDENTITIES, peers, batch_size=4)):
-            assert torch.equal(result, text.weight) and not result.requires_grad
+@pytest.mark.parametrize("world_size", [1, 2, 4, 12])
+def test_every_rank_encodes_the_identities_that_it_owns(world_size):
+    """Also where ranks outnumber identities."""
+    text = Text()
+    tables = run_ranks(world_size, lambda p: text_features(text, table_of(text.rows, p), p, batch_size=4))
+    assert torch.equal(torch.cat([table.block for table in tables]), text.features)
+    assert all(not table.block.requires_grad and table.block.shape[1] == WIDTH for table in tables)
 
 
 @pytest.mark.parametrize(("images", "batch"), [(10, 4), (8, 4), (3, 64), (65, 64)])
@@ -178,7 +197,9 @@ class Mapped:
 def test_identity_means_are_means_over_images_of_a_bank_read_in_parts():
     rng = np.random.default_rng(0)
     features, labels = rng.standard_normal((20_000, 3), np.float32), rng.permutation(20_000) % 4
-    means = identity_means(Mapped(features), labels, 4)
+    means = identity_means(Mapped(features), labels, 4).block.numpy()
     assert means.dtype == np.float32
+    parts = run_ranks(3, lambda peers: identity_means(Mapped(features), labels, 4, peers).block)
+    assert np.array_equal(torch.cat(parts).numpy(), means)
     for label in range(4):
         close(means[label], features[labels == label].mean(0, dtype=np.float64), rtol=1e-7, atol=1e-7)

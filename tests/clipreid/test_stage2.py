@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from clipreid.loss_settings import TextLoss
 from clipreid.model.encoders import Features
@@ -15,6 +14,7 @@ from clipreid.optim import adam, parameter_groups
 from clipreid.stage2 import batch_texts, losses
 from tests.helpers.golden_models import case_images, case_models, case_spec, read_case, scaled_error
 from tests.helpers.settings import loss_settings
+from tests.helpers.tables import table_of
 from tests.helpers.tolerances import close, within
 
 # The reference's part -> ours
@@ -55,23 +55,24 @@ def test_training_steps_match_the_reference_figures(tolerances):
     """Loss parts, gradients of all parameters, weights and running statistics after an Adam step per batch."""
     name, dtype, part_tolerance, *others = tolerances
     golden, case = read_case(name)
-    model, _ = case_models(case_spec(case, case["net"]), case["net"])
-    model = model.to(dtype).train()
+    model, _, tables = case_models(case_spec(case, case["net"]), case["net"])
+    model, classifiers = model.to(dtype).train(), tables.to(dtype).classifiers
     names = [our_name(n) for n in golden["names"]]
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = [*model.named_parameters(), *((table.name, table.block) for table in classifiers)]
+    trained = {n: p for n, p in named if p.requires_grad}
     assert sorted(trained) == sorted(names)
     before = {n: p.detach().clone() for n, p in trained.items()}
     lr = float(golden["lr"])
-    optimizer = adam(parameter_groups(model.named_parameters(), float(golden["wd"]), bias_lr_factor=2.0))
+    optimizer = adam(parameter_groups(named, float(golden["wd"]), bias_lr_factor=2.0))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
     settings = loss_settings(id_weight=float(golden["w_id"]), label_smoothing=float(golden["eps"]))
-    text_features = torch.from_numpy(golden["text_features"]).to(dtype)
+    texts = table_of(torch.from_numpy(golden["text_features"]).to(dtype), frozen=True)
     cameras = torch.tensor(case.get("cams", [-1] * 8))
     for k, labels in enumerate(torch.from_numpy(golden["labels"])):
         images = case_images(case["images"] + str(k), len(labels), case).to(dtype)
-        parts = losses(model(images, cameras), labels, text_features, settings)
+        parts = losses(model(images, cameras), labels, classifiers, settings, text_features=texts)
         for part, reference in zip(golden["part_names"], golden["loss_parts"][k], strict=True):
             close(parts[PARTS[part]], reference, rtol=part_tolerance[k], what=(k, part))
         optimizer.zero_grad()
@@ -129,7 +130,8 @@ def toy_output(labels, seed=0):
 
     n = len(labels)
     features = Features(leaf(n, 4), leaf(n, 5), leaf(n, WIDTH))
-    return ReIDOutput(features, (leaf(n, IDENTITIES), leaf(n, IDENTITIES))), leaf(IDENTITIES, WIDTH).detach()
+    classifiers = [table_of(leaf(IDENTITIES, 5)), table_of(leaf(IDENTITIES, WIDTH))]
+    return ReIDOutput(features, (leaf(n, 5), leaf(n, WIDTH))), classifiers, leaf(IDENTITIES, WIDTH).detach()
 
 
 def slow_triplet(features, labels, margin):
@@ -141,12 +143,12 @@ def slow_triplet(features, labels, margin):
     return total / len(labels)
 
 
-def slow_losses(output, labels, texts, settings):
+def slow_losses(output, classifiers, labels, texts, settings):
     """The weighted sum of ID, triplet and text losses (Eq. 6 to 9), one part after the other."""
     smoothing = settings.label_smoothing
     parts = {
-        f"id_{n}": F.cross_entropy(s, labels, label_smoothing=smoothing)
-        for n, s in zip(("img", "proj"), output.logits, strict=True)
+        f"id_{n}": F.cross_entropy(neck @ table.block.T, labels, label_smoothing=smoothing)
+        for n, neck, table in zip(("img", "proj"), output.necks, classifiers, strict=True)
     }
     for level, features in output.features._asdict().items():
         if level != "pre" or settings.triplet_levels == 3:
@@ -173,10 +175,11 @@ def slow_losses(output, labels, texts, settings):
 @pytest.mark.parametrize("triplet_levels", [2, 3])
 def test_every_variant_is_the_sum_of_its_parts(text_loss, triplet_levels):
     labels = torch.tensor([3, 3, 0, 0, 7, 7, 7, 9])
-    output, texts = toy_output(labels)
+    output, classifiers, texts = toy_output(labels)
     settings = loss_settings(triplet_weight=1.5, text_weight=0.7, text_loss=text_loss, triplet_levels=triplet_levels)
-    parts = losses(output, labels, texts, settings)
-    for name, value in slow_losses(output, labels, texts, settings).items():
+    bank, own_texts = table_of(texts, frozen=True), texts[labels] if "2" in text_loss.replace("i2tce", "") else None
+    parts = losses(output, labels, classifiers, settings, text_features=bank, own_texts=own_texts)
+    for name, value in slow_losses(output, classifiers, labels, texts, settings).items():
         torch.testing.assert_close(parts[name], value, msg=name)
     expected = {"id_img", "id_proj", "tri_img", "tri_proj", "id", "triplet", "loss"}
     expected |= {"tri_pre"} if triplet_levels == 3 else set()
@@ -187,14 +190,22 @@ def test_every_variant_is_the_sum_of_its_parts(text_loss, triplet_levels):
 def test_one_stage_sends_gradients_to_tokens_and_image_features():
     """Stage 1's losses over the batch; each identity's text is encoded once and counts for all its images."""
     labels = torch.tensor([3, 3, 0, 0, 7, 7, 9, 9])
-    output, texts = toy_output(labels)
-    text = nn.Embedding.from_pretrained(texts.clone(), freeze=False)
-    asked = []
-    text.register_forward_hook(lambda module, inputs, result: asked.append(inputs[0].tolist()))
+    output, classifiers, texts = toy_output(labels)
+    tokens, asked = table_of(torch.cat([texts, torch.arange(IDENTITIES)[:, None]], dim=1)), []
+
+    def text(rows):
+        asked.append(rows[:, WIDTH].tolist())
+        return rows[:, :WIDTH]
+
     settings = loss_settings(text_loss="i2t+t2i")
-    parts = losses(output, labels, None, settings, own_texts=batch_texts(text, labels, 2))
-    slow = slow_losses(output, labels, text.weight, settings)
-    gradients = [torch.autograd.grad(p["loss"], [text.weight, output.features.proj]) for p in (parts, slow)]
+    own_texts = batch_texts(text, tokens, labels[::2], 2)
+    parts = losses(output, labels, classifiers, settings, own_texts=own_texts)
+    parts["loss"].backward()
+    tokens.collect_gradient()
+    ours = [tokens.block.grad[:, :WIDTH], output.features.proj.grad]
+    texts.requires_grad_()
+    slow = slow_losses(output, classifiers, labels, texts, settings)
+    gradients = ours, torch.autograd.grad(slow["loss"], [texts, output.features.proj])
     torch.testing.assert_close(parts["loss"], slow["loss"])
     for ours, expected in zip(*gradients, strict=True):
         assert expected.any()

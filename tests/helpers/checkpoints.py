@@ -4,6 +4,7 @@ damage and go on from."""
 import torch
 from torch import nn
 
+from clipreid.identity_table import IdentityTable
 from cluster.errors import Preempted
 from cluster.ranks.team import Team
 from cluster.run.interrupts import Pending
@@ -13,7 +14,9 @@ from cluster.run.storage import Storage
 from cluster.settings.yaml_file import parse_config
 from cluster.training.checkpoint import Retention, find_newest
 from cluster.training.checkpoint_writer import CheckpointWriter, Origin
-from cluster.training.engine import Fragment
+from cluster.training.engine import Engine
+from cluster.training.pieces import Piece, slots
+from cluster.training.trained_table import TrainedTable
 
 
 class Log(SilentReporter):
@@ -37,25 +40,40 @@ class NoInterrupts:
         return Preempted if pending.stop else None
 
 
-class PlainEngine:
-    """Stands where DeepSpeed's engine would: the checkpoint sees fragments and takes state back as a whole."""
+class Plain:
+    """Stands where a module under DeepSpeed would."""
 
     zero_stage = 1
 
     def __init__(self, value):
         self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.loaded = None
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.fill_(value)
             self.module[1].running_mean.fill_(value)
+        self.moments = {n: (p.detach().clone() + 1, p.detach().clone() + 2) for n, p in self.module.named_parameters()}
 
-    def fragments(self, rank):
+    def buffers(self):
+        return dict(self.module.named_buffers())
+
+    def pieces(self, rank):
         for name, p in self.module.named_parameters():
-            yield Fragment(name, 0, p.detach().flatten(), p.detach().flatten() + 1, p.detach().flatten() + 2)
+            yield Piece(name, 0, p.detach().view(-1), *(moment.view(-1) for moment in self.moments[name]))
 
-    def load(self, full, steps, rank):
-        self.loaded = full, steps
+    def slots(self, rank):
+        return slots(self.pieces(rank))
+
+    def numels(self):
+        return {name: p.numel() for name, p in self.module.named_parameters()}
+
+    def loaded(self, steps):
+        pass
+
+
+def plain_engine(value):
+    """An engine without DeepSpeed: a few parameters, buffers and a table of one column, all of them `value`."""
+    table = IdentityTable("rows", 5, torch.full((5, 1), value))
+    return Engine(replicated=Plain(value), tables=[TrainedTable("rows", table, weight_decay=0.0)])
 
 
 def writer_at(folder, keep=2, settings=None, team=None):
@@ -77,7 +95,7 @@ def at(step, stage=2):
 
 def save(writer, *steps, mAP=None):
     for step in steps:
-        writer.save(at(step), PlainEngine(float(step)), mAP=mAP)
+        writer.save(at(step), plain_engine(float(step)), mAP=mAP)
     writer.finish()
 
 
@@ -103,10 +121,11 @@ def damage(folder, kind):
 
 def loaded(folder, resume="auto"):
     """The step count and the first weight of the checkpoint that a run goes on from."""
-    engine = PlainEngine(0.0)
+    engine = plain_engine(0.0)
     newest_at(folder, resume).load(engine, Team())
-    full, steps = engine.loaded
-    return steps, full["0.weight"]["value"][0].item()
+    values = {engine.module[0].weight[0, 0].item(), *engine.tables[0].block.flatten().tolist()}
+    assert len(values) == 1
+    return engine.steps, values.pop()
 
 
 def settings_of(folder, **changes):

@@ -13,10 +13,8 @@ import open_clip
 import torch
 
 from clipreid.model.arch import check_arch
-from clipreid.model.prompts import PromptedText
-from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
-from clipreid.weights.initial import build_models
+from clipreid.weights.initial import Models, build_models
 from tests.golden.seeded import seeded_images, seeded_tensor
 from tests.helpers.settings import model_spec
 
@@ -78,21 +76,22 @@ def case_spec(case: dict, net: str, noun: str = "person") -> ModelSpec:
     )
 
 
-def case_models(spec: ModelSpec, net: str) -> tuple[ReIDModel, PromptedText]:
-    """Both parts of `spec` with the recipe's CLIP weights, read from a file, and its heads and tokens."""
-    model, text = build_models(spec, str(clip_file(net)))
-    fill_heads(model, text)
-    return model, text
+def case_models(spec: ModelSpec, net: str) -> Models:
+    """All of `spec` with the recipe's CLIP weights, read from a file, and its heads and tables."""
+    models = build_models(spec, str(clip_file(net)))
+    fill_heads(models)
+    return models
 
 
 @torch.no_grad()
-def fill_heads(model: ReIDModel, text: PromptedText | None = None) -> None:
+def fill_heads(models: Models) -> None:
     """Replace what re-identification adds to CLIP by the recipe's values."""
-    for name, value in model.state_dict().items():
+    for name, value in models.model.state_dict().items():
         if not name.startswith("image_encoder.") and not name.endswith("num_batches_tracked"):
             value.copy_(seeded(f"reid.{name}", tuple(value.shape)))
-    if text is not None:
-        text.tokens.copy_(seeded("reid.prompt_tokens", tuple(text.tokens.shape)))
+    for table in models.tables:
+        name = "prompt_tokens" if table is models.tables.tokens else table.name
+        table.block.copy_(seeded(f"reid.{name}", tuple(table.block.shape)))
 
 
 def scaled_error(value: torch.Tensor, reference: np.ndarray) -> float:

@@ -13,12 +13,13 @@ from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import parse_config
 from cluster.training.checkpoint import Retention, find_newest
 from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
-from cluster.training.engine import MOMENTS
 from cluster.training.loop import Loop
+from cluster.training.pieces import KEYS
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
 from shards.loading.index import ShardIndex
 from tests.helpers.checkpoints import Log, NoInterrupts
+from tests.helpers.tables import table_of
 
 LR = 5e-6
 RESNET = {"model.arch": "configs/models/tiny_rn.json"}
@@ -37,7 +38,7 @@ BASE = {
 }
 
 
-def make_parts(folder, **changes):
+def make_parts(team, folder, **changes):
     """Configuration, index and specification for the shards in `folder`, and the models."""
     tree = {}
     for key, value in (BASE | {"data.shards": f"{folder}/shards"} | changes).items():
@@ -46,14 +47,15 @@ def make_parts(folder, **changes):
     config = parse_config(tree)
     index = ShardIndex.open(config.data.shards)
     spec = model_spec(config, index)
-    return config, index, spec, *build_models(spec, None, seed=0)
+    return config, index, spec, build_models(spec, None, seed=0, peers=team)
 
 
 def make_stage(team, folder, **changes):
     """Stage 2 on the shards in `folder`, with random text features."""
-    config, index, spec, model, text = make_parts(folder, **changes)
-    texts = torch.randn(spec.identities, model.image_encoder.widths[2], generator=torch.Generator().manual_seed(1))
-    return Stage2(config, team, model, text, texts, index)
+    config, index, spec, models = make_parts(team, folder, **changes)
+    width, generator = models.model.image_encoder.widths[2], torch.Generator().manual_seed(1)
+    texts = table_of(torch.randn(spec.identities, width, generator=generator), team, frozen=True)
+    return Stage2(config, team, models, texts, index)
 
 
 def train(team, stage, folder):
@@ -71,7 +73,9 @@ def train(team, stage, folder):
 
 def pieces_of(engine):
     """{parameter: {value, exp_avg, exp_avg_sq}}, flat copies."""
-    return {f.name: {k: getattr(f, k).clone() for k in ("value", *MOMENTS)} for f in engine.fragments(0)}
+    replicated = [] if engine.replicated is None else list(engine.replicated.pieces(0))
+    pieces = [*replicated, *(table.piece() for table in engine.tables)]
+    return {piece.name: {key: getattr(piece, key).clone() for key in KEYS} for piece in pieces}
 
 
 def precision_run(team, folder, precision):
@@ -85,7 +89,7 @@ def precision_run(team, folder, precision):
         return parts
 
     stage.losses = watched
-    mlp = module.model.image_encoder.transformer.resblocks[0].mlp
+    mlp = module.image_encoder.transformer.resblocks[0].mlp
     mlp.register_forward_hook(lambda _, __, out: types["encoder"].add(out.dtype))
     before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     log, _, _ = train(team, stage, f"{folder}/{precision}")
@@ -110,7 +114,7 @@ def failing_run(team, folder, kind):
             before["pieces"] = pieces_of(engine)
             before["buffers"] = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
             if kind == "text":
-                stage.text_features[0] = torch.nan
+                stage.text_features.block[0] = torch.nan
             elif kind == "parameter":
                 next(engine.module.parameters()).data[0] = torch.nan
             else:
@@ -123,7 +127,8 @@ def failing_run(team, folder, kind):
     saved = {}
     if newest is not None:
         fresh = make_stage(team, folder, **RESNET)
-        saved["pieces"] = newest.read(fresh.engine.module)
+        newest.load(fresh.engine, team)
+        saved["pieces"] = pieces_of(fresh.engine)
         saved["buffers"] = dict(fresh.engine.module.named_buffers())
         saved["position"] = newest.position
         fresh.close()
@@ -133,11 +138,11 @@ def failing_run(team, folder, kind):
 
 def failing_stage1(team, folder):
     """Stage 1 over 64 images, 16 in a batch, whose third batch holds an image with a feature that is NaN."""
-    config, index, spec, _, text = make_parts(folder, **{"stage1.batch": 16, "stage1.epochs": 1})
+    config, index, spec, models = make_parts(team, folder, **{"stage1.batch": 16, "stage1.epochs": 1})
     rows = index.split("train")
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(len(rows.labels), spec.arch_config["embed_dim"], generator=generator).numpy()
-    stage = Stage1(config, team, text.eval(), bank, rows)
+    stage = Stage1(config, team, models.text.eval(), models.tables.tokens, bank, rows)
     batches = list(stage.batches(1, 1))
     bank[batches[2][0], 3] = float("nan")
     before, inner = [], stage.losses
@@ -148,7 +153,8 @@ def failing_stage1(team, folder):
 
     stage.losses = watched
     log, newest, message = train(team, stage, f"{folder}/stage1-{team.world_size}")
-    saved = {"pieces": newest.read(stage.engine.module), "position": newest.position}
+    newest.load(stage.engine, team)
+    saved = {"pieces": pieces_of(stage.engine), "position": newest.position}
     identities = sorted(stage.identities(batches[2]))
     stage.close()
     return {"message": message, "identities": identities, "steps": len(log), "before": before[2], "saved": saved}

@@ -23,6 +23,15 @@ class ThreadPeers:
     def all_gather(self, tensor):
         return torch.cat(self._of_all_ranks(tensor))
 
+    def all_to_all(self, tensor, send, receive):
+        sent = self._of_all_ranks(tensor.split(list(send)))
+        received = torch.cat([parts[self.rank] for parts in sent])
+        assert [len(parts[self.rank]) for parts in sent] == list(receive)
+        return received
+
+    def all_reduce_max(self, tensor):
+        return torch.stack(self._of_all_ranks(tensor.detach())).amax(0)
+
     def all_reduce_sum(self, tensor):
         return torch.stack(self._of_all_ranks(tensor.detach())).sum(0, dtype=tensor.dtype)
 

@@ -38,7 +38,7 @@ def test_stage2_gives_speed_flops_share_and_memory_of_each_loop():
 
 def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
     spec = model_spec(TINY, image_size=(32, 32), identities=10)
-    model, _ = build_models(spec)
+    model, _, tables = build_models(spec)
     width, hidden, tokens, images, pixels, projected = 32, 64, 17, 3, 3 * 64, 16
     per_token = 4 * width * width + 2 * width * hidden
     whole = tokens * per_token + 2 * tokens * tokens * width
@@ -47,7 +47,7 @@ def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
     embedding = (tokens - 1) * pixels * width
     # Each product is done once forward and twice backward, but no gradient goes to the pixels.
     expected = 2 * images * (3 * (whole + last + heads) + 2 * embedding)
-    assert stage2.training_flops(model, (images, 3, 32, 32)) == expected
+    assert stage2.training_flops(model, tables, (images, 3, 32, 32)) == expected
 
 
 def test_checkpoint_prints_what_training_waits_for_as_one_json_object():

@@ -29,7 +29,8 @@ def files(tmp_path_factory):
         rows.append(f"images/{number}.jpg,id{number % 3},train")
     (folder / "table.csv").write_text("\n".join(rows) + "\n")
     spec = model_spec(str(ROOT / TINY["model.arch"]), image_size=(32, 32), identities=4, cameras=3, noun="thing")
-    save_model(folder / "model.safetensors", *_with_card(spec))
+    card = ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj"))
+    save_model(folder / "model.safetensors", build_models(spec), card)
     arrays = {
         "features": np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32),
         "identities": np.array([f"id{n % 7}" for n in range(4000)]),
@@ -39,11 +40,6 @@ def files(tmp_path_factory):
     settings = {**TINY, "model.arch": str(ROOT / TINY["model.arch"]), "cluster.launcher": "local", "cluster.workers": 1}
     (folder / "c.yaml").write_text(f"data: {{shards: {shards}, cache_dir: {folder}/cache}}\n")
     return folder, [f"{key}={value}" for key, value in settings.items()]
-
-
-def _with_card(spec):
-    model, text = build_models(spec)
-    return model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")), text
 
 
 def build(files, out):

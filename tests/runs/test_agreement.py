@@ -39,6 +39,7 @@ class NoCheckpoints:
 
     failed = False
 
+    def before_update(self): ...
     def save(self, *_, **__): ...
     def finish(self): ...
 
@@ -63,11 +64,13 @@ def losses_of_both_stages(team, shards, arch, dtype, epochs):
     config = settings(shards, arch, epochs)
     index, log = ShardIndex.open(str(shards)), Log()
     train, spec = index.split("train"), model_spec(config, index)
-    model, text = (part.to(dtype) for part in build_models(spec, seed=0))
+    models = build_models(spec, seed=0, peers=team)
+    for part in models:
+        part.to(dtype)
     bank = torch.randn(len(train), spec.arch_config["embed_dim"], generator=torch.Generator().manual_seed(1)).to(dtype)
-    follow(Stage1(config, team, text.eval(), bank.numpy(), train), team, log, dtype)
-    texts = method.all_text_features(text, spec.identities, team, team.device)
-    stage2 = Stage2(config, team, model, text, texts, index)
+    follow(Stage1(config, team, models.text.eval(), models.tables.tokens, bank.numpy(), train), team, log, dtype)
+    texts = method.text_features(models.text, models.tables.tokens, team)
+    stage2 = Stage2(config, team, models, texts, index)
     stage2.engine.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     follow(stage2, team, log, dtype)
     return log.entries
@@ -78,7 +81,8 @@ def follow(stage, team, log, dtype):
 
     # DeepSpeed sums gradients as float32, and refuses others, unless told.
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64]
-    stage.engine._engine.communication_data_type = dtype
+    if stage.engine.replicated is not None:
+        stage.engine.replicated._engine.communication_data_type = dtype
     loop = Loop(team, NoCheckpoints(), Due(), log, NoInterrupts())
     loop.run(stage, Position(stage.number, 1, 0, 0, False))
     stage.close()

@@ -11,7 +11,7 @@ from cluster.run.manifest import FOLDER, Position
 from cluster.run.storage import Storage
 from cluster.settings.config import results_settings
 from shards.sealed import seal, unseal
-from tests.helpers.checkpoints import PlainEngine, at, damage, loaded, newest_at, save, settings_of, writer_at
+from tests.helpers.checkpoints import at, damage, loaded, newest_at, plain_engine, save, settings_of, writer_at
 
 
 def test_a_run_begins_from_the_named_checkpoint_and_then_goes_on_from_its_own(tmp_path):
@@ -110,11 +110,11 @@ def test_changes_that_would_change_results_are_refused_by_key_and_harmless_ones_
 def test_epochs_may_change_where_nothing_that_is_done_depends_on_them(tmp_path):
     settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
     writer = writer_at(tmp_path, settings=settings)
-    writer.save(Position(1, 2, 1, 9, False), PlainEngine(1.0))
+    writer.save(Position(1, 2, 1, 9, False), plain_engine(1.0))
     writer.finish()
     with pytest.raises(ConfigError, match="stage1.epochs: 60, but the checkpoints of .* were made with 120"):
         check_may_continue(settings_of(tmp_path, stage1__epochs=60), "f")
-    writer.save(Position(2, 5, 1, 9, False), PlainEngine(1.0))
+    writer.save(Position(2, 5, 1, 9, False), plain_engine(1.0))
     writer.finish()
     check_may_continue(settings_of(tmp_path, stage1__epochs=60, stage2__epochs=5), "f")
     with pytest.raises(ConfigError, match="stage2.epochs: 4, but stage2-.* is in epoch 5 already"):

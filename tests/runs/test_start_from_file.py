@@ -1,14 +1,16 @@
 """Training that starts from a checkpoint: of the paper's authors, or of our own; and files that cannot start it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipreid.weights.file import ModelCard, load_model, load_text, save_model
+from clipreid.weights.file import ModelCard, load_model, save_model
 from clipreid.weights.initial import build_models
 from clipreid.weights.official import save_official
+from clipreid.weights.tables import TOKENS, load_table
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
 from cluster.settings.yaml_file import parse_config
@@ -41,12 +43,13 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     write_shards(folder / "shards", {"train": IDENTITIES, "query": {"q": 3, "r": 3}, "gallery": {"q": 3, "r": 3}})
     spec = check_run(settings(folder, folder / "none", model={"pretrained": None}, stages=[1, 2]))[1]
-    model, text = build_models(spec, seed=7)
-    save_official(folder / "official.pth", model, text, spec)
+    models = build_models(spec, seed=7)
+    save_official(folder / "official.pth", models.state_dict(), spec)
     (folder / "official.pth").with_suffix(".bin").write_bytes((folder / "official.pth").read_bytes())
-    save_official(folder / "baseline.pth", model, None, spec)
-    save_model(folder / "model.safetensors", model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")), text)
-    return folder, text
+    image_side = models._replace(text=None, tables=replace(models.tables, tokens=None))
+    save_official(folder / "baseline.pth", image_side.state_dict(), spec)
+    save_model(folder / "model.safetensors", models, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")))
+    return folder, models.tables.tokens.block
 
 
 def train_all(team, folder, files):
@@ -57,7 +60,7 @@ def train_all(team, folder, files):
 
 
 def test_stage_2_starts_from_a_checkpoint_of_the_authors_or_of_ours(start):
-    folder, text = start
+    folder, tokens = start
     files = ("official.pth", "official.bin", "model.safetensors")
     on_processes(1, train_all, folder, files)
     logs = [(folder / f"run-{file}" / "log.jsonl").read_text() for file in files]
@@ -67,7 +70,7 @@ def test_stage_2_starts_from_a_checkpoint_of_the_authors_or_of_ours(start):
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) > 1
     for file in files:
         run = folder / f"run-{file}" / "model.safetensors"
-        assert torch.equal(load_text(run).tokens, text.tokens)
+        assert torch.equal(load_table(run, TOKENS).block, tokens)
         assert not torch.equal(
             load_model(run)[0].image_encoder.proj, load_model(folder / "model.safetensors")[0].image_encoder.proj
         )

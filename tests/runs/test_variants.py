@@ -11,7 +11,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from clipreid.weights.file import load_model, load_text, read_card
+from clipreid.weights.file import load_model, load_models, read_card
 from clipreid.weights.initial import build_models
 from cluster.settings.yaml_file import parse_config
 from cluster.training.worker import train
@@ -132,12 +132,14 @@ def test_a_variant_moves_what_it_trains_and_nothing_else(runs, name):
     folder, config = runs[0], config_of(runs[0], name)
     path = folder / name / "model.safetensors"
     model, spec = load_model(path)
-    text = load_text(path)
-    fresh_model, fresh_text = build_models(spec, None, config.run.seed)
+    _, text, tables = load_models(path)
+    fresh_model, fresh_text, fresh_tables = build_models(spec, None, config.run.seed)
     start = dict(fresh_model.named_parameters())
     still = {n for n, p in model.named_parameters() if torch.equal(p, start[n])}
     assert still == {n for n in start if not start[n].requires_grad}
-    moved = (text.tokens != fresh_text.tokens).any(dim=-1)
+    for table, fresh in zip(tables.classifiers, fresh_tables.classifiers, strict=True):
+        assert (table.block != fresh.block).any(dim=-1).all(), table.name
+    moved = (tables.tokens.block != fresh_tables.tokens.block).any(dim=-1)
     assert moved.all() if config.method != "baseline" else not moved.any()
     start = dict(fresh_text.named_parameters())
     assert all(torch.equal(p, start[n]) for n, p in text.named_parameters() if not start[n].requires_grad)
@@ -170,10 +172,10 @@ def test_a_descriptor_has_its_own_metrics(runs):
 def test_the_sizes_of_a_variant_are_in_its_weights(runs):
     def models(name):
         path = runs[0] / name / "model.safetensors"
-        return load_model(path)[0], load_text(path)
+        return load_models(path)
 
     for tokens in ("cls", "all"):
         sie = [models(f"sie={sie},{tokens}")[0].cv_embed for sie in ("camera", "view", "camera+view")]
         assert [len(table) for table in sie] == [3, 2, 6]
-    assert [models(f"prompt_tokens={tokens}")[1].tokens.shape[1] for tokens in (1, 8)] == [1, 8]
+    assert [models(f"prompt_tokens={tokens}").tables.tokens.block.shape[1] for tokens in (1, 8)] == [1, 8]
     assert read_card(runs[0] / "descriptor=pre+proj" / "model.safetensors").descriptor == ("pre", "proj")

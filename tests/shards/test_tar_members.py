@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
+from shards.format import BadTar, first_member, tar_members
 from shards.loading.index import ShardIndex
 from shards.loading.sequential import SequentialLoader
 from shards.loading.tar_images import TarImages
 from shards.packing.verify import verify
-from shards.tar_members import BadTar, first_member, tar_members
 from tests.helpers.shards import write_shards
 
 SPARSE_1_0 = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 15}

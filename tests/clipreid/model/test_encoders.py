@@ -40,7 +40,7 @@ ENCODER_CASES = ["vit_s16_256x128", "vit_s12_256x128_cam", "vit_s16_256x256_camv
 def test_encoder_matches_the_reference_figures(name):
     """Evaluation features, scores and descriptor; one training pass; running statistics after it."""
     golden, case = read_case(name)
-    model, _ = case_models(case_spec(case, case["net"]), case["net"])
+    model, _, tables = case_models(case_spec(case, case["net"]), case["net"])
     images = case_images(case["images"], case["n"], case)
     assert np.array_equal(images[:, :, :2, :2].numpy(), golden["image_check"])
     cameras = torch.tensor(case.get("cams", [-1] * case["n"]))
@@ -51,10 +51,10 @@ def test_encoder_matches_the_reference_figures(name):
 
     with torch.no_grad():
         output = model.eval()(images, cameras, views)
-        check_output(golden, "eval_", output, scores=2e-5)
+        check_output(golden, "eval_", output, tables, scores=2e-5)
         within(scaled_error(descriptor_unnormalised(output.features)[:2], golden["eval_descriptor"]), 2e-5)
         output = model.train()(images, cameras, views)
-        check_output(golden, "train_", output, scores=5e-5)
+        check_output(golden, "train_", output, tables, scores=5e-5)
     statistics = {key: value for key, value in golden.items() if key.startswith("after_train__")}
     state = model.state_dict()
     for key, value in statistics.items():
@@ -63,10 +63,14 @@ def test_encoder_matches_the_reference_figures(name):
     assert len(statistics) >= 2
 
 
-def check_output(golden, prefix, output, scores):
+def logits_of(output, tables):
+    return [neck @ table.block.T for neck, table in zip(output.necks, tables.classifiers, strict=True)]
+
+
+def check_output(golden, prefix, output, tables, scores):
     """Features to 2e-5, scores to the given tolerance."""
     names = ("f_last", "f_img", "f_proj", "score_img", "score_proj")
-    values = dict(zip(names, (*output.features, *output.logits), strict=True))
+    values = dict(zip(names, (*output.features, *logits_of(output, tables)), strict=True))
     checked = [name for name in names if prefix + name in golden]
     assert len(checked) >= 2
     for name in checked:
@@ -109,7 +113,7 @@ def test_same_cell_count_in_another_shape_is_resized():
 def test_features_at_native_size_equal_open_clips_own_tower(arch):
     """`proj` is what open_clip encodes, and the two earlier features are its intermediates."""
     spec = tiny_spec(arch, image_size=(32, 32))
-    model, _ = build_models(spec, seed=4)
+    model, *_ = build_models(spec, seed=4)
     encoder = model.double().image_encoder
     visual = open_clip.CLIP(**spec.arch_config).double().visual
     if arch == RESNET:  # the native tower strides in its last stage: compare with that undone in both
@@ -133,7 +137,7 @@ def test_features_at_native_size_equal_open_clips_own_tower(arch):
 
 def test_overlapping_patches_give_the_stated_grid():
     spec = tiny_spec(stride=6)
-    model, _ = build_models(spec)
+    model, *_ = build_models(spec)
     assert spec.grid == ((48 - 8) // 6 + 1, (32 - 8) // 6 + 1) == (7, 5)
     assert model.image_encoder.conv1(random_images()).shape[2:] == spec.grid
     assert len(model.image_encoder.positional_embedding) == 1 + 7 * 5
@@ -141,7 +145,7 @@ def test_overlapping_patches_give_the_stated_grid():
 
 
 def test_resnets_last_map_is_a_sixteenth():
-    model, _ = build_models(tiny_spec(RESNET))
+    model, *_ = build_models(tiny_spec(RESNET))
     shapes = {}
     model.image_encoder.layer4.register_forward_hook(lambda *call: shapes.update(map=call[2].shape[2:]))
     model.features(random_images())
@@ -149,7 +153,7 @@ def test_resnets_last_map_is_a_sixteenth():
 
 
 def with_table(**changes):
-    model, _ = build_models(tiny_spec(**changes), seed=1)
+    model, *_ = build_models(tiny_spec(**changes), seed=1)
     torch.nn.init.normal_(model.cv_embed, generator=torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -200,12 +204,12 @@ def test_only_the_rows_of_known_cameras_learn():
 def test_heads_are_initialised_as_published():
     spec = tiny_spec(str(ROOT_CONFIGS / "small_vit.json"), image_size=(64, 64), identities=400)
     spec = dataclasses.replace(spec, sie="camera", cameras=300)
-    model, text = build_models(spec)
-    for weight, std in ((model.classifier.weight, 1e-3), (model.classifier_proj.weight, 1e-3)):
+    model, _, tables = build_models(spec)
+    for weight, std in ((table.block, 1e-3) for table in tables.classifiers):
         assert weight.std().item() == pytest.approx(std, rel=0.02)
         assert abs(weight.mean().item()) < std / 50
     assert model.cv_embed.std().item() == pytest.approx(0.02, rel=0.02)
-    assert text.tokens.std().item() == pytest.approx(0.02, rel=0.02)
+    assert tables.tokens.block.std().item() == pytest.approx(0.02, rel=0.02)
     for neck in (model.bottleneck, model.bottleneck_proj):
         assert neck.weight.requires_grad and (neck.weight == 1).all()
         assert not neck.bias.requires_grad and not neck.bias.any()
@@ -220,18 +224,16 @@ def test_construction_depends_on_the_seed_and_leaves_the_global_state_alone():
     torch.random.set_rng_state(state)
     build_models(spec, seed=9)
     assert torch.equal(torch.random.get_rng_state(), state)
-    for part in (0, 1):
-        expected = one[part].state_dict()
-        for name, value in expected.items():
-            assert torch.equal(value, other[part].state_dict()[name]), name
-            assert torch.equal(value, third[part].state_dict()[name]), name
-    assert not torch.equal(one[1].tokens, different[1].tokens)
-    assert not torch.equal(one[0].classifier.weight, different[0].classifier.weight)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+        assert torch.equal(value, third.state_dict()[name]), name
+    for table, another in zip(one.tables, different.tables, strict=True):
+        assert not torch.equal(table.block, another.block), table.name
     assert not torch.equal(one[0].image_encoder.proj, different[0].image_encoder.proj)
 
 
 def test_descriptor_is_normalised_as_one_vector():
-    model, _ = build_models(tiny_spec())
+    model, *_ = build_models(tiny_spec())
     features = model.features(random_images())
     joined = torch.cat([features.img, features.proj], dim=1)
     close(descriptor(features, ("img", "proj")), joined / joined.norm(dim=1, keepdim=True), rtol=1.3e-6, atol=1e-5)
@@ -241,26 +243,26 @@ def test_descriptor_is_normalised_as_one_vector():
 def test_no_parameter_is_without_dimensions():
     """DeepSpeed's partitioning fails on scalars, such as CLIP's logit_scale."""
     for arch in (VIT, RESNET):
-        model, text = build_models(tiny_spec(arch))
+        model, text, _ = build_models(tiny_spec(arch))
         assert all(p.dim() > 0 for part in (model, text) for p in part.parameters())
 
 
 @pytest.mark.parametrize("arch", [VIT, RESNET])
 def test_scores_stay_float32_under_autocast_and_float64_in_double(arch):
-    model, _ = build_models(tiny_spec(arch))
+    model, *_ = build_models(tiny_spec(arch))
     images = random_images(8)
     exact = model.eval()(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images)
-    assert {value.dtype for value in (*output.features, *output.logits)} == {torch.float32}
+    assert {value.dtype for value in (*output.features, *output.necks)} == {torch.float32}
     within(scaled_error(output.features.img, exact.features.img.detach().numpy()), 0.03)
     output = model.double()(images.double())
-    assert {value.dtype for value in (*output.features, *output.logits)} == {torch.float64}
+    assert {value.dtype for value in (*output.features, *output.necks)} == {torch.float64}
     within(scaled_error(output.features.img, exact.features.img.detach().numpy()), 1e-4)
 
 
 def test_channels_last_changes_nothing():
-    model, _ = build_models(tiny_spec(RESNET))
+    model, *_ = build_models(tiny_spec(RESNET))
     images = random_images()
     expected = model.double().eval()(images.double())
     model = model.to(memory_format=torch.channels_last)
@@ -273,12 +275,12 @@ def test_channels_last_changes_nothing():
 def test_the_model_compiles_as_one_graph(arch):
     """fullgraph refuses branches that depend on data; "eager" runs the captured graph without a compiler."""
     sie = {"sie": "camera+view", "cameras": 3, "views": 2} if arch == VIT else {}
-    model, _ = build_models(tiny_spec(arch, **sie))
+    model, *_ = build_models(tiny_spec(arch, **sie))
     cameras, views = torch.tensor([0, 2, -1, 1]), torch.tensor([0, 1, 1, -1])
     expected = model.eval()(random_images(), cameras, views)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     output = compiled(random_images(), cameras, views)
-    for ours, reference in zip(output.logits, expected.logits, strict=True):
+    for ours, reference in zip(output.necks, expected.necks, strict=True):
         close(ours, reference, rtol=1.3e-6, atol=1e-5)
 
 

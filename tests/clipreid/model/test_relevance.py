@@ -16,7 +16,7 @@ TRACES = {"vit": _trace_vit, "rn": _trace_resnet}
 
 def encoder_of(kind):
     spec = model_spec(ARCHS[kind], image_size=(64, 32), identities=4)
-    model, _ = build_models(spec, seed=1)
+    model, *_ = build_models(spec, seed=1)
     return model.eval().image_encoder
 
 

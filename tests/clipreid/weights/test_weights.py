@@ -17,7 +17,7 @@ from clipreid.model.prompts import template_ids
 from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
 from clipreid.weights import download as download_module
-from clipreid.weights.file import ModelCard, load_model, load_text, read_card, save_model, weights_file
+from clipreid.weights.file import ModelCard, load_model, load_models, load_text, read_card, save_model, weights_file
 from clipreid.weights.initial import build_models
 from clipreid.weights.official import holds_prompts, official_shapes, save_official
 from clipreid.weights.pretrained import read_state_dict
@@ -54,9 +54,9 @@ def tiny_images(count=4):
 
 def outputs(models):
     """Features, and text features of all identities."""
-    model, text = models
+    model, text, tables = models
     with torch.no_grad():
-        return [*model.eval().features(tiny_images()), text(torch.arange(len(text.tokens)))]
+        return [*model.eval().features(tiny_images()), text(tables.tokens.block), *(t.block for t in tables)]
 
 
 def equal(ours, theirs):
@@ -117,7 +117,7 @@ def test_openais_archive_is_read_with_its_half_precision_and_sizes(tmp_path):
     spec = dataclasses.replace(tiny_spec(), arch_config=config)
     half, full = (build_models(spec, str(tmp_path / name)) for name in ("ViT.pt", "float.pt"))
     assert equal(outputs(half), outputs(full))
-    assert {p.dtype for part in half for p in part.parameters()} == {torch.float32}
+    assert {p.dtype for part in half[:2] for p in part.parameters()} == {torch.float32}
     with pytest.raises(ModelError, match='trained with QuickGELU, but .* computes GELU: set "quick_gelu"'):
         build_models(tiny_spec(), str(tmp_path / "ViT.pt"))
 
@@ -126,7 +126,7 @@ def test_a_file_with_a_larger_grid_is_resized_once(tmp_path):
     state = clip_state(check_arch(VIT))
     state["visual.positional_embedding"] = rows = torch.randn(1 + 6 * 6, 32)
     torch.save(state, tmp_path / "clip.pt")
-    model, _ = build_models(tiny_spec(), str(tmp_path / "clip.pt"))
+    model, *_ = build_models(tiny_spec(), str(tmp_path / "clip.pt"))
     grid = F.interpolate(rows[1:].T.reshape(1, 32, 6, 6), size=(6, 4), mode="bilinear")
     expected = torch.cat([rows[:1], grid[0].flatten(1).T])
     close(model.image_encoder.positional_embedding, expected, rtol=1.3e-6, atol=1e-5)
@@ -211,7 +211,7 @@ def test_weights_by_tag_come_through_open_clips_download(monkeypatch):
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
     monkeypatch.setattr(download_module, "_network_fault", lambda entry: "")
     golden, case = read_case("rn50_256x128")
-    model, _ = build_models(case_spec(case, "rn50"), "openai")
+    model, *_ = build_models(case_spec(case, "rn50"), "openai")
     assert asked == ["timm/resnet50_clip.openai"]
     with torch.no_grad():
         features = model.eval().features(case_images(case["images"], case["n"], case)[:2])
@@ -235,12 +235,12 @@ def test_a_saved_model_stands_alone(arch, tmp_path):
     models = build_models(spec, seed=5)
     models[0].train()(tiny_images())  # running statistics are part of the model
     path = tmp_path / "model.safetensors"
-    save_model(path, models[0], card_of(spec), models[1])
+    save_model(path, models, card_of(spec))
     copy.unlink()
 
     model, loaded = load_model(path)
     assert loaded == spec and read_card(path) == card_of(spec) and not model.training
-    assert equal(outputs((model, load_text(path))), outputs(models))
+    assert equal(outputs(load_models(path)), outputs(models))
     for name, value in models[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -249,17 +249,17 @@ def test_a_saved_model_stands_alone(arch, tmp_path):
 
 def test_a_loaded_model_trains_what_a_built_one_trains(tmp_path):
     models = build_models(tiny_spec())
-    save_model(tmp_path / "model.safetensors", models[0], card_of(tiny_spec()), models[1])
+    save_model(tmp_path / "model.safetensors", models, card_of(tiny_spec()))
     loaded = load_model(tmp_path / "model.safetensors")[0], load_text(tmp_path / "model.safetensors")
-    for ours, theirs in zip(models, loaded, strict=True):
+    for ours, theirs in zip(models[:2], loaded, strict=True):
         assert {n: p.requires_grad for n, p in ours.named_parameters()} == {
             n: p.requires_grad for n, p in theirs.named_parameters()
         }
 
 
 def test_a_model_saved_without_its_text_side_has_none(tmp_path):
-    model, _ = build_models(tiny_spec())
-    save_model(tmp_path / "model.safetensors", model, card_of(tiny_spec()))
+    models = build_models(tiny_spec())
+    save_model(tmp_path / "model.safetensors", models._replace(text=None), card_of(tiny_spec()))
     assert load_text(tmp_path / "model.safetensors") is None
     assert load_model(tmp_path / "model.safetensors")[1] == tiny_spec()
 
@@ -272,8 +272,8 @@ def test_files_that_are_not_ours_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="was not written by this system"):
         load_model(tmp_path / "model.safetensors")
-    model, _ = build_models(tiny_spec())
-    save_model(tmp_path / "model.safetensors", model, card_of(tiny_spec()))
+    models = build_models(tiny_spec())
+    save_model(tmp_path / "model.safetensors", models._replace(text=None), card_of(tiny_spec()))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="is not a complete .safetensors file"):
@@ -322,7 +322,7 @@ def test_an_official_checkpoint_gives_the_reference_descriptors(name, net, prefi
     shapes = official_shapes(tmp_path / "official.pth")
     assert (shapes.identities, shapes.sie_rows) == (10, case.get("cv_rows", 0))
 
-    model, text = build_models(case_spec(case, net), str(tmp_path / "official.pth"))
+    model, text, tables = build_models(case_spec(case, net), str(tmp_path / "official.pth"))
     images = case_images(case["images"], case["n"], case)
     cameras = torch.tensor(case["cams"]) if "cams" in case else None
     with torch.no_grad():
@@ -330,13 +330,13 @@ def test_an_official_checkpoint_gives_the_reference_descriptors(name, net, prefi
     joined = torch.cat([output.features.img, output.features.proj], dim=1)
     within(scaled_error(joined[:2], golden["eval_descriptor"]), 2e-5)
     within(scaled_error(descriptor(output.features, ("img", "proj")), F.normalize(joined).numpy()), 1e-6)
-    within(scaled_error(output.logits[0], golden["eval_score_img"]), 2e-5)
-    within(scaled_error(output.logits[1], golden["eval_score_proj"]), 2e-5)
+    for neck, table, name in zip(output.necks, tables.classifiers, ("img", "proj"), strict=True):
+        within(scaled_error(neck @ table.block.T, golden[f"eval_score_{name}"]), 2e-5)
     texts, text_case = read_case("text_person_512" if net == "vit" else "text_person_1024")
-    assert text.tokens.shape == (10, 4, 512)
+    assert tables.tokens.block.shape == (10, 4, 512)
     with torch.no_grad():
-        text.tokens.data = seeded("reid.prompt_tokens", (text_case["classes"], 4, 512))
-        within(scaled_error(text(torch.tensor(text_case["labels"])), texts["text_features"]), 2e-5)
+        tokens = seeded("reid.prompt_tokens", (text_case["classes"], 4, 512))
+        within(scaled_error(text(tokens[text_case["labels"]]), texts["text_features"]), 2e-5)
 
 
 def authors_names(spec) -> dict[str, tuple[int, ...]]:
@@ -380,7 +380,7 @@ def authors_names(spec) -> dict[str, tuple[int, ...]]:
 def official_tiny(tmp_path, **changes):
     spec = tiny_spec(**{"sie": "camera", "cameras": 3, "stride": 6, **changes})
     models = build_models(spec, seed=3)
-    save_official(tmp_path / "official.pth", *models, spec)
+    save_official(tmp_path / "official.pth", models.state_dict(), spec)
     return spec, models, tmp_path / "official.pth"
 
 
@@ -388,7 +388,7 @@ def test_export_writes_the_authors_names_and_shapes(tmp_path, capsys):
     """From a run folder; and the file gives the run's outputs when read again."""
     spec = tiny_spec(sie="camera", cameras=3, stride=6)
     models = build_models(spec, seed=3)
-    save_model(tmp_path / "model.safetensors", models[0], card_of(spec), models[1])
+    save_model(tmp_path / "model.safetensors", models, card_of(spec))
     out = tmp_path / "official.pth"
     export.main(["--weights", str(tmp_path), "--format", "official", "--out", str(out)])
     assert "image and text side" in capsys.readouterr().out
@@ -401,7 +401,7 @@ def test_export_writes_the_authors_names_and_shapes(tmp_path, capsys):
 
 def test_export_reads_a_run_from_a_url(tmp_path):
     models = build_models(tiny_spec(), seed=3)
-    save_model(tmp_path / "model.safetensors", models[0], card_of(tiny_spec()), models[1])
+    save_model(tmp_path / "model.safetensors", models, card_of(tiny_spec()))
     with storage.write_atomic("memory://export/run/model.safetensors") as file:
         file.write((tmp_path / "model.safetensors").read_bytes())
     export.main(["--weights", "memory://export/run", "--format", "official", "--out", str(tmp_path / "out.pth")])
@@ -435,7 +435,7 @@ def test_export_refuses_what_it_cannot_do_in_one_line(weights, out, reason, tmp_
 def test_an_export_onto_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
         with pytest.raises(OSError, match="No space left") as caught:
-            save_official(disk / "out.pth", *build_models(tiny_spec()), tiny_spec())
+            save_official(disk / "out.pth", build_models(tiny_spec()).state_dict(), tiny_spec())
         assert caught.value.filename == str(disk / "out.pth")
         assert not list(disk.iterdir())
 
@@ -470,7 +470,7 @@ def test_a_checkpoint_without_side_information_does_not_fit_a_model_with(tmp_pat
 def test_equal_row_counts_of_other_image_shapes_follow_the_configuration(tmp_path):
     """48x32 and 32x48 have as many rows: shapes cannot tell, so both are accepted."""
     spec, _, path = official_tiny(tmp_path, stride=8, image_size=(48, 32))
-    model, _ = build_models(dataclasses.replace(spec, image_size=(32, 48)), str(path))
+    model, *_ = build_models(dataclasses.replace(spec, image_size=(32, 48)), str(path))
     model.features(torch.zeros(1, 3, 32, 48))
 
 
@@ -479,8 +479,8 @@ def test_a_baselines_checkpoint_has_no_text_side(tmp_path):
     state = torch.load(path, weights_only=True)
     text = ("prompt_learner.", "text_encoder.")
     torch.save({name: value for name, value in state.items() if not name.startswith(text)}, path)
-    model, text = build_models(spec, str(path))
-    assert text is None and not holds_prompts(path)
+    model, text, tables = build_models(spec, str(path))
+    assert text is None and tables.tokens is None and not holds_prompts(path)
     assert equal(model.eval().features(tiny_images()), models[0].eval().features(tiny_images()))
 
 
@@ -490,7 +490,7 @@ def test_a_file_of_ours_says_itself_what_it_computes(tmp_path):
     config = check_arch(VIT)
     spec = dataclasses.replace(tiny_spec(), arch=arch)
     models = build_models(spec, seed=3)
-    save_model(tmp_path / "model.safetensors", models[0], card_of(spec), models[1])
+    save_model(tmp_path / "model.safetensors", models, card_of(spec))
     assert equal(outputs(build_models(spec, str(tmp_path / "model.safetensors"))), outputs(models))
     quick = dataclasses.replace(spec, arch=f"{arch}-quickgelu", arch_config=config | {"quick_gelu": True})
     with pytest.raises(ModelError, match="trained with GELU, but .* computes QuickGELU: set model.arch=ViT-B-32"):
@@ -502,7 +502,7 @@ def test_official_weights_need_quickgelu(tmp_path):
     arch = "ViT-B-16"
     spec = model_spec(arch)
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
-        save_official(tmp_path / "out.pth", nn.Linear(1, 1), None, spec)
+        save_official(tmp_path / "out.pth", nn.Linear(1, 1).state_dict(), spec)
     torch.save({"image_encoder.proj": torch.zeros(1)}, tmp_path / "in.pth")
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
         build_models(spec, str(tmp_path / "in.pth"))

@@ -44,3 +44,11 @@ def test_some_images_of_unknown_identity_may_be_evaluated(configured):
     config = configured(query={"x": 2, "": 3}, gallery={"x": 2, "-1": 3})
     check_run(config)
     check_evaluation(config)
+
+
+def test_a_resnet_is_not_trained_in_pieces(configured):
+    config = configured()
+    model = config.model.model_copy(update={"arch": "configs/models/tiny_rn.json"})
+    train = config.train.model_copy(update={"micro_batch": 8})
+    with pytest.raises(ConfigError, match=r"train.micro_batch: 8, but .*tiny_rn.json is a ResNet, whose BatchNorm"):
+        check_run(config.model_copy(update={"model": model, "train": train}))

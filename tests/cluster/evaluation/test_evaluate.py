@@ -23,14 +23,15 @@ from clipreid.retrieval import vehicleid as protocols
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.vehicleid import draw_gallery, vehicleid_draw
-from clipreid.weights.file import load_model, load_text, read_card, save_model
+from clipreid.weights.file import load_models, read_card, save_model
 from clipreid.weights.initial import build_models
 from cluster.checks.before_run import check_run
 from cluster.errors import ConfigError
 from cluster.evaluation.evaluate import evaluate as evaluate_in_team
 from cluster.evaluation.feature_file import read_pair
 from cluster.evaluation.find_weights import check_fits, local_weights, open_weights
-from cluster.evaluation.metrics import normalize_rows
+from cluster.evaluation.metrics import RetrievalSet, RetrievalSettings, normalize_rows
+from cluster.evaluation.per_query import PerQueryFile
 from cluster.evaluation.result_file import default_place
 from cluster.evaluation.trained import FEATURES, training_facts
 from cluster.ranks.team import Team
@@ -139,7 +140,7 @@ def clip(run, tmp_path_factory):
 def test_clip_weights_give_the_metrics_of_an_untrained_run(clip, tmp_path):
     config = load_config(clip[1], clip[4:])
     index = ShardIndex.open(config.data.shards)
-    model, _ = build_models(model_spec(config, index), str(clip[3]), config.run.seed)
+    model, *_ = build_models(model_spec(config, index), str(clip[3]), config.run.seed)
     assert evaluated(*clip, out=tmp_path / "metrics.json") == evaluate_in_team(model, index, config, Team())
 
 
@@ -208,6 +209,22 @@ def test_times_of_a_manifest_reach_the_rule_camera_time(clip, tmp_path):
     found = {rule: evaluated(*arguments, f"eval.rule={rule}", out=out)["mAP"] for rule in ("camera_time", "camera")}
     assert evaluated("--features", *files, "--rule", "camera_time", out=out)["mAP"] == found["camera_time"]
     assert found["camera_time"] == pytest.approx(mAP_by_sorting(query, gallery), abs=1e-9) != found["camera"]
+
+
+def test_an_evaluation_makes_strings_of_images_only_where_they_are_asked_for(tmp_path):
+    """A gallery of 20,000,000 keys and times is gigabytes of Python objects on every rank."""
+    index = ShardIndex.open(str(pack_with_times(tmp_path)), str(tmp_path / "cache"))
+    split = index.split("gallery")
+    features = np.zeros((len(split), 2), np.float32)
+
+    def of(rule, per_query=None):
+        found = RetrievalSet.of_split(features, split, RetrievalSettings(rule, per_query=per_query))
+        return found.labels.times, found.keys
+
+    assert of("camera") == of("none") == (None, None)
+    assert not {"times", "keys", "_keys"} & set(vars(split))  # what has been read of the index is kept there
+    times, keys = of("camera_time", PerQueryFile("unused.csv"))
+    assert set(times) == {"noon", "night", ""} and keys.tolist() == split.keys.tolist()
 
 
 MISFITS = {
@@ -791,7 +808,7 @@ def older(run, folder):
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation*"))
     file = run.folder / "model.safetensors"
     card = replace(read_card(file), training={})
-    save_model(folder / file.name, load_model(file)[0], card, load_text(file))
+    save_model(folder / file.name, load_models(file), card)
 
 
 def test_an_older_run_knows_its_settings_by_its_folder(run, own_metrics, tiny_shards, tmp_path, capsys):

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from safetensors.torch import load_file
 
-from clipreid.weights.file import load_model, load_text
+from clipreid.weights.file import load_models, read_card
 from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked_lists, tsne
@@ -57,10 +57,11 @@ def test_stage_1_alone_leaves_the_encoder_as_it_began_with_the_prompts(stage1_ru
     """Also where the run was killed between its last checkpoint and its end; nothing is measured."""
     run, command = stage1_run
     written = (run / "model.safetensors").read_bytes()
-    (model, spec), text = load_model(run / "model.safetensors"), load_text(run / "model.safetensors")
+    model, _, tables = load_models(run)
+    spec = read_card(run).spec
     began = build_models(spec, None, seed=0)[0].image_encoder.state_dict()
     assert all(torch.equal(value, began[name]) for name, value in model.image_encoder.state_dict().items())
-    assert torch.equal(text.tokens, load_file(run / "stage1.safetensors")["tokens"])
+    assert torch.equal(tables.tokens.block, load_file(run / "stage1.safetensors")["tokens"])
     assert not (run / "metrics.json").exists()
     for name in ("model.safetensors", "stage1.safetensors", "status.json"):
         (run / name).unlink()

@@ -10,21 +10,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clipreid.errors import ModelError
-from clipreid.weights.file import ModelCard, load_model, load_text, read_card, save_model
+from clipreid.identity_table import IdentityTable
+from clipreid.stage1 import TEXT_FEATURES
+from clipreid.weights.file import ModelCard, load_models, load_text, read_card, save_model
 from clipreid.weights.initial import build_models
 from clipreid.weights.pretrained import read_state_dict
 from clipreid.weights.sealed import DamagedError
+from clipreid.weights.tables import TOKENS
 from cluster.checks.before_run import _stage1_result_faults
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
 from cluster.evaluation.find_weights import card_of
 from cluster.launchers.run import is_finished
+from cluster.ranks.team import Team
 from cluster.run.manifest import FOLDER, Position, read_manifests
 from cluster.run.reporter import run_identity
 from cluster.run.run_folder import RunFolder, read_metrics, read_status
 from cluster.run.storage import Storage
 from cluster.settings.config import results_settings
-from cluster.training.stage1 import Stage1Result
+from cluster.training.stage1_result import Stage1Result
 from shards.sealed import SealError, seal, unseal
 from tests.helpers.checkpoints import at, loaded, names, newest_at, save, settings_of, writer_at
 from tests.helpers.damage import RUBBISH, TORN, flips
@@ -115,9 +119,9 @@ def weights(tmp_path_factory):
     """A small model.safetensors, its content, and the models that it holds."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     spec = model_spec("configs/models/tiny_vit.json", image_size=(32, 16), identities=5)
-    model, text = build_models(spec, seed=3)
-    save_model(path, model, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")), text)
-    return path, path.read_bytes(), model, text
+    models = build_models(spec, seed=3)
+    save_model(path, models, ModelCard(spec, (0.5,) * 3, (0.5,) * 3, ("img", "proj")))
+    return path, path.read_bytes(), models
 
 
 def header_and_data(content, count):
@@ -127,26 +131,25 @@ def header_and_data(content, count):
     yield from flips(content, count)
 
 
-def same(module, expected):
-    found = module.state_dict()
+def same(models, expected):
+    found = models.state_dict()
     return all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
 
 
 def test_a_model_file_with_another_bit_is_refused_in_one_line_by_every_reader(weights, tmp_path):
-    _, content, model, text = weights
+    _, content, models = weights
     path = tmp_path / "model.safetensors"
     without_effect = 0
     for flipped in header_and_data(content, 100):
         path.write_bytes(flipped)
         try:
-            found, _ = load_model(path)
-            texts = load_text(path)
+            found = load_models(path)
         except ModelError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             with pytest.raises(ModelError):
                 read_state_dict(path)
         else:
-            assert same(found, model) and same(texts, text) and card_of(path)
+            assert same(found, models) and card_of(path)
             without_effect += 1
     assert without_effect < 20  # In the header's layout.
 
@@ -166,7 +169,7 @@ def test_a_torn_model_file_is_refused_in_one_line(weights, tmp_path, tear):
     _, content, *_ = weights
     path = tmp_path / "model.safetensors"
     path.write_bytes(TORN[tear](content))
-    for read in (load_model, load_text, read_card, read_state_dict):
+    for read in (load_models, load_text, read_card, read_state_dict):
         with pytest.raises(ModelError) as caught:
             read(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -174,31 +177,33 @@ def test_a_torn_model_file_is_refused_in_one_line(weights, tmp_path, tear):
 
 def test_weights_without_checksums_are_read_as_they_are(weights, tmp_path):
     """Those of earlier versions and of others."""
-    path, _, model, text = weights
+    path, _, models = weights
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         card = {"clipreid": file.metadata()["clipreid"]}
     old = tmp_path / "old.safetensors"
     save_file(state, old, card)
-    assert same(load_model(old)[0], model) and same(load_text(old), text) and card_of(old) == card_of(path)
+    assert same(load_models(old), models) and card_of(old) == card_of(path)
     save_file(state, old)
     assert card_of(old) is None and read_state_dict(old).keys() == state.keys()
 
 
 def test_a_stage_1_file_with_another_bit_or_torn_is_refused_in_one_line(tmp_path):
-    result = Stage1Result(torch.randn(5, 4, 6), torch.randn(5, 8), list("abcde"), "f", "e")
-    result.write(Storage(str(tmp_path)))
+    tokens, texts = IdentityTable(TOKENS, 5, torch.randn(5, 4, 6)), IdentityTable(TEXT_FEATURES, 5, torch.randn(5, 8))
+    result = Stage1Result(tokens, texts, list("abcde"), "f", "e")
+    result.write(Storage(str(tmp_path)), Team())
     path = tmp_path / "stage1.safetensors"
     content = path.read_bytes()
     for changed in [*header_and_data(content, 200), *(tear(content) for tear in TORN.values()), *RUBBISH]:
         path.write_bytes(changed)
         try:
-            found = Stage1Result.read(changed, str(path))
+            found = Stage1Result.read(str(path))
         except ModelError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             assert [*_stage1_result_faults(str(path))] or "is no result of stage 1" in str(error)
         else:
-            assert torch.equal(found.tokens, result.tokens) and torch.equal(found.text_features, result.text_features)
+            assert torch.equal(found.tokens.block, tokens.block)
+            assert torch.equal(found.text_features.block, texts.block)
             assert (found.label_names, found.fingerprint, found.encoder) == (list("abcde"), "f", "e")
 
 

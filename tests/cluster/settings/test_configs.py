@@ -15,6 +15,7 @@ import yaml
 
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.initial import empty_models
+from clipreid.weights.tables import table_shapes
 from cluster.settings.config import Config, flatten
 from cluster.settings.model_spec import model_spec
 from cluster.settings.yaml_file import load_config
@@ -213,11 +214,13 @@ def test_the_model_has_the_shapes_of_the_setting(name):
     assert spec.grid == (rows, columns)
     positions = [p for n, p in model.named_parameters() if n.endswith("positional_embedding")]
     assert [p.shape for p in positions] == [(rows * columns + 1, img)]
-    assert model.classifier.weight.shape == (identities, img)
-    assert model.classifier_proj.weight.shape == (identities, proj)
     sie_rows = {"veri776": 20 * 8}.get(dataset_of(name), CAMERAS[dataset_of(name)]) if name.endswith("sie_olp") else 0
     assert (0 if model.cv_embed is None else len(model.cv_embed)) == sie_rows
-    assert text.tokens.shape == (identities, 4, 512)
+    assert table_shapes(spec, model, text) == {
+        "classifier.weight": (identities, img),
+        "classifier_proj.weight": (identities, proj),
+        "prompt_learner.tokens": (identities, 4, 512),
+    }
 
 
 @pytest.mark.parametrize(
@@ -227,10 +230,12 @@ def test_the_small_examples_build_the_models_they_name(name, noun, width, projec
     config = load_config(CONFIGS / f"{name}.yaml")
     split = SimpleNamespace(num_identities=100)
     index = SimpleNamespace(cameras=6, views=8, noun=noun, split=lambda _: split)
-    model, text = built(json.dumps(model_spec(config, index).to_dict(), sort_keys=True))
+    spec = model_spec(config, index)
+    model, text = built(json.dumps(spec.to_dict(), sort_keys=True))
     features = model.features(torch.empty(2, 3, *config.model.image_size, device="meta"))
     assert (tuple(features.img.shape), tuple(features.proj.shape)) == ((2, width), (2, projected))
-    assert model.classifier.weight.shape == (100, width) and text.tokens.shape == (100, 4, 128)
+    shapes = table_shapes(spec, model, text)
+    assert shapes["classifier.weight"] == (100, width) and shapes["prompt_learner.tokens"] == (100, 4, 128)
     assert model.cv_embed is None
 
 

@@ -6,7 +6,6 @@ import threading
 
 import fsspec
 import pytest
-import safetensors.torch
 import torch
 
 from cluster.errors import Preempted, TrainingError
@@ -16,21 +15,36 @@ from cluster.run.manifest import FOLDER, Position, read_manifests
 from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
 from cluster.training.checkpoint_writer import Due
-from cluster.training.engine import MOMENTS, Fragment
+from cluster.training.engine import Engine
 from cluster.training.host_copy import HostCopy
 from cluster.training.loop import Loop
-from tests.helpers.checkpoints import NoInterrupts, PlainEngine, at, damage, loaded, names, newest_at, save, writer_at
+from cluster.training.pieces import KEYS, MOMENTS
+from cluster.training.trained_table import TrainedTable
+from tests.helpers.checkpoints import (
+    NoInterrupts,
+    Plain,
+    at,
+    damage,
+    loaded,
+    names,
+    newest_at,
+    plain_engine,
+    save,
+    writer_at,
+)
 from tests.helpers.object_store import s3_server
 from tests.helpers.processes import on_processes
+from tests.helpers.tables import table_of
 
 
 def test_the_newest_comes_back_with_values_moments_buffers_and_step_count(tmp_path):
     save(writer_at(tmp_path), 3, 7)
-    found, engine = newest_at(tmp_path), PlainEngine(0.0)
+    found, engine = newest_at(tmp_path), plain_engine(0.0)
     found.load(engine, Team())
-    full, steps = engine.loaded
-    assert (found.position, steps) == (at(7), 7)
-    assert [full["0.weight"][k][0].item() for k in ("value", *MOMENTS)] == [7, 8, 9]
+    assert (found.position, engine.steps) == (at(7), 7)
+    (weight, *_), table = engine.replicated.pieces(0), engine.tables[0].piece()
+    assert [getattr(weight, key)[0].item() for key in KEYS] == [7, 8, 9]
+    assert [getattr(table, key)[0].item() for key in KEYS] == [7, 0, 0]
     assert engine.module[1].running_mean.tolist() == [7, 7]
 
 
@@ -55,8 +69,8 @@ def test_keep_newest_and_best_by_map(tmp_path):
 
 def test_a_later_stage_is_newer_than_any_step_of_an_earlier_one(tmp_path):
     writer = writer_at(tmp_path)
-    writer.save(at(500, stage=1), PlainEngine(1.0))
-    writer.save(at(2, stage=2), PlainEngine(2.0))
+    writer.save(at(500, stage=1), plain_engine(1.0))
+    writer.save(at(2, stage=2), plain_engine(2.0))
     writer.finish()
     assert newest_at(tmp_path).position == at(2, stage=2)
 
@@ -111,22 +125,22 @@ def test_a_failed_write_is_reported_and_leaves_the_one_before(tmp_path, monkeypa
     writer = writer_at(tmp_path)
     save(writer, 3)
 
-    def full_disk(name, *parts):
+    def full_disk(name, pieces, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.run, "write", full_disk)
-    writer.save(at(7), PlainEngine(7.0))
+    monkeypatch.setattr(writer.run, "write_pieces", full_disk)
+    writer.save(at(7), plain_engine(7.0))
     with pytest.raises(TrainingError, match="No space left.*stage2-00000003.*intact.*repeat the command"):
         writer.finish()
     assert newest_at(tmp_path).position == at(3)
 
 
 def test_a_state_that_is_not_finite_is_refused_and_leaves_the_one_before(tmp_path):
-    writer, engine = writer_at(tmp_path), PlainEngine(7.0)
+    writer, engine = writer_at(tmp_path), plain_engine(7.0)
     save(writer, 3)
     engine.module[1].bias.data[1] = float("nan")
     writer.save(at(7), engine)
-    words = r"value/1.bias and 2 more not finite after stage 2, epoch 1, step 7.*stage2-00000003.*intact.*learning rate"
+    words = r"value/1.bias not finite after stage 2, epoch 1, step 7.*stage2-00000003.*intact.*learning rate"
     with pytest.raises(TrainingError, match=words):
         writer.finish()
     assert names(tmp_path) == [3]
@@ -139,7 +153,7 @@ class SpoiltStage:
     number, epochs, global_images = 2, 1, 4
 
     def __init__(self):
-        self.engine = PlainEngine(1.0)
+        self.engine = plain_engine(1.0)
         for name in ("set_lr", "remember_buffers", "restore_buffers", "backward"):
             setattr(self.engine, name, lambda *_: None)
         self.engine.step = self.step
@@ -177,7 +191,7 @@ def test_parameters_spoilt_by_a_gradient_reach_no_checkpoint_and_the_step_is_nam
         loop_over(writer, Due(every_steps=1)).run(SpoiltStage(), at(0))
     said = str(caught.value)
     assert "step 4: loss is not finite" in said and "identities of the batch: 0007" in said
-    assert "value/0.weight and 2 more not finite after stage 2, epoch 1, step 3" in said
+    assert "value/0.weight not finite after stage 2, epoch 1, step 3" in said
     assert "stage2-00000002" in said and "is intact" in said
     assert names(tmp_path) == [1, 2]
 
@@ -222,49 +236,61 @@ def test_a_stop_in_an_epochs_last_step_does_not_cost_its_evaluation(tmp_path):
     assert scored == [(9, 0.25), (18, 0.5)]
 
 
-class OtherPieces(PlainEngine):
+class OtherPieces(Plain):
     """Its pieces do not cover one parameter."""
 
-    def fragments(self, rank):
-        yield from list(super().fragments(rank))[1:]
+    def pieces(self, rank):
+        yield from list(super().pieces(rank))[1:]
 
 
 def test_pieces_that_do_not_cover_the_model_are_refused_by_name(tmp_path):
     writer = writer_at(tmp_path)
-    writer.save(at(3), OtherPieces(3.0))
+    writer.save(at(3), Engine(replicated=OtherPieces(3.0), tables=plain_engine(3.0).tables))
     writer.finish()
-    engine = PlainEngine(0.0)
+    engine = plain_engine(0.0)
     with pytest.raises(TrainingError, match="holds 0 elements of 0.weight, the model has 6: it is of another model"):
         newest_at(tmp_path).load(engine, Team())
-    assert engine.loaded is None
+    assert engine.steps == 0
 
 
-def test_a_copy_is_a_safetensors_file_and_its_memory_is_used_again():
-    tensors = {
-        "a": torch.randn(3, 2),
-        "b": torch.arange(3),
-        "c": torch.tensor(7, dtype=torch.uint8),
-        "d": torch.ones(0),
-    }
-    tensors["e"] = torch.randn(5).bfloat16()
+def test_a_copy_stays_as_it_was_and_its_memory_is_used_again():
+    tensors = {"a": torch.randn(3, 2), "b": torch.arange(3), "c": torch.ones(0), "d": torch.randn(5).bfloat16()}
     expected, copy = {name: tensor.clone() for name, tensor in tensors.items()}, HostCopy()
     copy.take(tensors)
-    before = [part.obj.ctypes.data for part in copy.safetensors({})[1:] if len(part)]
+    before = [tensor.data_ptr() for tensor in copy.arrive().values()]
     for tensor in tensors.values():
         tensor.zero_()  # Training goes on.
-    found = safetensors.torch.load(b"".join(copy.safetensors({"x": "y"})))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    for name, tensor in copy.arrive().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
     copy.take(tensors)
-    assert before == [part.obj.ctypes.data for part in copy.safetensors({})[1:] if len(part)]
+    assert before == [tensor.data_ptr() for tensor in copy.arrive().values()]
+
+
+def test_tables_are_written_as_they_are_and_the_next_update_waits_for_it(tmp_path, monkeypatch):
+    writer, engine = writer_at(tmp_path), plain_engine(3.0)
+    begun, go_on, write = threading.Event(), threading.Event(), writer.run.write_pieces
+
+    def slow(name, pieces, **_):
+        begun.set()
+        go_on.wait(5)
+        write(name, pieces)
+
+    monkeypatch.setattr(writer.run, "write_pieces", slow)
+    writer.save(at(3), engine)
+    begun.wait(5)
+    threading.Timer(0.2, go_on.set).start()
+    writer.before_update()
+    assert go_on.is_set()
+    engine.tables[0].block.data.fill_(8.0)
+    writer.finish()
+    assert loaded(tmp_path) == (3, 3.0)
 
 
 def test_a_write_that_hangs_is_given_up_with_the_rank(tmp_path, monkeypatch):
     writer = writer_at(tmp_path)
     writer.timeout_s, released = 0.1, threading.Event()
-    monkeypatch.setattr(writer.run, "write", lambda *_: released.wait())
-    writer.save(at(3), PlainEngine(3.0))
+    monkeypatch.setattr(writer.run, "write_pieces", lambda *_: released.wait())
+    writer.save(at(3), plain_engine(3.0))
     with pytest.raises(TrainingError, match="rank 0 is not done after 0.1 s.*make room or mend the storage"):
         writer.finish()
     released.set()
@@ -280,7 +306,7 @@ class FirstOfTwo(Team):
 def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
     writer = writer_at(tmp_path)
     writer.team, writer.timeout_s = FirstOfTwo(0, 2), 0.1
-    writer.save(at(3), PlainEngine(3.0))
+    writer.save(at(3), plain_engine(3.0))
     with pytest.raises(TrainingError, match="rank-1-of-2.safetensors"):
         writer.finish()
     assert names(tmp_path) == []
@@ -289,49 +315,50 @@ def test_a_missing_rank_is_named_and_the_checkpoint_does_not_count(tmp_path):
 def test_a_complete_checkpoint_is_not_written_again(tmp_path):
     done = at(3)._replace(epoch_done=True)
     writer = writer_at(tmp_path)
-    writer.save(done, PlainEngine(3.0), mAP=0.5)
+    writer.save(done, plain_engine(3.0), mAP=0.5)
     writer.finish()
     for again in (writer, writer_at(tmp_path)):
         assert newest_at(tmp_path).position == done
-        again.save(Position(2, 2, 0, 3, False), PlainEngine(3.0))
+        again.save(Position(2, 2, 0, 3, False), plain_engine(3.0))
         again.finish()
         (manifest,) = read_manifests(Storage(str(tmp_path)))[0]
         assert (manifest.position, manifest.mAP) == (done, 0.5)
 
 
-class Halves(PlainEngine):
-    """Each of two ranks holds a half of every parameter."""
-
-    def __init__(self):
-        super().__init__(0.0)
-        for parameter in self.module.parameters():
-            parameter.data = torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter)
-
-    def fragments(self, rank):
-        for piece in super().fragments(rank):
-            half = piece.value.numel() // 2
-            part = slice(rank * half, (rank + 1) * half)
-            yield Fragment(piece.name, part.start, piece.value[part], piece.exp_avg[part], piece.exp_avg_sq[part])
+def engine_of(team):
+    """Two tables whose elements count from 0, the second of fewer rows than there are ranks."""
+    tables = []
+    for name, identities, width in (("rows", 11, 3), ("few", 2, 5)):
+        whole = torch.arange(float(identities * width)).view(identities, width)
+        trained = TrainedTable(name, table_of(whole, team), weight_decay=0.0)
+        for add, key in enumerate(MOMENTS, 1):
+            getattr(trained.piece(), key).copy_(trained.piece().value + add)
+        tables.append(trained)
+    return Engine(tables=tables)
 
 
-def save_on_two(team, folder):
+def save_by_all(team, folder):
     writer = writer_at(folder, team=team)
     writer.timeout_s = 20
-    writer.save(at(3), Halves())
+    writer.save(at(3), engine_of(team))
     writer.finish()
 
 
-def load_on_two(team, folder):
-    engine = PlainEngine(0.0)
+def load_by_all(team, folder):
+    """Whether this rank's rows are what they were."""
+    engine, expected = engine_of(team), engine_of(team)
+    for table in engine.tables:
+        for key in KEYS:
+            getattr(table.piece(), key).zero_()
     newest_at(folder, team=team).load(engine, team)
-    return engine.loaded[0]["0.weight"]["value"].tolist()
+    pairs = zip(engine.tables, expected.tables, strict=True)
+    return [torch.equal(getattr(a.piece(), key), getattr(b.piece(), key)) for a, b in pairs for key in KEYS]
 
 
-def test_a_checkpoint_is_read_by_fewer_and_by_more_ranks_than_wrote_it(tmp_path):
-    on_processes(2, save_on_two, str(tmp_path / "by two"))
-    assert load_on_two(Team(), tmp_path / "by two") == [0, 1, 2, 3, 4, 5]
-    save(writer_at(tmp_path / "by one"), 3)
-    assert on_processes(2, load_on_two, str(tmp_path / "by one")) == [[3.0] * 6] * 2
+@pytest.mark.parametrize(("writers", "readers"), [(4, 3), (3, 1), (1, 2), (2, 4)])
+def test_tables_are_read_by_fewer_and_by_more_ranks_than_wrote_them(tmp_path, writers, readers):
+    on_processes(writers, save_by_all, str(tmp_path))
+    assert on_processes(readers, load_by_all, str(tmp_path)) == [[True] * 6] * readers
 
 
 def test_due_by_steps_by_epochs_and_by_the_clock_until_saved():

@@ -12,7 +12,7 @@ from cluster.run.reporter import SilentReporter
 from cluster.run.storage import Storage
 from cluster.training.checkpoint_writer import Due
 from cluster.training.loop import Loop
-from tests.helpers.checkpoints import NoInterrupts, PlainEngine, at, loaded, save, writer_at
+from tests.helpers.checkpoints import NoInterrupts, at, loaded, plain_engine, save, writer_at
 
 STEP_S = 20.0
 METRICS = dict.fromkeys(("mAP", "R1", "R5", "R10"), 0.5)
@@ -30,7 +30,7 @@ class Stage:
 
     def __init__(self, epochs, epoch_steps, step):
         self.epochs, self.epoch_steps, self.step = epochs, epoch_steps, step
-        self.engine = PlainEngine(1.0)
+        self.engine = plain_engine(1.0)
         for name in ("set_lr", "remember_buffers", "restore_buffers", "backward", "step"):
             setattr(self.engine, name, lambda *_: None)
 
@@ -58,6 +58,9 @@ class Saves:
 
     def __init__(self):
         self.positions = []
+
+    def before_update(self):
+        pass
 
     def save(self, position, engine, *, mAP=None):
         self.positions.append(position)
@@ -128,7 +131,7 @@ def test_metrics_join_the_checkpoint_that_was_written_before_they_were_known(tmp
     (weights,) = (tmp_path / FOLDER).glob("*/*.safetensors")
     before = weights.stat()
     for again in (writer, writer_at(tmp_path)):
-        again.save(at(7)._replace(epoch_done=True), PlainEngine(7.0), mAP=0.5)
+        again.save(at(7)._replace(epoch_done=True), plain_engine(7.0), mAP=0.5)
         again.finish()
         (manifest,) = read_manifests(Storage(str(tmp_path)))[0]
         assert manifest.position.epoch_done and manifest.mAP == 0.5

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.training.engine import MOMENTS, Engine
+from cluster.training.engine import Replicated
+from cluster.training.pieces import KEYS
 from tests.helpers.processes import on_processes
 from tests.helpers.tolerances import close
 
@@ -33,17 +34,19 @@ def batch(step):
 def run(team, zero_stage, steps, start=0, state=None):
     """Train on parts of the same global batches; the weights and this rank's pieces."""
     module = make_module()
-    engine = Engine(module, groups_of(module), team=team, zero_stage=zero_stage)
+    engine = Replicated(module, groups_of(module), team=team, zero_stage=zero_stage)
     if state is not None:
-        engine.load(state, start, team.rank)
+        for (name, key), places in engine.slots(team.rank).items():
+            for slot in places:
+                slot.tensor.copy_(state[name][key][slot.start : slot.start + slot.tensor.numel()])
+        engine.loaded(start)
+    for group in engine.adam.param_groups:
+        group["lr"] = 0.05 * group["lr_factor"]
     for step in range(start, start + steps):
-        engine.set_lr(0.05)
         part = batch(step).chunk(team.world_size)[team.rank]
         engine.backward(engine(part).square().mean())
         engine.step()
-    pieces = {
-        f.name: (f.start, {k: getattr(f, k).clone() for k in ("value", *MOMENTS)}) for f in engine.fragments(team.rank)
-    }
+    pieces = {f.name: (f.start, {k: getattr(f, k).clone() for k in KEYS}) for f in engine.pieces(team.rank)}
     return {n: p.detach().clone() for n, p in module.named_parameters()}, pieces
 
 
@@ -62,7 +65,7 @@ def plain(steps):
 
 def whole(results):
     """All ranks' pieces put together: {name: {key: flat tensor}}."""
-    full = {n: {k: torch.full((p.numel(),), torch.nan) for k in ("value", *MOMENTS)} for n, p in results[0][0].items()}
+    full = {n: {k: torch.full((p.numel(),), torch.nan) for k in KEYS} for n, p in results[0][0].items()}
     for _, pieces in results:
         for name, (start, parts) in pieces.items():
             for key, piece in parts.items():

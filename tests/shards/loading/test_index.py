@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -153,6 +154,66 @@ def test_an_index_of_vehicleid_opens_in_half_a_second_and_is_mapped_the_second_t
     assert len(list((tmp_path / "cache" / "index").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "write", [{}, {"use_dictionary": False}, {"row_group_size": 3}, {"dictionary_pagesize_limit": 1}]
+)
+def test_an_index_says_the_same_however_parquet_stores_it(tiny, write):
+    expected = all_columns(opened(tiny))
+    table = pq.read_table(tiny / "index.parquet")
+    pq.write_table(table, tiny / "index.parquet", **write)
+    change_facts(tiny, files={})
+    assert all_columns(opened(tiny)) == expected
+    wider = table.column("identity").combine_chunks().dictionary_encode()
+    more = pa.DictionaryArray.from_arrays(wider.indices, pa.concat_arrays([wider.dictionary, pa.array(["nobody"])]))
+    place = table.column_names.index("identity")
+    pq.write_table(table.set_column(place, "identity", more), tiny / "index.parquet", **write)
+    assert all_columns(opened(tiny)) == expected
+
+
+def test_a_process_holds_no_object_for_each_image_or_identity(tmp_path):
+    """Opened and asked for all numbers and names: what is not in the file's map does not grow with the images."""
+    train = ShardIndex.open(wide_index(tmp_path / "wide", 60_000), str(tmp_path / "cache")).split("train")
+    tracemalloc.start()
+    try:
+        index = ShardIndex.open(train.index.url, str(tmp_path / "cache"))
+        train = index.split("train")
+        held = [train.labels, train.identity_codes, train.shard, train.cameras, train.sizes, train.label_names]
+        assert (train.label_names[59_999], train.key(59_999), len(held)) == ("059999", "k59999", 6)
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert size < 20 * len(train), size / len(train)
+
+
+def wide_index(folder, num_images):
+    """Every image of its own identity."""
+    folder.mkdir()
+    (folder / "train-000000.tar").touch()
+    number = np.arange(num_images)
+    columns = {name: np.zeros(num_images, np.int64) for name in index_schema().names}
+    columns |= {"identity": [f"{n:06d}" for n in number], "key": [f"k{n}" for n in number], "label": number}
+    columns |= dict.fromkeys(("time", "lists"), [""] * num_images)
+    columns |= {"split": ["train"] * num_images, "shard": ["train-000000.tar"] * num_images}
+    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in index_schema()})
+    counts = {"train": {"images": num_images, "identities": num_images, "shards": 1}}
+    return write_index(folder, [], counts, table=table)
+
+
+def test_one_process_of_a_node_makes_the_copy_and_the_others_wait_for_it(tmp_path):
+    url = wide_index(tmp_path / "wide", 200_000)
+    code = (
+        "import sys, shards.loading.index_file as made; from shards.loading.index import ShardIndex\n"
+        "write = made.IndexFile._write\n"
+        "made.IndexFile._write = lambda self, file: (print('made', flush=True), write(self, file))\n"
+        f"print(len(ShardIndex.open({url!r}, {str(tmp_path / 'cache')!r}).split('train').labels))"
+    )
+    call = [sys.executable, "-c", code]
+    started = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate()[0].split() for process in started]
+    assert [words[-1] for words in said] == ["200000"] * 4
+    assert sum(words.count("made") for words in said) == 1
+
+
 def test_copies_of_the_index_that_nobody_opens_any_more_are_removed(tiny):
     opened(tiny)
     folder = tiny.parent / "cache" / "index"
@@ -167,16 +228,47 @@ def test_copies_of_the_index_that_nobody_opens_any_more_are_removed(tiny):
     assert used.exists() and not unused.exists()
 
 
+def all_columns(index):
+    """Everything that an index says of every image."""
+    names = ("shard", "labels", "cameras", "views", "offsets", "sizes", "crc32", "identity_codes")
+    strings = ("keys", "identity", "times", "lists", "identities", "shard_names", "label_names")
+    splits = [index.split(name) for name in index.split_names]
+    return [[list(getattr(split, name)) for split in splits] for name in (*names, *strings)]
+
+
 def test_a_damaged_copy_of_the_index_is_made_anew(tiny):
-    train = opened(tiny).split("train")
-    expected = [train.labels.tolist(), train.offsets.tolist(), train.keys.tolist()]
+    """Wherever a bit is another one: no column says anything else, and the copy is whole again."""
+    expected = all_columns(opened(tiny))
     (path,) = (tiny.parent / "cache" / "index").iterdir()
     good = path.read_bytes()
-    for damaged in (b"", good[:3], good[:-9], *(_flipped(good, place) for place in range(0, len(good), 97))):
+    for damaged in (b"", good[:3], good[:-9], good[9:], *(_flipped(good, place) for place in range(0, len(good), 29))):
         path.write_bytes(damaged)
-        train = opened(tiny).split("train")
-        assert [train.labels.tolist(), train.offsets.tolist(), train.keys.tolist()] == expected
+        assert all_columns(opened(tiny)) == expected
         assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize("column", ["labels", "keys", "identities"])
+def test_what_is_damaged_after_the_index_was_opened_is_found_when_it_is_first_used(tiny, column):
+    """Opening reads no column, so that it costs the same however many rows there are."""
+    expected = list(getattr(opened(tiny).split("train"), column))
+    (path,) = (tiny.parent / "cache" / "index").iterdir()
+    good = path.read_bytes()
+    index = opened(tiny)
+    path.write_bytes(bytes(byte ^ 1 for byte in good[:-2000]) + good[-2000:])
+    assert list(getattr(index.split("train"), column)) == expected
+    assert path.read_bytes() == good
+
+
+def test_the_copy_of_another_index_under_this_name_is_not_taken(tiny):
+    opened(tiny)
+    (path,) = (tiny.parent / "cache" / "index").iterdir()
+    good = path.read_bytes()
+    other = Path(write_shards(tiny.parent / "other", {"train": {"b": 1, "a": 1}, **{n: {"x": 1} for n in SPLITS}}))
+    ShardIndex.open(str(other), str(tiny.parent / "another-cache"))
+    (theirs,) = (tiny.parent / "another-cache" / "index").iterdir()
+    path.write_bytes(theirs.read_bytes())
+    assert opened(tiny).split("train").label_names == ["a", "b", "c"]
+    assert path.read_bytes() == good
 
 
 def _flipped(data, place):

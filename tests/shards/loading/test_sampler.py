@@ -3,6 +3,7 @@
 import hashlib
 import random
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
+from shards.loading import pk_sampler
 from shards.loading.pk_draws import draw_until_used, draw_weighted
 from shards.loading.pk_sampler import PKSettings, check_settings, epoch_plan, rank_part, shards_needed
+from tests.helpers.plain_plans import plain_plan
 
 
 class Split(SimpleNamespace):
@@ -122,6 +125,26 @@ def test_plans_of_many_datasets_stay_the_same_over_versions(strategy):
         plan = epoch_plan(split, settings, epoch)
         digest.update(repr((plan.shape, str(plan.dtype))).encode() + plan.tobytes())
     assert digest.hexdigest()[:32] == RECORDED[strategy]
+
+
+@pytest.mark.parametrize("strategy", RECORDED)
+@pytest.mark.parametrize("packed", [True, False], ids=["as packed", "in any order"])
+def test_plans_are_bit_for_bit_those_of_plain_loops(strategy, packed, monkeypatch):
+    """Of random cases, some with virtual nodes, labels that do not occur, unknown cameras, one very large identity."""
+    for seed, (split, settings, epoch) in enumerate(cases(150, (strategy,))):
+        split.cameras[seed % 3 :: 5] = -1
+        if seed % 4 == 0:
+            split.labels = np.where(split.labels % 3 == 1, 0, split.labels)
+            split.num_identities = len(np.unique(split.labels))
+            settings = replace(settings, identities=min(2, split.num_identities), virtual_nodes=0)
+        if packed:
+            split.labels, split.shard = np.sort(split.labels), np.sort(split.shard)
+        plan = epoch_plan(split, settings, epoch)
+        with monkeypatch.context() as patch:
+            patch.setattr(pk_sampler, "_plan", plain_plan)
+            expected = epoch_plan(split, settings, epoch)
+        assert (plan.dtype, plan.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(plan, expected)
 
 
 def naive_epoch(images, P, K, rng):
@@ -318,7 +341,22 @@ def test_an_epoch_of_vehicleid_is_planned_in_less_than_a_second(options):
     assert min(taken) < 1
 
 
-def test_the_benchmark_plans_what_the_plain_loop_plans():
+@pytest.mark.parametrize("strategy", ["identity", "camera_aware", "balanced"])
+def test_planning_holds_a_few_numbers_an_image(strategy):
+    """In arrays; as Python objects they take 220 to 300 bytes an image, and processes of a node plan side by side."""
+    images = np.random.default_rng(0).integers(1, 40, 10_000)
+    split = split_of(images.tolist(), cameras=20, identities_per_shard=400)
+    tracemalloc.start()
+    try:
+        plan = epoch_plan(split, PKSettings(16, 4, strategy=strategy), 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert plan.size > 0.8 * len(split)
+    assert peak < 150 * len(split), peak / len(split)
+
+
+def test_the_benchmark_plans_what_the_plain_loop_plans(monkeypatch):
     from launch.benchmarks import sampler as benchmark
 
     split = split_of([5, 2, 9, 4, 6, 7] * 5)
@@ -326,6 +364,12 @@ def test_the_benchmark_plans_what_the_plain_loop_plans():
     plan = epoch_plan(split, PKSettings(4, 3), 1)
     assert len(epoch) % 12 == 0
     assert abs(len(epoch) // 12 - len(plan)) <= 2
+    monkeypatch.setitem(benchmark.SIZES, "million", benchmark.Size(3000, 3000, 100, 100, rounds=1, plain=False))
+    monkeypatch.setattr(benchmark, "PIECE_IMAGES", 1000)
+    result = benchmark.run(["--size", "million"])
+    assert (result["index_images"], result["train_identities"], result["plain_loop_s"]) == (3000, 100, None)
+    peaks = [result["open_index_peak_memory_mb"], *result["plan_epoch_peak_memory_mb"].values()]
+    assert min(*result["open_index_s"].values(), *peaks) > 0
     result = benchmark.run(["--rounds", "1"])
     assert (result["index_images"], result["train_images"], result["train_identities"]) == (221_763, 113_346, 13_164)
     assert min(*result["open_index_s"].values(), *result["plan_epoch_s"].values(), result["plain_loop_s"]) > 0

@@ -1,0 +1,11 @@
+"""Identity tables of given values, whole or a rank's rows of them."""
+
+from clipreid.identity_table import IdentityTable
+from clipreid.peers import ALONE, rank_slice
+
+
+def table_of(rows, peers=ALONE, *, frozen=False):
+    """This rank's rows of the whole table `rows`."""
+    block = rows.detach()[rank_slice(len(rows), peers.rank, peers.world_size)].clone()
+    make = IdentityTable.frozen if frozen else IdentityTable
+    return make("table", len(rows), block, peers)
