@@ -6,7 +6,6 @@ Under torchrun the processes share the work; the metrics are the same.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,8 @@ def _check_places(parser: Parser, options: argparse.Namespace) -> str:
             parser.error(f"--out {options.out}: is the {options.out.name} of a run; choose another name")
         if options.out.resolve() in [Path(name).resolve() for name in evaluated]:
             parser.error(f"--out {options.out}: is what is evaluated; choose another name")
-    elif out and out.absolute().parent.is_dir() and not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"--out: not given, and {out} cannot be written there: name a file")
+    elif out and out.absolute().parent.is_dir():
+        check_out(parser, out, "--out: not given, and")
     if options.per_query:
         check_out(parser, options.per_query, "--per-query")
         if out and options.per_query.resolve() == out.resolve():

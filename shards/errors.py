@@ -58,6 +58,16 @@ class NotAFileError(DataError, OSError):
     """A pipe, socket or device where a file is expected."""
 
 
+MOST_SHOWN = 120
+"""Characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, the end of a long one left out."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
 NAMED = 5
 """Examples in one message."""
 

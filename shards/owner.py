@@ -81,9 +81,10 @@ def _locked(path: Path, url: str, doing: str) -> Iterator[None]:
             yield
         return
     try:
-        file.truncate(0)
-        file.write(json.dumps(_facts(doing)).encode())
-        file.flush()
+        with storage.naming(path):
+            file.truncate(0)
+            file.write(json.dumps(_facts(doing)).encode())
+            file.flush()
         yield
     finally:
         path.unlink(missing_ok=True)  # before it is unlocked: whoever waits for it sees that it has no name

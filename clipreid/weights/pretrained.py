@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_activation, check_pretrained
+from clipreid.weights.download import fetch
 from clipreid.weights.sealed import DamagedError, check_file
 from clipreid.weights.torchscript import is_torchscript, read_torchscript
 
@@ -53,16 +54,7 @@ def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[
         if all(mark in state for mark in _OPENAI_MARKS):
             check_activation(pretrained, True, arch, config)
         return state
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-    try:
-        path = download_pretrained(get_pretrained_cfg(arch, pretrained))
-    except Exception as error:  # open_clip and its hub client raise whatever their transports raise
-        raise ModelError(
-            f"model.pretrained {pretrained!r}: the weights of {arch} could not be downloaded "
-            f"({type(error).__name__}: {_first_line(error)}); without a network give the path of a local file"
-        ) from None
-    return read_state_dict(Path(path))
+    return read_state_dict(fetch(pretrained, arch))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     if faults:
         raise ConfigError("\n".join(faults))
     check_may_continue(config, index.fingerprint)
+    _fetch_weights(config)
     return index, spec
 
 
@@ -105,6 +106,19 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
             f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
             "them with stages=[1,2]"
         )
+
+
+def _fetch_weights(config: Config) -> None:
+    """Once, before workers start, who would each ask for them. Raises ConfigError where they cannot be had."""
+    pretrained = config.model.pretrained
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    from clipreid.weights.download import fetch
+
+    try:
+        fetch(pretrained, config.model.arch)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _stage1_result_faults(result: str) -> Iterator[str]:

@@ -19,8 +19,9 @@ from cluster.run.storage import Storage
 from cluster.settings.config import WEIGHT_SUFFIXES, Config, ModelSection, flatten
 from cluster.settings.paths import with_absolute_paths
 from cluster.settings.yaml_file import parse_config, parse_tree, with_overrides
-from shards.errors import masked
+from shards.errors import DataError, masked
 from shards.loading.index import ShardIndex
+from shards.storage import decoded
 
 USED = {
     "run": ("seed",),
@@ -78,7 +79,7 @@ class Trained:
                 of_run = _settings_of_run(weights)
             elif card and not of_card and name == MODEL_FILE:
                 of_run = _settings_of_run(folder or ".")
-        except (ConfigError, OSError) as error:
+        except (ConfigError, DataError, OSError) as error:
             why_not = str(error)
         descriptor = list(card.descriptor) if card else None
         return cls(weights, of_run or of_card, training.get("dataset", {}), descriptor, why_not)
@@ -125,10 +126,7 @@ def _settings_of_run(weights: str) -> dict[str, Any] | None:
     run = Storage(weights)
     if not run.exists(CONFIG):
         return None
-    try:
-        return parse_tree(run.read(CONFIG).decode(), run.place(CONFIG))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{run.place(CONFIG)}: is not UTF-8 text") from None
+    return parse_tree(decoded(run.read(CONFIG), run.place(CONFIG)), run.place(CONFIG))
 
 
 def _complete(tree: dict[str, Any]) -> dict[str, Any]:

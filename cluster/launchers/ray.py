@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import Drained, Preempted, RankLost, TrainingError
+from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
 from cluster.launchers.local_ray import (
     home_mistake,
     is_local,
@@ -25,6 +25,7 @@ from cluster.launchers.local_ray import (
     ready_token,
 )
 from cluster.launchers.placement import shortage, worker_needs
+from cluster.launchers.ray_address import cause_of, check_address, within_time
 from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import STOP, request_stop, stop_signals, withdraw_stop
@@ -34,6 +35,7 @@ from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from cluster.settings.paths import PROJECT_ROOT
 from cluster.settings.yaml_file import parse_config
+from shards.errors import DataError, masked
 
 if TYPE_CHECKING:
     from cluster.launchers.ray_policies import Trainer
@@ -134,11 +136,23 @@ def ray_storage(run_dir: Storage) -> dict[str, Any]:
 
 
 def _connect(config: Config) -> None:
-    """As `_join_or_start`. Raises ConfigError where Ray may not write what it keeps in the home folder."""
+    """As `_join_or_start`. Raises ConfigError, one line, where that fails for whatever reason."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        check_address(address)
     try:
         _join_or_start(config)
     except PermissionError as error:
         raise home_mistake(error.filename, error.strerror) from None
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # Ray raises whatever its parts do.
+        what = "started on this machine" if address is None else f"joined at RAY_ADDRESS={masked(address)}"
+        remedy = "look for a full disk, memory or /dev/shm" if address is None else "start the cluster, or unset it"
+        raise ConfigError(
+            f"Ray could not be {what} ({type(error).__name__}: {cause_of(str(error))}): {remedy}, or set "
+            "cluster.launcher=local, which needs none"
+        ) from error
 
 
 def _join_or_start(config: Config) -> None:
@@ -148,7 +162,8 @@ def _join_or_start(config: Config) -> None:
     options: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
     ready_token()
     if not is_local():
-        ray.init(**options)
+        with within_time(f"RAY_ADDRESS={masked(os.environ['RAY_ADDRESS'])}"):
+            ray.init(**options)
         return
     # Workers started ahead lack our environment variables and would never be used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -211,13 +226,9 @@ def _root_cause(error: BaseException, max_failures: int) -> str:
     """The workers' own messages out of Ray's wrapping, in one line."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return _last_line(error)
-    messages = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
+        return cause_of(str(error))
+    messages = "; ".join(f"worker {rank}: {cause_of(str(failure))}" for rank, failure in sorted(failures.items()))
     return (
         f"{messages}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
         "checkpoint; cluster.max_failures allows for more"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[-1]

@@ -16,7 +16,9 @@ from typing import Any, cast
 import ray
 import ray.train
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -69,6 +71,25 @@ class RestartPolicy(DefaultFailurePolicy):
         if any(isinstance(error, Drained) for error in worker_errors(training_failed_error)):
             return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
+
+
+class PreemptionNotice(PreemptionCallback):
+    """Tells the workers that their node is about to be taken away. Ray's own, which QUIET_ENVIRONMENT switches off, has
+    its watcher started again elsewhere when that one's node dies, and prints an error about that in every run; the
+    workers are started anew then, with a watcher of their own."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._stop_watcher()
+        nodes: dict[str, list[int]] = {}
+        actors = {}
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            nodes.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        watcher: Any = ray.remote(num_cpus=0)(PreemptionWatcher)
+        self._watcher = watcher.remote(
+            node_to_ranks=nodes, poll_interval_s=self._poll_interval_s, worker_actors_by_rank=actors
+        )
 
 
 class WholeIdentitiesPolicy(ElasticScalingPolicy):
@@ -132,4 +153,5 @@ class Trainer(TorchTrainer):
         The placement group goes with its driver anyway.
         """
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        kept = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*kept, PreemptionNotice()]

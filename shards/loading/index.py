@@ -19,8 +19,9 @@ import pyarrow as pa
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
+from shards.index_table import arrow
 from shards.loading.cache import node_cache_dir
-from shards.loading.index_file import IndexFile, arrow
+from shards.loading.index_file import IndexFile
 from shards.source import ShardSource
 
 

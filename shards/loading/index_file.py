@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import DamagedError, DataError
-from shards.format import DATASET_FILE, INDEX_FILE, index_columns
+from shards.format import DATASET_FILE, INDEX_FILE
+from shards.index_table import arrow, index_columns, numpy, single
 from shards.leftovers import remove_leftovers
 from shards.loading.array_file import ArrayFile, ArrayWriter, DamagedFile
 from shards.private import open_own, private_folder
@@ -208,19 +209,3 @@ def _codes_and_names(column: pa.ChunkedArray, in_order: bool) -> tuple[np.ndarra
     rank = np.empty(len(names), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     return rank[codes], names.take(arrow(order))
-
-
-def single(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece, without a copy where it is in one piece."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def numpy(values: pa.Array) -> np.ndarray:
-    """Numbers without nulls as they lie in memory. (`to_numpy` imports pandas first, for half a second.)"""
-    data = np.frombuffer(values.buffers()[1], values.type.to_pandas_dtype())
-    return data[values.offset : values.offset + len(values)]
-
-
-def arrow(numbers: np.ndarray) -> pa.Int64Array:
-    """int64 numbers for Arrow, likewise."""
-    return pa.Int64Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])
