@@ -13,7 +13,6 @@ import numpy as np
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_pretrained
 from clipreid.model.spec import ModelSpec
-from clipreid.peers import Alone
 from clipreid.weights.sealed import check_file
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
@@ -88,6 +87,7 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     check_pretrained(pretrained, config.model.arch, spec.arch_config)
     if not Path(pretrained).is_file():
         return
+    from clipreid.peers import Alone
     from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
