@@ -2,20 +2,21 @@
 
     write_atomic ──▶ [working_name] ──▶ .NAME.PLACE.PID.RANDOM ──▶ [remove_leftovers], at the next start
 
-Files of any other name are nobody's business here. PLACE is where the number PID counts (`liveness.py`). What came from
-elsewhere (another host, a container, an earlier version) goes
-when nobody has written to it for a day.
+Files of any other name are nobody's business here. PLACE is where the number PID counts: one host, one process
+namespace. Of processes elsewhere (another host, a container, an earlier version) nothing is known here, so what they
+left goes when nobody has written to it for a day.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
+from functools import cache
 from pathlib import Path
-
-from shards.liveness import is_running, number_space
 
 ABANDONED_S = 86_400.0
 _NAME = re.compile(r"\.(?P<name>.+?)(?:\.(?P<place>[0-9a-f]{12}))?\.(?P<pid>\d+)(?:\.[0-9a-f]{8})", re.DOTALL)
@@ -52,3 +53,27 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@cache
+def number_space() -> str:
+    """Where this process's number counts, 12 hex digits: containers that share a folder, and may share a host's name,
+    have the same numbers."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:12]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, anybody's, in this process's number space."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from shards import storage
 from shards.errors import DataError
-from shards.liveness import is_running, number_space
+from shards.leftovers import is_running, number_space
 
 log = logging.getLogger(__name__)
 BEAT_S = 5.0

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shards import owner, storage
-from shards.liveness import number_space
+from shards.leftovers import number_space
 from shards.owner import OwnedError, owned_file, owned_folder
 from tests.helpers.runs import ROOT
 
