@@ -5,29 +5,35 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Without compiled files each process would compile its libraries anew: more than twice the time of a start.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo-data train test test-faults lint lock clean
+.PHONY: help setup demo-data train test test-faults test-floor lint lock clean
 
-PYTHON := $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$p && break; done)
-UV_VERSION := 0.13.9
+PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
+# The lines of uv in the lock file: its version and what its files must be.
+UV = sed -n '/^uv==/,/[^\\]$$/p' requirements.lock
 PY := .venv/bin/python
 DEMO := data/demo
+FLOOR := build/floor
+FLOOR_TESTS := clipreid shards cluster/launchers cluster/settings cluster/training \
+	runs/test_runs.py::test_ray_with_two_workers_logs_the_losses_of_one
 
 help:
 	@echo "make train        demo: render, pack, train with 2 workers, evaluate (about 4 minutes on 2 cores)"
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
+	@echo "make test-floor   the core tests with the oldest libraries that pyproject.toml allows (about 7 GB)"
 	@echo "make lint         style and form (ruff), then types (mypy)"
 	@echo "make lock         new exact versions into requirements.lock"
-	@echo "make clean        remove .venv, data/demo and runs/demo"
+	@echo "make clean        remove .venv, $(FLOOR), data/demo and runs/demo"
 
 setup: .venv/ready
 
 # uv installs in a fraction of pip's time; pip is there for machines whose index only its own configuration knows.
 .venv/ready: requirements.lock
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv and ensurepip found on PATH"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with venv and ensurepip found on PATH"; exit 2; }
 	@echo "setting up .venv with $(PYTHON) (about 6 GB)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) 2>/dev/null || true
+	@.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r <($(UV)) \
+		2>/dev/null || true
 	@.venv/bin/uv pip install --quiet --no-cache --system-certs --python $(PY) --require-hashes -r requirements.lock \
 		|| .venv/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --require-hashes -r requirements.lock
 	@touch $@
@@ -46,6 +52,11 @@ test: .venv/ready
 test-faults: .venv/ready
 	@$(PY) -m pytest -m faults --run-faults
 
+test-floor: .venv/ready
+	@.venv/bin/uv venv --quiet --clear --python $(PY) $(FLOOR)
+	@.venv/bin/uv pip install --quiet --no-cache --system-certs --python $(FLOOR) --resolution lowest-direct --extra dev -r pyproject.toml
+	@$(FLOOR)/bin/python -m pytest $(addprefix tests/,$(FLOOR_TESTS))
+
 lint: .venv/ready
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -57,4 +68,4 @@ lock:
 		--no-emit-index-url --no-emit-find-links pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv data/demo runs/demo
+	rm -rf .venv $(FLOOR) data/demo runs/demo

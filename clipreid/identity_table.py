@@ -46,8 +46,8 @@ class IdentityTable:
         """Identities whose rows are here."""
         assert len(block) == len(self.own), f"{name}: {len(block)} rows for {self.own}"
         self.block = nn.Parameter(block)
-        others = range(1, peers.world_size)
-        self._bounds = np.array([rank_slice(num_identities, rank, peers.world_size).start for rank in others], np.int64)
+        self._bounds = num_identities * np.arange(1, peers.world_size) // peers.world_size
+        """First identities of ranks 1, 2, …"""
         self._lent: list[tuple[Tensor, Tensor]] = []
         """Row numbers in the block, and the copies of these rows that a backward pass leaves gradients at."""
 
@@ -82,9 +82,8 @@ class IdentityTable:
     def _plan(self, wanted: list[np.ndarray]) -> "_Exchange":
         """What each rank wants, in the order of its owners, so that what it receives is in the order of identities."""
         by_rank = np.repeat(np.arange(self.world_size), [len(labels) for labels in wanted])
-        by_rank, labels = np.divmod(
-            np.sort(by_rank * self.num_identities + np.concatenate(wanted)), self.num_identities
-        )
+        keys = np.sort(by_rank * self.num_identities + np.concatenate(wanted))
+        by_rank, labels = np.divmod(keys, self.num_identities)
         owner = np.searchsorted(self._bounds, labels, side="right")
         mine, for_me = owner == self.rank, by_rank == self.rank
         return _Exchange(

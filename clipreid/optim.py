@@ -37,13 +37,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adam(groups: list[dict[str, Any]], fused: bool = False) -> torch.optim.Adam:
-    """Adam with L2 decay, its learning rate 0 until a schedule sets it. fused: one kernel, on a GPU.
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    """Adam with L2 decay, its learning rate 0 until a schedule sets it; in one pass over memory, on every device.
 
     Decay goes through the gradient (not AdamW), so every trained parameter moves at every step, also the tokens of
     identities that are not in the batch.
     """
-    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def stage1_lr(

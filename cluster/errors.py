@@ -1,12 +1,20 @@
 """What can go wrong in a run, as types: a mistake in the settings, or a failure that stops training."""
 
+from shards.errors import masked
+
 
 class ConfigError(ValueError):
     """A user's mistake in the settings. One line per fault; each names the key, its value, and the remedy."""
 
+    def __str__(self) -> str:
+        return masked(super().__str__())
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on, and a restart would not help. The message names stage, epoch, step and cause."""
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class Preempted(Exception):

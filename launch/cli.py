@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from launch.system_errors import system_mistake
+from shards.errors import mask_logs, masked
 
 if TYPE_CHECKING:
     from cluster.evaluation.trained import Trained
@@ -28,34 +31,50 @@ INTERRUPTED = 130
 
 
 def run(main: Callable[[list[str]], int | None]) -> int:
-    """Exit code of main(arguments of the command line): its own (None is 0), 2 after a user's mistake.
+    """Exit code of main(arguments of the command line): its own (None is 0), 2 after a user's mistake, and where the
+    operating system refuses something.
 
-    A mistake is printed on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
+    Either is printed on stderr, `error: ...`, one line a fault; anything else keeps its traceback.
     """
+    mask_logs()
     try:
-        return main(sys.argv[1:]) or 0
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        sys.stderr.close()
+        _let_go_of(sys.stdout)
         return 1
     except Exception as error:
         if not (message := user_mistake(error)):
             raise
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        _let_go_of(sys.stdout)
+        print(masked("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr)
         return USAGE_ERROR
 
 
+def _let_go_of(output: IO[str]) -> None:
+    """What cannot be written there any more is not tried again, with a traceback, when Python ends."""
+    try:
+        output.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
 def user_mistake(error: Exception) -> str:
-    """The message of an error that a user can cause; empty for a fault of the program."""
+    """The message of an error that a user can cause, or the operating system; empty for a fault of the program."""
     loaded = [getattr(sys.modules.get(module), name, ()) for module, name in USER_ERRORS]
     if any(isinstance(error, kind) for kind in loaded):
         return str(error)
-    path_errors = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
-    if isinstance(error, path_errors) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return ""
+    return system_mistake(error, command_name(sys.argv))
+
+
+def command_name(words: list[str]) -> str:
+    """ "pack.py build": what was called, without its options."""
+    name = Path(words[0]).name if words and words[0] else "python"
+    return f"{name} {words[1]}" if len(words) > 1 and words[1].isalpha() else name
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE_ERROR, masked(f"error: {message} (see {self.prog} --help)\n"))
 
 
 def add_settings(parser: Parser, *, required: bool = True) -> None:
@@ -133,8 +152,12 @@ def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
         parser.error(f"{option} {out}: is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         parser.error(f"{option} {out}: no such folder {out.absolute().parent}")
-    if not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"{option} {out}: {out.absolute().parent} cannot be written to; choose another folder")
+    from shards.storage import require_writable
+
+    try:
+        require_writable(out.absolute())
+    except OSError as error:
+        parser.error(f"{option} {system_mistake(error, 'cannot be written')}")
 
 
 @contextmanager

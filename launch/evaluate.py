@@ -6,7 +6,6 @@ Under torchrun the processes share the work; the metrics are the same.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from launch.cli import (
     progress_bar,
     run,
 )
+from shards.errors import masked
 
 USAGE = """
   evaluate.py [--config FILE] --weights FILE|RUN [key.path=value ...] [--out FILE.json]
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         from cluster.evaluation.result_file import write_result
 
         show(metrics)  # First: they are not lost where the file cannot be written.
-        print(f"metrics: {write_result(metrics, place, replace=options.out is not None)}")
+        print(masked(f"metrics: {write_result(metrics, place, replace=options.out is not None)}"))
 
 
 def _check_places(parser: Parser, options: argparse.Namespace) -> str:
@@ -87,8 +87,8 @@ def _check_places(parser: Parser, options: argparse.Namespace) -> str:
             parser.error(f"--out {options.out}: is the {options.out.name} of a run; choose another name")
         if options.out.resolve() in [Path(name).resolve() for name in evaluated]:
             parser.error(f"--out {options.out}: is what is evaluated; choose another name")
-    elif out and out.absolute().parent.is_dir() and not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"--out: not given, and {out} cannot be written there: name a file")
+    elif out and out.absolute().parent.is_dir():
+        check_out(parser, out, "--out: not given, and")
     if options.per_query:
         check_out(parser, options.per_query, "--per-query")
         if out and options.per_query.resolve() == out.resolve():

@@ -31,7 +31,7 @@ EXAMPLE = """examples:
   python launch/extract.py --weights runs/demo --split gallery --out gallery.npz
   python launch/extract.py --weights runs/veri --images photos --out photos.npz
   python launch/extract.py --config configs/market1501_vit.yaml --weights ViT-B-16_60.pth --split query --out q.npz
-  torchrun --nproc-per-node 2 launch/extract.py --weights runs/demo --split gallery \\
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 launch/extract.py --weights runs/demo --split gallery \\
       --out gallery.parquet eval.flip=true
 
 The file holds `features` float32 [n, D] of length 1 (eval.descriptor, eval.flip), `identities`, `keys`, `splits`,

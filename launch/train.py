@@ -15,7 +15,7 @@ from launch.cli import Parser, add_settings, load_settings, run
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
   python launch/train.py --config configs/veri776_vit.yaml data.shards=s3://bucket/veri776 cluster.workers=8
-  torchrun --nproc-per-node 2 launch/train.py --config configs/demo.yaml cluster.launcher=torchrun
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 launch/train.py --config configs/demo.yaml cluster.launcher=torchrun
   ray job submit --working-dir . -- python launch/train.py --config configs/demo.yaml
 Repeating a command goes on from the run's newest checkpoint."""
 

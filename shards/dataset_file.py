@@ -11,7 +11,8 @@ from typing import Any
 
 from shards import storage
 from shards.errors import DamagedError, DataError
-from shards.format import DATASET_FILE, FORMAT_VERSION
+from shards.format import DATASET_FILE, FORMAT_VERSION, MOST_IMAGES, MOST_NUMBER, PLAIN_NAME
+from shards.records import SPLITS
 
 REQUIRED = {
     "format_version": int,
@@ -22,6 +23,14 @@ REQUIRED = {
     "splits": dict,
     "fingerprint": str,
 }
+MOST_BYTES = 1 << 28
+MOST_NAME = 1000
+"""Characters; a joint dataset has the names of its parts."""
+COUNTED = {
+    "splits": {"images": ("how many images", MOST_IMAGES)},
+    "files": {"bytes": ("how many bytes", 1 << 50), "crc32": ("its crc32", 2**32 - 1)},
+}
+"""Numbers of each entry: what they say, and the largest that can be."""
 OPTIONAL = {"options": dict, "source": str, "files": dict, "found": dict, "crc32": int}
 """`crc32`: of all the other keys, see `_checksum`; datasets packed before it was written have none."""
 
@@ -45,6 +54,8 @@ def read_dataset_json(url: str) -> dict[str, Any]:
             "give the --out of `launch/pack.py build`, or run that command again"
         ) from error
     try:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{len(data):,} bytes, more than {MOST_BYTES:,}")
         dataset = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: not JSON ({error}); copy it again or re-pack") from error
@@ -83,8 +94,24 @@ def _fault(dataset: Any) -> str:
             return f"lacks {key}"
         if key in dataset and type(dataset[key]) is not kind:
             return f"{key} is {dataset[key]!r}, not of type {kind.__name__}"
-    for key, unit in (("splits", "images"), ("files", "bytes")):
+    for key in ("cameras", "views"):
+        if not 0 <= dataset[key] <= MOST_NUMBER + 1:
+            return f"{key} is {dataset[key]}, not from 0 to {MOST_NUMBER + 1}"
+    for key in ("name", "noun"):
+        if not dataset[key].strip() or len(dataset[key]) > MOST_NAME or not dataset[key].isprintable():
+            return f"{key} is {dataset[key][:80]!a}, which is no name"
+    for name in dataset["splits"]:
+        if name not in SPLITS:
+            return f"splits has {name[:80]!a}, not one of {', '.join(SPLITS)}"
+    for name in dataset.get("files", {}):
+        if not PLAIN_NAME.fullmatch(name):
+            return f"files has {name[:80]!a}, which is no name of a file"
+    for key, units in COUNTED.items():
         for name, facts in dataset.get(key, {}).items():
-            if not isinstance(facts, dict) or type(facts.get(unit)) is not int or facts[unit] < 0:
-                return f"{key}.{name} does not say how many {unit}"
+            for unit, (what, most) in units.items():
+                count = facts.get(unit) if isinstance(facts, dict) else None
+                if unit == "crc32" and isinstance(facts, dict) and unit not in facts:
+                    continue  # of others; verify says so
+                if type(count) is not int or not 0 <= count <= most:
+                    return f"{key}.{name} does not say {what}, a number from 0 to {most}"
     return ""

@@ -6,18 +6,15 @@ dataset.json is written last: without it there is no dataset.
 """
 
 import hashlib
+import io
 import json
 import re
 import tarfile
 import unicodedata
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards import storage
-from shards.errors import DamagedError
 from shards.records import ImageRecord
 
 if TYPE_CHECKING:
@@ -62,6 +59,29 @@ INDEX_COLUMNS = {
     "height": "int32",
 }
 """Columns of index.parquet and their Arrow types: one row an image, in the order of the tars."""
+MOST_IMAGES = 1 << 28
+MOST_NUMBER = 9_999
+"""Of a camera or view. Their numbers are counted up to the largest, and each gets a row of the model's tables."""
+MOST_TEXT_BYTES = 4095
+"""Of a key, an identity or a time: what a path can have."""
+INDEX_BOUNDS = {
+    "offset": (0, 1 << 50),
+    "size": (0, 1 << 40),
+    "label": (-1, MOST_IMAGES),
+    "camera": (-1, MOST_NUMBER),
+    "view": (-1, MOST_NUMBER),
+    "width": (0, 1 << 30),
+    "height": (0, 1 << 30),
+}
+"""Smallest and largest number of a column."""
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError, RecursionError, AttributeError)
+"""What tarfile raises for damaged headers, its own and those of what it is made of."""
+
+
+MOST_READS_AT_END = 16
+"""tarfile looks for the rest of a sparse file's map behind the end of the archive, without end."""
+PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}(?<!^\.)(?<!^\.\.)")
+"""A name of a file directly below a folder."""
 JSON_COLUMNS = ("identity", "label", "camera", "view", "time")
 """Those that KEY.json repeats; it has `lists` too where that is not empty."""
 
@@ -128,102 +148,69 @@ def tar_padding(num_bytes: int) -> bytes:
     return bytes(-num_bytes % TAR_BLOCK)
 
 
+class BadTar(ValueError):
+    """Not a tar of whole regular files; the message is the reason."""
+
+
+def tar_members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each member of an uncompressed tar. Raises BadTar, after the members before the fault.
+
+    A header is a claim. Python's tarfile would fill the holes of a sparse file of a terabyte with zeros, and unpack a
+    compressed archive: here a member is taken only where the archive holds as many bytes as it says.
+    """
+    try:
+        with tarfile.open(fileobj=_Archive(data), mode="r:") as tar:
+            for info in tar:
+                yield info.name, _content(info, data)
+    except BadTar:
+        raise
+    except TAR_ERRORS as error:
+        raise BadTar(f"{error.args[0] if error.args else type(error).__name__}".splitlines()[0]) from error
+
+
+def first_member(block: bytes) -> tuple[tarfile.TarInfo | None, bytes]:
+    """The first member and as much of its content as the block holds; (None, b"") where its header is damaged."""
+    try:
+        with tarfile.open(fileobj=_Archive(block), mode="r:") as tar:
+            info = tar.next()
+        if info is None or _fault(info):
+            return None, b""
+        return info, block[info.offset_data :][: info.size]
+    except TAR_ERRORS:
+        return None, b""
+
+
+def _content(info: tarfile.TarInfo, data: bytes) -> bytes:
+    if fault := _fault(info):
+        raise BadTar(fault)
+    content = data[info.offset_data : info.offset_data + info.size]
+    if len(content) < info.size:
+        raise BadTar(f"{info.name[:80]!r} is to have {info.size:,} bytes, {len(content):,} are there")
+    return content
+
+
+def _fault(info: tarfile.TarInfo) -> str:
+    if not info.isreg() or info.sparse is not None:
+        return f"{info.name[:80]!r} is no regular file"
+    return f"{info.name[:80]!r} is to have {info.size} bytes" if info.size < 0 else ""
+
+
+class _Archive(io.BytesIO):
+    reads_at_end = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.reads_at_end += not data
+        if self.reads_at_end > MOST_READS_AT_END:
+            raise EOFError("ends within a header")
+        return data
+
+
 def index_schema() -> "pyarrow.Schema":
     """INDEX_COLUMNS as pyarrow takes them."""
     import pyarrow as pa
 
     return pa.schema([pa.field(name, kind) for name, kind in INDEX_COLUMNS.items()])
-
-
-def read_index_table(url: str, dataset: dict[str, Any] | None = None) -> "pyarrow.Table":
-    """index.parquet as it is written. dataset: dataset.json, which lists its checksum; without it none is compared.
-
-    Raises as `parse_index`, and DamagedError when it is missing.
-    """
-    where = storage.join(url, INDEX_FILE)
-    try:
-        data = storage.read_bytes(where)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{where}: no such file; copy it again or re-pack") from error
-    return parse_index(where, data, dataset or {})
-
-
-def parse_index(where: str, data: bytes, dataset: dict[str, Any]) -> "pyarrow.Table":
-    """The table in index.parquet's bytes, its columns those of `index_schema`. Raises as `index_columns`."""
-    import pyarrow as pa
-
-    columns = index_columns(where, data, dataset)
-    return pa.table({name: columns[name] for name in columns}, schema=index_schema())
-
-
-def index_columns(
-    where: str, data: bytes, dataset: dict[str, Any], coded: Sequence[str] = ()
-) -> "Mapping[str, pyarrow.ChunkedArray]":
-    """The columns in index.parquet's bytes, as `index_schema` has them, without nulls; each is decoded when it is
-    asked for, and not kept.
-
-    coded: columns of strings that are given as codes into dictionaries.
-    Raises DamagedError unless these are the bytes that dataset.json lists, and can be read. Damaged bytes are not
-    decoded where dataset.json lists them: a Parquet reader may do anything with them.
-    """
-    packed = dataset.get("files", {}).get(INDEX_FILE)
-    if packed and packed != {"bytes": len(data), "crc32": zlib.crc32(data)}:
-        raise DamagedError(
-            f"{where}: not the file that {DATASET_FILE} (fingerprint {dataset['fingerprint']}) was packed with; one "
-            "of the two comes from another packing, is damaged or was cut short: copy both again or re-pack"
-        )
-    return _IndexColumns(where, data, coded, trusted=bool(packed))
-
-
-class _IndexColumns(Mapping[str, Any]):
-    """The columns of index.parquet by their names."""
-
-    def __init__(self, where: str, data: bytes, coded: Sequence[str], trusted: bool):
-        """trusted: its checksum is right."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        self.where, self.coded, self.trusted = where, coded, trusted
-        self.schema = index_schema()
-        with self._reading():
-            self.file = parquet.ParquetFile(pa.BufferReader(data), read_dictionary=list(coded))
-            names = self.file.schema_arrow.names
-        if missing := [name for name in self.schema.names if name not in names]:
-            raise DamagedError(f"{where}: no column {', '.join(missing)}; pack the dataset again")
-        if doubled := [name for name in self.schema.names if names.count(name) > 1]:
-            raise DamagedError(f"{where}: has column {', '.join(doubled)} twice; pack the dataset again")
-
-    def __len__(self) -> int:
-        return len(self.schema)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.schema.names)
-
-    def __getitem__(self, name: str) -> "pyarrow.ChunkedArray":
-        import pyarrow as pa
-
-        kind = self.schema.field(name).type
-        with self._reading():
-            column = self.file.read(columns=[name]).column(0)
-            if name not in self.coded:
-                column = column.cast(kind)
-            elif column.type != pa.dictionary(pa.int32(), kind):
-                column = column.cast(kind).dictionary_encode()
-            if not self.trusted:
-                column.validate(full=True)
-        if column.null_count:
-            raise DamagedError(f"{self.where}: column {name} has empty cells; pack the dataset again")
-        return column
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        import pyarrow as pa
-
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            fault = str(error).splitlines()[0]
-            raise DamagedError(f"{self.where}: damaged ({fault}); copy it again or re-pack") from error
 
 
 def fingerprint(facts: Iterable[Any], table: "pyarrow.Table") -> str:

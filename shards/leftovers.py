@@ -2,9 +2,9 @@
 
     write_atomic ──▶ [working_name] ──▶ .NAME.PLACE.PID.RANDOM ──▶ [remove_leftovers], at the next start
 
-Files of any other name are nobody's business here. A process can be judged from where its number counts: on the same
-host, in the same process namespace. What came from elsewhere (another host, a container, an earlier version) goes
-when nobody has written to it for a day.
+Files of any other name are nobody's business here. PLACE is where the number PID counts: one host, one process
+namespace. Of processes elsewhere (another host, a container, an earlier version) nothing is known here, so what they
+left goes when nobody has written to it for a day.
 """
 
 import contextlib
@@ -22,19 +22,9 @@ ABANDONED_S = 86_400.0
 _NAME = re.compile(r"\.(?P<name>.+?)(?:\.(?P<place>[0-9a-f]{12}))?\.(?P<pid>\d+)(?:\.[0-9a-f]{8})", re.DOTALL)
 
 
-@cache
-def _place() -> str:
-    """Where this process's number counts: containers that share a folder have the same numbers."""
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:12]
-
-
 def working_name(name: str) -> str:
     """A new name beside `name`, that tells which process writes to it."""
-    return f".{name}.{_place()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return f".{name}.{number_space()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -50,21 +40,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
-    if found["place"] == _place():
-        return not _runs(int(found["pid"]))
+    if found["place"] == number_space():
+        return not is_running(int(found["pid"]))
     with contextlib.suppress(OSError):
         return time.time() - path.lstat().st_mtime > ABANDONED_S
     return False
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -73,3 +53,27 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@cache
+def number_space() -> str:
+    """Where this process's number counts, 12 hex digits: containers that share a folder, and may share a host's name,
+    have the same numbers."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:12]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, anybody's, in this process's number space."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True

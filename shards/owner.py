@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from shards import storage
 from shards.errors import DataError
+from shards.leftovers import is_running, number_space
 
 log = logging.getLogger(__name__)
 BEAT_S = 5.0
@@ -80,9 +81,10 @@ def _locked(path: Path, url: str, doing: str) -> Iterator[None]:
             yield
         return
     try:
-        file.truncate(0)
-        file.write(json.dumps(_facts(doing)).encode())
-        file.flush()
+        with storage.naming(path):
+            file.truncate(0)
+            file.write(json.dumps(_facts(doing)).encode())
+            file.flush()
         yield
     finally:
         path.unlink(missing_ok=True)  # before it is unlocked: whoever waits for it sees that it has no name
@@ -135,7 +137,7 @@ def _beating(mark: str, url: str, doing: str) -> Iterator[None]:
 def _wait_for_the_dead(mark: str, url: str) -> None:
     """Return when there is no mark, or one whose process is dead. Raises OwnedError when it is alive."""
     first = _read(mark)
-    if not first or _is_dead_here(first):
+    if not first or _has_ended(first):
         return
     log.warning("%s: has the mark of %s; looking for %g s whether it is alive", url, _who(first), STALE_S)
     until = time.monotonic() + STALE_S
@@ -156,21 +158,14 @@ def _beat(mark: str, facts: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _facts(doing: str) -> dict[str, Any]:
-    host, pid = socket.gethostname(), os.getpid()
-    return {"doing": doing, "host": host, "pid": pid, "since": time.time(), "token": uuid.uuid4().hex, "beat": 0}
+    process = {"host": socket.gethostname(), "place": number_space(), "pid": os.getpid()}
+    return {"doing": doing, **process, "since": time.time(), "token": uuid.uuid4().hex, "beat": 0}
 
 
-def _is_dead_here(facts: dict[str, Any]) -> bool:
-    """Whether it was a process of this machine that is no more."""
-    if facts.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(int(facts["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, KeyError, ValueError, TypeError):
-        return False
-    return False
+def _has_ended(facts: dict[str, Any]) -> bool:
+    """Whether its process is known to be no more. A mark that does not tell is waited for."""
+    pid = facts.get("pid")
+    return facts.get("place") == number_space() and isinstance(pid, int) and not is_running(pid)
 
 
 def _write(mark: str, facts: dict[str, Any]) -> None:

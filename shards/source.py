@@ -12,7 +12,7 @@ from typing import Any
 
 from shards.errors import DataError
 from shards.remote import OPEN, READ, Patience, file_system, read_range, retried
-from shards.storage import join, local_path
+from shards.storage import join, local_path, open_regular, read_bytes
 
 
 class ShardSource:
@@ -32,7 +32,7 @@ class ShardSource:
     def read(self, name: str) -> bytes:
         """A whole small file. Raises FileNotFoundError, or DataError when the source keeps failing."""
         if self.local_root is not None:
-            return (self.local_root / name).read_bytes()
+            return read_bytes(str(self.local_root / name))
         return self._retried(name, OPEN, lambda fs, path: fs.cat_file(path))
 
     def state(self, name: str) -> list:
@@ -58,7 +58,7 @@ class ShardSource:
             raise DataError(f"{self.where(name)}: no such file; copy it again or re-pack") from error
 
     def _read_local(self, path: Path, start: int, stop: int) -> bytes:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
             data = file.read(stop - start)
         if len(data) != stop - start:

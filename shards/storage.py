@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -35,6 +35,12 @@ NOT_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095
+"""Of one part of a path, and of all of it, on the file systems of Linux."""
+BYTE_ORDER_MARKS = (
+    *((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32")),
+    *((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")),
+)
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
@@ -49,6 +55,18 @@ def local_path(url: str) -> Path | None:
     if url.startswith("file://"):
         return Path(url.removeprefix("file://"))
     return None if "://" in url or "::" in url else Path(url)
+
+
+def path_fault(path: str) -> str:
+    """Why no file can have this path or URL, in words; empty where one can."""
+    if "\0" in path:
+        return "holds a NUL character, which no path can"
+    longest = max((len(os.fsencode(part)) for part in path.split("/")), default=0)
+    if is_local(path) and longest > MOST_NAME_BYTES:
+        return f"has a name of {longest:,} bytes, more than the {MOST_NAME_BYTES} that file systems take"
+    if len(os.fsencode(path)) > MOST_PATH_BYTES:
+        return f"is longer than the {MOST_PATH_BYTES:,} bytes that systems take"
+    return ""
 
 
 def is_process_local(url: str) -> bool:
@@ -90,9 +108,9 @@ def list_folder(url: str) -> list[str]:
 
 
 def open_read(url: str, block_bytes: int = 8 << 20) -> IO[bytes]:
-    """A file to read from the start; raises FileNotFoundError. block_bytes: the least that is asked of a remote one."""
+    """A file to read from the start; raises OSError. block_bytes: the least that is asked of a remote one."""
     path = local_path(url)
-    return path.open("rb") if path else io.BufferedReader(RangedFile(url), block_bytes)
+    return open_regular(path) if path else io.BufferedReader(RangedFile(url), block_bytes)
 
 
 def read_bytes(url: str) -> bytes:
@@ -112,11 +130,24 @@ def _ask(url: str, request: Callable[[Any, str], Any]) -> Any:
 def read_text(url: str, encoding: str = "utf-8") -> str:
     """A small text file; a UTF-8 byte order mark is dropped. Raises DataError when it is not there."""
     try:
-        return read_bytes(url).decode(encoding).removeprefix("\ufeff")
+        return decoded(read_bytes(url), url, encoding)
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such file") from error
+
+
+def decoded(data: bytes, where: str, encoding: str = "utf-8") -> str:
+    """The text of a file; a byte order mark is dropped. Raises DataError with the line that is of another encoding."""
+    for mark, name in BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            raise DataError(f"{where}, line 1: is {name} text; save it as {encoding.upper()}")
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(f"{url}: not {encoding} text ({error.reason} at byte {error.start}); convert it") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{where}, line {line}: is not {encoding.upper()} text ({error.reason} at byte {error.start}); save it as "
+            f"{encoding.upper()}"
+        ) from error
 
 
 def make_folder(url: str) -> None:
@@ -163,6 +194,25 @@ def remove(url: str) -> None:
 
 
 @contextmanager
+def naming(place: str | os.PathLike) -> Iterator[None]:
+    """What the operating system refuses in the block is told with this path, where it names none: a write into an open
+    file that finds the disk full does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(place)
+        raise
+
+
+def require_writable(path: Path) -> None:
+    """Raises OSError where `write_atomic` could not write that file: what refuses it is asked, by writing nothing."""
+    working = path.parent / working_name(path.name)
+    working.touch(exist_ok=False)
+    working.unlink()
+
+
+@contextmanager
 def write_atomic(url: str, work: str | None = None, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name only when the block ends without an exception.
 
@@ -186,7 +236,7 @@ def write_atomic(url: str, work: str | None = None, *, durable: bool = True) -> 
         remove_leftovers(folder, target.name)
     working = folder / working_name(target.name)
     try:
-        with working.open("wb") as file:
+        with naming(target), working.open("wb") as file:
             yield file
             if durable:
                 file.flush()
@@ -244,11 +294,9 @@ class Source:
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """A small text file of the dataset; raises DataError when it is not there."""
         try:
-            return self.read(path).decode(encoding).removeprefix("\ufeff")
+            return decoded(self.read(path), join(self.root, path), encoding)
         except FileNotFoundError as error:
             raise DataError(f"{join(self.root, path)}: no such file; it belongs to the dataset") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{join(self.root, path)}: not {encoding} text") from error
 
     def files(self, folder: str = "") -> list[str]:
         """Paths of all files below a folder, sorted; empty when there is no such folder."""
@@ -310,9 +358,20 @@ def _open_zip(root: str) -> Any:
         raise DataError(f"{root}: not a readable zip file ({error}); fetch it again") from error
 
 
-def _read_regular(path: Path) -> bytes:
+def open_regular(path: Path) -> BinaryIO:
+    """A local file to read; raises OSError, NotAFileError for a pipe, socket or device: what is none is not waited
+    for."""
     _require_file(path)
-    return path.read_bytes()
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
+        file.close()
+        raise NotAFileError(f"{path}: not a file")
+    return file
+
+
+def _read_regular(path: Path) -> bytes:
+    with naming(path), open_regular(path) as file:
+        return file.read()
 
 
 def _require_file(path: Path) -> None:
@@ -321,6 +380,8 @@ def _require_file(path: Path) -> None:
     for check, name in NOT_FILES:
         if check(mode):
             raise NotAFileError(f"{path}: {name}, not a file")
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _stat_size(path: Path) -> int | None:

@@ -1,5 +1,8 @@
 """Settings for every test: quiet libraries, one thread, no network; and which fault tests run."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import sys
 import tempfile
@@ -48,6 +51,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("faults") and not item.get_closest_marker("core"):
             item.add_marker(pytest.mark.skip(reason="a long fault test: make test-faults"))
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request):
+    """What a test of a full-size model has freed goes back to the system, not only to the process: gigabytes."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What the pages say of the code: commands that its parsers take, settings, files and links that are there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def test_every_benchmark_in_the_readme_is_one_that_bench_py_has():
         options = [span.split() for span in spans("|".join(others)) if span.startswith("--")]
         for arguments in options or [[]]:
             check_options("bench", [name, *arguments])
+
+
+def test_the_same_versions_of_python_are_named_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = [line.rsplit(" ")[-1] for line in project["classifiers"] if "Python :: 3" in line]
+    first, *_, last = versions
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(re.findall(r"\bpython(3\.\d+)", makefile)) == set(versions)
+    after = f"3, {int(last.split('.')[1]) + 1}"
+    assert f"({first.replace('.', ', ')}) <= sys.version_info < ({after})" in makefile
+    named = f"{', '.join(versions[:-1])} or {last}"
+    assert f"Python {named}" in makefile and f"Python {named}" in (ROOT / "README.md").read_text()
+    assert project["requires-python"] == f">={first}"
+
+
+def test_every_library_states_the_oldest_version_that_is_enough():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    assert [line for line in wanted if not re.fullmatch(r"[\w-]+(\[[\w,]+\])?>=[\d.]+", line)] == []
 
 
 @each_page

@@ -18,6 +18,9 @@ from typing import Any
 
 from clipreid.errors import ModelError
 
+MOST_FILE_BYTES = 1_000_000
+MOST_SIZE = 16_384
+"""Of a width, a number of layers, a picture's side: several times those of the largest models."""
 VOCABULARY = 49408
 """Entries of CLIP's byte-pair vocabulary, which ships inside open_clip."""
 
@@ -125,8 +128,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"model.arch {path}: no such file; give an open_clip model name or a JSON model configuration")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if (size := path.stat().st_size) > MOST_FILE_BYTES:
+            raise ValueError(f"{size:,} bytes, more than {MOST_FILE_BYTES:,}")
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model.arch {path}: is not valid JSON: {error}") from None
     tables = [config]
     if isinstance(config, dict):
@@ -176,13 +181,19 @@ def _check_sizes(arch: str, config: dict[str, Any]) -> None:
         required |= {f"vision_cfg.layers[{i}]": count for i, count in enumerate(vision["layers"])}
     else:
         required |= {f"vision_cfg.{key}": vision.get(key) for key in ("layers", "patch_size")}
+    if "head_width" in vision:
+        required["vision_cfg.head_width"] = vision["head_width"]
     for key, value in required.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"model.arch {arch}: {key} must be a positive whole number, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_SIZE:
+            raise ModelError(f"model.arch {arch}: {key} must be a whole number from 1 to {MOST_SIZE}, not {value!r}")
     if resnet and len(vision["layers"]) != 4:
         raise ModelError(f"model.arch {arch}: vision_cfg.layers of a ResNet has four entries, not {vision['layers']}")
     if text.get("vocab_size") != VOCABULARY:
         raise ModelError(f"model.arch {arch}: text_cfg.vocab_size is {text.get('vocab_size')}, CLIP's is {VOCABULARY}")
+    for table, name in ((vision, "vision_cfg"), (text, "text_cfg")):
+        ratio = table.get("mlp_ratio", 4.0)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MOST_SIZE:
+            raise ModelError(f"model.arch {arch}: {name}.mlp_ratio must be a number above 0, not {ratio!r}")
     head_width = vision.get("head_width", 64)
     attended = vision["width"] * 32 if resnet else vision["width"]
     if attended % head_width:

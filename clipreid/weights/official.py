@@ -8,6 +8,7 @@ holds no settings: image size, stride and kind of side information come from the
 contradict them it is refused.
 """
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ def holds_prompts(path: str | Path) -> bool:
     return not read_state_dict(Path(path)).keys().isdisjoint((TOKENS, _THEIR_TOKENS))
 
 
+def image_side(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What features are computed with, and the classifiers; no prompts, which are of a dataset and its noun."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_TEXT_PREFIXES)}
+
+
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The prompts' tokens under our name."""
     return {TOKENS if name == _THEIR_TOKENS else name: tensor for name, tensor in state.items()}
@@ -100,8 +106,10 @@ def save_official(path: str | Path, state: Mapping[str, Tensor], spec: ModelSpec
     """
     _check_activation(spec, str(path))
     theirs = {_their_name(name): value.float() if value.is_floating_point() else value for name, value in state.items()}
+    content = io.BytesIO()  # torch's own writer of files does not say what was refused
+    torch.save(theirs, content)
     with appearing(Path(path)) as file:
-        torch.save(theirs, file)
+        file.write(content.getbuffer())
 
 
 def _check_shapes(

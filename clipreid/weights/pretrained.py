@@ -4,7 +4,8 @@
 
 In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a local file: a TorchScript archive, a
      pickled `state_dict` (bare, or under "state_dict" or "model", with or without "module." before its names), or
-     safetensors. Pickles may hold tensors only.
+     safetensors. Nothing in it is run: pickles may hold tensors only, and of an archive (`torchscript.py`) the tensors
+     are read.
 Out: {name: Tensor} with names such as `visual.conv1.weight`.
 """
 
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipreid.errors import ModelError
 from clipreid.model.arch import check_activation, check_pretrained
+from clipreid.weights.download import fetch
 from clipreid.weights.sealed import DamagedError, check_file
+from clipreid.weights.torchscript import is_torchscript, read_torchscript
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -36,16 +38,8 @@ _OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 # Parameters of CLIP that are no part of re-identification: similarities are unscaled dot products.
 _UNUSED = ("logit_scale", "logit_bias")
 
-_READ_ERRORS = (
-    zipfile.BadZipFile,
-    RuntimeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-)
+MOST_UNPACKED_BYTES = 256 << 20
+"""That an archive may take more than its file: the source in it is compressed, its tensors are not."""
 
 
 def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -60,16 +54,7 @@ def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[
         if all(mark in state for mark in _OPENAI_MARKS):
             check_activation(pretrained, True, arch, config)
         return state
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-    try:
-        path = download_pretrained(get_pretrained_cfg(arch, pretrained))
-    except Exception as error:  # open_clip and its hub client raise whatever their transports raise
-        raise ModelError(
-            f"model.pretrained {pretrained!r}: the weights of {arch} could not be downloaded "
-            f"({type(error).__name__}: {_first_line(error)}); without a network give the path of a local file"
-        ) from None
-    return read_state_dict(Path(path))
+    return read_state_dict(fetch(pretrained, arch))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -84,15 +69,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             with path.open("rb") as file:
                 check_file(file, path.stat().st_size, str(path))
             loaded = load_file(path)
-        elif _is_torchscript(path):
-            loaded = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        elif is_torchscript(path):
+            loaded = read_torchscript(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not loaded or not all(_is_named_tensor(*item) for item in loaded.items()):
         raise ModelError(f"{path}: holds no state dict (names with tensors); give a CLIP or CLIP-ReID checkpoint")
+    with _unreadable(path):
+        for name, value in loaded.items():
+            _check_tensor(name, value)
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
@@ -145,21 +133,29 @@ def _is_square_grid(rows: Tensor) -> bool:
     return math.isqrt(len(rows) - 1) ** 2 == len(rows) - 1
 
 
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """Raises ValueError unless all of a tensor's numbers are in the file: a few bytes can stand for any size."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        raise ValueError(f"{name} is not a plain tensor: it is {value.layout}, {value.dtype} on {value.device}")
+    if math.prod(value.shape) * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, and fewer numbers than that")
+
+
 def _check_archive(path: Path) -> None:
     """Raises DamagedError where a member of an archive of torch's, ours among them, is not what was written: torch
-    itself does not look."""
+    itself does not look. ValueError where it would unpack to far more than it is."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size + MOST_UNPACKED_BYTES:
+            raise ValueError(f"it would unpack to {unpacked} bytes")
         if member := archive.testzip():
             raise DamagedError(f"{path}: {member} is not as it was written: the file is damaged; copy it again")
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 @contextmanager
@@ -168,7 +164,7 @@ def _unreadable(path: Path) -> Iterator[None]:
         yield
     except DamagedError:
         raise
-    except _READ_ERRORS as error:
+    except Exception as error:  # a stranger's file makes the readers of pickles and zip files raise anything
         unsafe = isinstance(error, pickle.UnpicklingError)  # its own message advises to load it all the same
         reason = "pickled objects other than tensors" if unsafe else _first_line(error)
         raise ModelError(
@@ -180,4 +176,4 @@ def _unreadable(path: Path) -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     """The first sentence or two: loaders append whole paragraphs of advice."""
     line = (str(error).strip() or "no message").splitlines()[0]
-    return line if len(line) <= 160 else f"{line[:160]}…"
+    return line if len(line) <= 300 else f"{line[:300]}…"

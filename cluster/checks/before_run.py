@@ -41,6 +41,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     if faults:
         raise ConfigError("\n".join(faults))
     check_may_continue(config, index.fingerprint)
+    _fetch_weights(config)
     return index, spec
 
 
@@ -86,10 +87,12 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
     check_pretrained(pretrained, config.model.arch, spec.arch_config)
     if not Path(pretrained).is_file():
         return
+    from clipreid.peers import Alone
     from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
     from clipreid.weights.official import holds_prompts
 
-    text = build_models(spec, pretrained).text
+    one_row_each = Alone(world_size=spec.identities)  # Whether the file fits is seen without all identities' rows.
+    text = build_models(spec, pretrained, peers=one_row_each).text
     if config.method == "baseline":
         return
     if text is None:
@@ -103,6 +106,19 @@ def _check_weights(config: Config, spec: ModelSpec) -> None:
             f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
             "them with stages=[1,2]"
         )
+
+
+def _fetch_weights(config: Config) -> None:
+    """Once, before workers start, who would each ask for them. Raises ConfigError where they cannot be had."""
+    pretrained = config.model.pretrained
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    from clipreid.weights.download import fetch
+
+    try:
+        fetch(pretrained, config.model.arch)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _stage1_result_faults(result: str) -> Iterator[str]:

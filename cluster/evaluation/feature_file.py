@@ -9,10 +9,12 @@ parts instead, see feature_parts.
 Imports no torch, so that mistakes show at once.
 """
 
+import errno
 import math
 import os
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,12 @@ import numpy as np
 from clipreid.retrieval.rules import RULES, Rule
 from cluster.errors import ConfigError
 from cluster.evaluation import feature_parts
+from shards.errors import DataError
 from shards.storage import local_path, open_read, write_atomic
 
 CHUNK_BYTES = 1 << 24
+ARRAY_START = b"\x93NUMPY"
+"""Of an .npy file."""
 PREFIXES = ("query_", "gallery_")
 
 
@@ -98,17 +103,43 @@ def _read(path: str, needed: tuple[str, ...], prefixes: tuple[str, ...], hint: s
         return _read_sets(path, feature_parts.read_parts(Path(path)), needed, prefixes, hint)
     try:
         with open_read(path) as file:
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
+            if file.read(len(ARRAY_START)) == ARRAY_START:
                 raise ConfigError(f"{path}: holds one array without a name; write an .npz with numpy.savez")
-            with arrays:
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                assert arrays.zip is not None, "it is open"
+                _check_members(path, arrays.zip)
                 return _read_sets(path, arrays, needed, prefixes, hint)
     except FileNotFoundError:
         raise ConfigError(f"--features {path}: no such file") from None
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        if isinstance(error, ConfigError):
+    except (ConfigError, DataError, PermissionError):
+        raise
+    except Exception as error:  # zipfile, zlib, numpy, its parser of headers: each raises what it comes across
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
             raise
-        raise ConfigError(f"{path}: is not a complete .npz file of plain arrays ({error}); write it again") from None
+        said = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{path}: is not a complete .npz file of plain arrays ({said}); write it again") from None
+
+
+def _check_members(path: str, archive: zipfile.ZipFile) -> None:
+    """Before memory is taken: every member is as long as its header says. Raises ConfigError."""
+    twice = [name for name, count in Counter(archive.namelist()).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{path}: holds {twice[0][:80]!a} twice; write it again")
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        with archive.open(member) as data:
+            version = np.lib.format.read_magic(data)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(data)
+            held, needed = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ConfigError(f"{path}: {name} holds Python objects, which are not read; write numbers or strings")
+        if held != needed or min(shape, default=0) < 0:  # others' bytes would be read
+            raise ConfigError(
+                f"{path}: {name} holds {held:,} bytes, but its header says {dtype} {shape}, {needed:,} bytes: write it "
+                "again"
+            )
 
 
 def _read_sets(
@@ -161,16 +192,9 @@ def _mapped(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarra
     with local.open("rb") as file:
         file.seek(info.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # behind the name and the extra field
-        end = file.tell() + info.file_size
         if np.lib.format.read_magic(file) != (1, 0):
             return arrays[name]
         shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
         if by_column or dtype.hasobject or not math.prod(shape):
             return arrays[name]
-        held, needed = end - file.tell(), math.prod(shape) * dtype.itemsize
-        if held != needed:  # Others' bytes would be mapped.
-            raise ConfigError(
-                f"{path}: {name} holds {held:,} bytes, but its header says {dtype} {shape}, {needed:,} bytes: write it "
-                "again"
-            )
         return np.memmap(local, dtype, "r", file.tell(), shape)

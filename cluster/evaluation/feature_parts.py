@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cluster.errors import ConfigError
 from shards.leftovers import remove_leftovers, working_name
 from shards.sealed import SealError, seal, unseal
-from shards.storage import sync, sync_folder, write_json
+from shards.storage import naming, sync, sync_folder, write_json
 
 SUFFIX = ".parquet"
 """Of the folder and of the files in it."""
@@ -28,6 +28,7 @@ CHECKSUMS = "_checksums.json"
 """Of the parts. Programs that read such a folder as one table pass over names with this beginning."""
 PART_ROWS = 32_768
 FEATURES = "features"
+MOST_ROWS = 1 << 32
 
 
 def write_parts(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -58,6 +59,8 @@ def read_parts(folder: Path) -> dict[str, np.ndarray]:
         if not file.schema_arrow.equals(schema):
             raise ConfigError(f"{path}: has other columns than {paths[0].name}; extract again into a new folder")
     total = sum(file.metadata.num_rows for file in files)
+    if total > MOST_ROWS:
+        raise ConfigError(f"{folder}: is to hold {total:,} images, more than {MOST_ROWS:,}; extract again")
     arrays = {}
     if FEATURES in schema.names:
         kind = schema.field(FEATURES).type
@@ -66,8 +69,8 @@ def read_parts(folder: Path) -> dict[str, np.ndarray]:
         arrays[FEATURES] = np.empty((total, kind.list_size), np.float32)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in schema.names if name not in arrays}
     start = 0
-    for file in files:
-        table = file.read()
+    for path, file in zip(paths, files, strict=True):
+        table = _read(path, file)
         for name, blocks in columns.items():
             blocks.append(_plain(table[name]))
         if arrays:
@@ -105,7 +108,8 @@ def _folder_atomic(folder: Path) -> Iterator[Path]:
     working = folder.parent / working_name(folder.name)
     working.mkdir()
     try:
-        yield working
+        with naming(folder):
+            yield working
         sync_folder(working)
         working.rename(folder)
         sync_folder(folder.parent)
@@ -129,9 +133,19 @@ def _plain(column: pa.ChunkedArray) -> np.ndarray:
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: is not a complete Parquet file ({reason}); extract again") from None
+
+
+def _read(path: Path, file: pq.ParquetFile) -> pa.Table:
+    try:
+        return file.read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path}: is damaged ({reason}); extract again") from None
 
 
 def _column(values: np.ndarray) -> pa.Array:

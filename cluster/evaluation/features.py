@@ -6,6 +6,7 @@ Every image is encoded exactly once. Workers of a node map the same file, so 113
 was encoded goes to the file round by round, so that no worker ever holds more than a round.
 """
 
+import os
 import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -26,6 +27,7 @@ from shards.loading.cache import CacheSettings
 from shards.loading.index import ShardIndex
 from shards.loading.sequential import ImageBatch, OrderedImages, SequentialLoader
 from shards.loading.tar_images import TarImages
+from shards.storage import naming
 
 ROUND_IMAGES = 4096
 """Images of each worker that are encoded between two exchanges."""
@@ -187,8 +189,7 @@ class Bank:
         self.leads = team.rank == leader
         path = None
         if self.leads:
-            path = _bank_path(cache_dir)
-            self.file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
+            path, self.file = _new_bank(cache_dir, total, width)
         path = team.all_gather_objects(path, "place of features")[leader]
         if not self.leads:
             self.file = np.load(path, mmap_mode="r")
@@ -209,10 +210,22 @@ class Bank:
         return rows
 
 
-def _bank_path(cache_dir: str | None) -> str:
+def _new_bank(cache_dir: str | None, total: int, width: int) -> tuple[str, np.ndarray]:
+    """A file with room on its disk for all features: a map that finds none when it is written to ends the process."""
     folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.NamedTemporaryFile(dir=folder, prefix="features-", suffix=".npy", delete=False).name
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix="features-", suffix=".npy")
+    os.close(descriptor)
+    path = Path(name)
+    try:
+        with naming(path):
+            bank = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(total, width))
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except BaseException:
+        path.unlink()
+        raise
+    return str(path), bank
 
 
 def _node() -> str:

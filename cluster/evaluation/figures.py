@@ -28,6 +28,7 @@ from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
+from clipreid.weights.official import official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
 from clipreid.weights.tables import CLASSIFIER_PROJ, TOKENS, load_table
 from cluster.errors import ConfigError
@@ -56,24 +57,27 @@ class Subject:
     inference: Inference
     index: ShardIndex
     text: PromptedText | None
-    """None where no prompts were learned: the baseline, and CLIP's own weights."""
+    """None where no prompts were learned, as by the baseline or in CLIP's own weights, or those of other identities."""
     tokens: IdentityTable | None
     """Of the prompts, with `text`."""
     classifier: IdentityTable | None
-    """Of the projected feature."""
+    """Of the projected feature; None where it is of other identities than the dataset's."""
     show: ShowProgress
 
     @classmethod
     def of(cls, config: Config, path: Path, card: ModelCard | None, index: ShardIndex, show: ShowProgress) -> "Subject":
         """Raises ModelError where the weights of the file do not fit."""
         inference, text, tokens, classifier = Inference(config, path, card, index), None, None, None
+        here = index.split("train").num_identities if "train" in index.splits else 0
         if card:
             text, tokens, classifier = load_text(path), load_table(path, TOKENS), load_table(path, CLASSIFIER_PROJ)
-        elif "train" in index.splits:
+        elif here and (not is_official(read_state_dict(path)) or official_shapes(path).identities == here):
             _, text, tables = build_models(model_spec(config, index), str(path), config.run.seed)
             tokens, classifier = tables.tokens, tables.classifier_proj
             if not is_official(read_state_dict(path)):
                 text = None
+        if classifier is None or classifier.num_identities != here:
+            text = tokens = classifier = None
         if config.method == "baseline":
             text = None
         return cls(inference, index, text and text.to(inference.team.device).eval(), tokens, classifier, show)
@@ -142,6 +146,11 @@ def tsne(subject: Subject) -> Figure:
 def relevance(subject: Subject) -> Figure:
     """Figure 3: what in an image speaks for its identity, by its text feature (without texts, by its classifier)."""
     train = subject.train
+    if subject.classifier is None:
+        raise ConfigError(
+            f"data.shards={subject.index.url}: the weights are of other training identities than it has, whose "
+            "relevance this figure shows; give the dataset that they were trained on, or draw --figure tsne ranked"
+        )
     labels = _spread(train.num_identities, RELEVANCE_IMAGES)
     rows = np.array([np.flatnonzero(train.labels == label)[0] for label in labels])
     images = pick_images(subject.index, "train", rows.tolist(), subject.inference.config.model.image_size)

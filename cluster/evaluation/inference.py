@@ -16,8 +16,8 @@ from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_model
-from clipreid.weights.initial import build_models
-from clipreid.weights.official import official_shapes
+from clipreid.weights.initial import build_models, empty_models
+from clipreid.weights.official import image_side, load_official, official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
 from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
@@ -26,7 +26,7 @@ from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.process import choose_device
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
-from cluster.settings.model_spec import configured_spec, model_spec
+from cluster.settings.model_spec import configured_spec
 from shards.loading.folder_images import FolderImages
 from shards.loading.index import ShardIndex
 
@@ -93,20 +93,18 @@ class Inference:
 
 
 def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDModel:
-    if index is not None and "train" in index.splits:
-        spec = model_spec(config, index)
-    else:
-        spec = _spec_of_shapes(config, path, index)
-    return build_models(spec, str(path), config.run.seed).model
-
-
-def _spec_of_shapes(config: Config, path: Path, index: ShardIndex | None) -> ModelSpec:
-    """Without a training set: its numbers of identities and, without any dataset, of side information, as in the
-    file. No camera or view is known then, so it does not matter which of them a row belongs to."""
-    identities, sie_rows = 1, 1
-    if is_official(read_state_dict(path)):
+    if is_official(state := read_state_dict(path)):
         shapes = official_shapes(path)
-        identities, sie_rows = shapes.identities, max(shapes.sie_rows, 1)
+        spec = _spec_for_use(config, index, shapes.identities, max(shapes.sie_rows, 1))
+        model, text = empty_models(spec)
+        load_official(model, text, image_side(state), spec, str(path))
+        return model
+    return build_models(_spec_for_use(config, index, 1, 1), str(path), config.run.seed).model
+
+
+def _spec_for_use(config: Config, index: ShardIndex | None, identities: int, sie_rows: int) -> ModelSpec:
+    """What only training needs is as in the file: its identities, whatever the dataset has, and no prompts. Without any
+    dataset no camera or view is known, so it does not matter which of them a row of side information belongs to."""
     if index is not None:
         return configured_spec(config, cameras=index.cameras, views=index.views, identities=identities, noun=index.noun)
     views_only = config.model.sie == "view"

@@ -7,7 +7,6 @@ nothing: they need --config.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from cluster.run.storage import Storage
 from cluster.settings.config import WEIGHT_SUFFIXES, Config, ModelSection, flatten
 from cluster.settings.paths import with_absolute_paths
 from cluster.settings.yaml_file import parse_config, parse_tree, with_overrides
+from shards.errors import DataError, masked
 from shards.loading.index import ShardIndex
+from shards.storage import decoded
 
 USED = {
     "run": ("seed",),
@@ -42,7 +43,7 @@ def training_facts(config: Config, index: ShardIndex) -> dict[str, Any]:
     """For the card of a run's weights: the dataset that they were trained on, and the settings that a use needs."""
     whole = config.model_dump(mode="json")
     settings = {section: {name: whole[section][name] for name in names} for section, names in USED.items()}
-    url = re.sub(r"://[^/@]*@", "://", config.data.shards)  # Whoever gets the file gets no password.
+    url = masked(config.data.shards)  # Whoever gets the file gets no password.
     settings["data"]["shards"] = url
     settings["model"]["pretrained"] = None
     if config.method != "two_stage":
@@ -78,7 +79,7 @@ class Trained:
                 of_run = _settings_of_run(weights)
             elif card and not of_card and name == MODEL_FILE:
                 of_run = _settings_of_run(folder or ".")
-        except (ConfigError, OSError) as error:
+        except (ConfigError, DataError, OSError) as error:
             why_not = str(error)
         descriptor = list(card.descriptor) if card else None
         return cls(weights, of_run or of_card, training.get("dataset", {}), descriptor, why_not)
@@ -99,16 +100,17 @@ class Trained:
             keys = (*keys, *DRAWS)
         parts = [*self._dataset_difference(config, index), *self._setting_differences(config, keys)]
         if parts and os.environ.get("RANK", "0") == "0":
-            print(f"note: {'; '.join(parts)}", file=sys.stderr)
+            print(masked(f"note: {'; '.join(parts)}"), file=sys.stderr)
 
     def _dataset_difference(self, config: Config, index: ShardIndex | None) -> Iterator[str]:
         if index is None:
             return
         theirs = self.dataset or {"url": (self.settings or {}).get("data", {}).get("shards", "")}
-        same = theirs.get("fingerprint") == index.fingerprint if self.dataset else theirs["url"] == config.data.shards
+        url = masked(config.data.shards)
+        same = theirs.get("fingerprint") == index.fingerprint if self.dataset else theirs["url"] == url
         if theirs["url"] and not same:
             name = f"{theirs['name']} ({theirs['url']})" if "name" in theirs else theirs["url"]
-            yield f"data.shards is {index.name} ({config.data.shards}) here, {self.source} was trained on {name}"
+            yield f"data.shards is {index.name} ({url}) here, {self.source} was trained on {name}"
 
     def _setting_differences(self, config: Config, keys: tuple[str, ...]) -> Iterator[str]:
         here, theirs = flatten(config.model_dump(mode="json")), _complete(self.settings or {})
@@ -124,10 +126,7 @@ def _settings_of_run(weights: str) -> dict[str, Any] | None:
     run = Storage(weights)
     if not run.exists(CONFIG):
         return None
-    try:
-        return parse_tree(run.read(CONFIG).decode(), run.place(CONFIG))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{run.place(CONFIG)}: is not UTF-8 text") from None
+    return parse_tree(decoded(run.read(CONFIG), run.place(CONFIG)), run.place(CONFIG))
 
 
 def _complete(tree: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, Drained, Preempted, RankLost, TrainingError
+from cluster.launchers.local_ray import (
+    home_mistake,
+    is_local,
+    keep_to_loopback,
+    local_environment,
+    local_options,
+    ready_token,
+)
 from cluster.launchers.placement import shortage, worker_needs
+from cluster.launchers.ray_address import cause_of, check_address, within_time
 from cluster.ranks.process import QUIET_ENVIRONMENT, joined, quiet_libraries
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import STOP, request_stop, stop_signals, withdraw_stop
@@ -26,6 +35,7 @@ from cluster.run.storage import Storage
 from cluster.settings.config import Config
 from cluster.settings.paths import PROJECT_ROOT
 from cluster.settings.yaml_file import parse_config
+from shards.errors import DataError, masked
 
 if TYPE_CHECKING:
     from cluster.launchers.ray_policies import Trainer
@@ -39,8 +49,11 @@ def train_with_ray(config: Config) -> dict[str, Any]:
     Returns the metrics of metrics.json. Raises as `cluster.launchers.run.run`.
     """
     quiet_libraries()
-    from cluster.launchers.ray_policies import final_error
+    if is_local():
+        keep_to_loopback()
+    from cluster.launchers.ray_policies import final_error, warn_of_absent_parts
 
+    warn_of_absent_parts()
     run_dir = Storage(config.run.dir)
     withdraw_stop(config.run.dir)
     _connect(config)
@@ -62,12 +75,18 @@ def train_with_ray(config: Config) -> dict[str, Any]:
 
 
 def _trainer(config: Config, run_dir: Storage) -> "Trainer":
-    """For the nodes that the cluster has now. `ray.train` has these classes too, typed as its first version."""
+    """For the nodes that the cluster has now."""
     import ray
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-    from cluster.launchers.ray_policies import Trainer
+    from cluster.launchers.ray_policies import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        Trainer,
+    )
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = config.cluster.gpus_per_worker
@@ -117,14 +136,23 @@ def ray_storage(run_dir: Storage) -> dict[str, Any]:
 
 
 def _connect(config: Config) -> None:
-    """As `_join_or_start`. Raises ConfigError where Ray may not write what it keeps in the home folder."""
+    """As `_join_or_start`. Raises ConfigError, one line, where that fails for whatever reason."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        check_address(address)
     try:
         _join_or_start(config)
     except PermissionError as error:
+        raise home_mistake(error.filename, error.strerror) from None
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # Ray raises whatever its parts do.
+        what = "started on this machine" if address is None else f"joined at RAY_ADDRESS={masked(address)}"
+        remedy = "look for a full disk, memory or /dev/shm" if address is None else "start the cluster, or unset it"
         raise ConfigError(
-            f"Ray may not write {error.filename} ({error.strerror}): it keeps its token below the home folder, "
-            f"{Path.home()}: set HOME to a folder of yours, or cluster.launcher=local, which needs none"
-        ) from None
+            f"Ray could not be {what} ({type(error).__name__}: {cause_of(str(error))}): {remedy}, or set "
+            "cluster.launcher=local, which needs none"
+        ) from error
 
 
 def _join_or_start(config: Config) -> None:
@@ -132,20 +160,22 @@ def _join_or_start(config: Config) -> None:
     import ray
 
     options: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": _variables(config)}}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
+    ready_token()
+    if not is_local():
+        with within_time(f"RAY_ADDRESS={masked(os.environ['RAY_ADDRESS'])}"):
+            ray.init(**options)
         return
     # Workers started ahead lack our environment variables and would never be used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Nothing big goes through Ray's object store: images and features have their own ways.
     cpus = max(os.cpu_count() or 1, config.cluster.worker_range[0])
-    ray.init(address="local", num_cpus=cpus, object_store_memory=100_000_000, **options)
+    ray.init(num_cpus=cpus, object_store_memory=100_000_000, **local_options(), **options)
 
 
 def _variables(config: Config) -> dict[str, str]:
     """The environment of controller and workers. What a user has set there already stays."""
     path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    ours = dict(QUIET_ENVIRONMENT)
+    ours = QUIET_ENVIRONMENT | (local_environment() if is_local() else {})
     low, high = config.cluster.worker_range
     if low != high:
         # The first try after the loss of a node still counts on it: do not wait for it for the usual minute.
@@ -196,13 +226,9 @@ def _root_cause(error: BaseException, max_failures: int) -> str:
     """The workers' own messages out of Ray's wrapping, in one line."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return _last_line(error)
-    messages = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
+        return cause_of(str(error))
+    messages = "; ".join(f"worker {rank}: {cause_of(str(failure))}" for rank, failure in sorted(failures.items()))
     return (
         f"{messages}; given up after {max_failures} restarts: repeat the command, which goes on from the newest "
         "checkpoint; cluster.max_failures allows for more"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[-1]

@@ -26,6 +26,7 @@ from cluster.run.run_folder import STAGE1_RESULT, read_metrics, read_status
 from cluster.run.status_view import follow
 from cluster.run.storage import Storage
 from cluster.settings.config import Config
+from shards.errors import masked
 from shards.loading.index import ShardIndex
 from shards.owner import owned_folder
 
@@ -41,7 +42,7 @@ def train_and_show(config: Config, index: ShardIndex) -> int:
     console.print(f"{index.name}: {dataset_facts(index)}")
     run_dir = Storage(config.run.dir)
     if is_finished(config):
-        console.print(f"finished before: nothing to do in {run_dir.url}")
+        console.print(f"finished before: nothing to do in {masked(run_dir.url)}")
         metrics = read_metrics(run_dir)
     else:
         images = {name: facts["images"] for name, facts in index.splits.items()}
@@ -57,15 +58,15 @@ def train_and_show(config: Config, index: ShardIndex) -> int:
             return 1
         except Preempted as stop:
             if is_first:
-                print(f"{stop}; run folder: {run_dir.url}", file=sys.stderr)
+                print(f"{stop}; run folder: {masked(run_dir.url)}", file=sys.stderr)
             return stop_signals.exit_code
         except KeyboardInterrupt:
             if is_first:
-                print(f"interrupted; repeat the command to go on; run folder: {run_dir.url}", file=sys.stderr)
+                print(f"interrupted; repeat the command to go on; run folder: {masked(run_dir.url)}", file=sys.stderr)
             return INTERRUPTED_EXIT_CODE
     if "untrained" in metrics:
         console.print(result_table(metrics))
-    console.print(f"run folder: {run_dir.url}", soft_wrap=True)
+    console.print(f"run folder: {masked(run_dir.url)}", soft_wrap=True)
     return 0
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cluster.ranks.team import PATIENCE, Team
 from cluster.ranks.watchdog import Watchdog
 from cluster.settings.config import ClusterSection
+from shards.errors import mask_logs
 
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,14 +29,18 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # ray_policies has one that prints nothing.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 """Environment variables of every process of a run, as far as the user has not set them."""
+LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""The same where all of them are on one machine: what they say to each other is heard by nobody else."""
 
 
 def quiet_libraries() -> None:
-    """Libraries print at import and at start; a user wants to read about the run."""
+    """Libraries print at import and at start; a user wants to read about the run. And nothing logs a password."""
+    mask_logs()
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)  # Torch to DeepSpeed's authors, about names to come.
@@ -101,6 +106,9 @@ def join_process_group(timeout_s: float, cpus: int | None = None) -> Team:
         timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE"):
+                for name, value in LOOPBACK_ENVIRONMENT.items():
+                    os.environ.setdefault(name, value)
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -118,10 +118,12 @@ class Interrupts:
         return Preempted if pending.stop else None
 
     def _drain_notice(self) -> bool:
-        from ray.train import get_preemption_info
+        import ray.train
 
         self._next_drain_poll_s = time.monotonic() + DRAIN_POLL_S
-        return get_preemption_info() is not None
+        if not hasattr(ray.train, "get_preemption_info"):  # before Ray 2.58, as a warning says at the start
+            return False
+        return ray.train.get_preemption_info() is not None
 
 
 def request_stop(run_dir: str) -> None:

@@ -7,6 +7,8 @@ Every node's agent serves them to Prometheus.
 
 from typing import Any
 
+from shards.errors import masked
+
 DESCRIPTIONS = {
     "stage": "stage that is being trained, 1 or 2",
     "epoch": "epoch of the stage, from 1",
@@ -26,7 +28,7 @@ class Gauges:
     def __init__(self, run_dir: str):
         from ray.util.metrics import Gauge
 
-        self._tags = {"run": run_dir}
+        self._tags = {"run": masked(run_dir)}
         self._gauges = {
             name: Gauge(f"clipreid_{name}", description=text, tag_keys=("run",)) for name, text in DESCRIPTIONS.items()
         }

@@ -20,6 +20,7 @@ from cluster.run.storage import Storage
 from cluster.run.tensorboard import Events
 from cluster.settings.config import Config
 from cluster.settings.yaml_file import dump_config
+from shards.errors import masked
 from shards.leftovers import remove_leftovers
 from shards.sealed import SealError, digest, unseal
 from shards.storage import sync
@@ -110,7 +111,7 @@ class RunFolder:
         if self.storage.local_root is not None:
             remove_leftovers(self.storage.local_root)
         with self.storage.writing(CONFIG):
-            self.storage.write(CONFIG, dump_config(config).encode())
+            self.storage.write(CONFIG, masked(dump_config(config)).encode())
         self._lines: list[str] = []
         self._file: IO[str] | None = None
         self._events = Events(f"{self.storage.url}/tensorboard", None)

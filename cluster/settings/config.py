@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from clipreid.loss_settings import TextLoss
 from clipreid.model.spec import FeatureName, Sie, SieTokens
@@ -24,7 +24,13 @@ from clipreid.retrieval.rules import Rule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Bounded, as all numbers: what is made in a number's size is not to fill the memory for a slip of the keyboard."""
+Whole = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
 RGB = tuple[float, float, float]
+Spread = Annotated[float, Field(ge=1e-6)]
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -48,13 +54,22 @@ ArchPath = Annotated[str, NotEmpty, PathMark(suffixes=(".json",), shipped=True)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as switches, and Python counts with switches as 1 and 0."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if kind is not bool and any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
+            raise ValueError("holds a switch (yes, no, true, ...) where a number is meant")
+        return value
 
 
 class RunSection(Section):
     dir: Place = "runs/run"
     """Run folder: a path or fsspec URL that every node sees."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes initial weights, data order and augmentation."""
     resume: CheckpointPath = "auto"
     """auto: go on from the newest complete checkpoint; never: refuse a folder that has one; or the path of a checkpoint
@@ -66,11 +81,11 @@ class DataSection(Section):
     """Folder or fsspec URL that `launch/pack.py build` wrote."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a corrupt record of a PK batch does: stop, or give its place to the identity's next image."""
-    skip_limit: Annotated[int, Field(ge=0)] = 100
+    skip_limit: Whole = 100
     """Different images that `on_error: skip` passes over on a worker; one more stops the run."""
     locality: Literal["none", "node"] = "none"
     """node: each virtual node fills its part of every batch from its own shards of the epoch."""
-    virtual_nodes: PositiveInt = 8
+    virtual_nodes: Count = 8
     """Number of virtual nodes for `locality: node`; divides stage2.identities."""
     sampler: Literal["identity", "camera_aware", "balanced"] = "identity"
     """How PK batches are drawn. identity: as published. camera_aware: an identity's images in a batch come from as many
@@ -78,14 +93,15 @@ class DataSection(Section):
     balance_alpha: NonNegative = 0.5
     """`balanced` draws an identity with probability proportional to (its images) ** alpha."""
     cache_dir: Place | None = None
-    """Node-local folder for remote shards and feature banks; default: under the system's temporary folder."""
-    cache_gb: PositiveFloat = 50.0
+    """Node-local folder for remote shards and feature banks; default: under the system's temporary folder. In one that
+    others can write to, a folder of yours."""
+    cache_gb: Annotated[float, Field(gt=0, le=1_000_000_000)] = 50.0
     """Size limit of that cache, GB."""
-    loaders: Annotated[int, Field(ge=0)] = 2
+    loaders: Annotated[int, Field(ge=0, le=1024)] = 2
     """Decoding processes per worker; 0 decodes in the worker itself."""
     pixel_mean: RGB = (0.5, 0.5, 0.5)
     """Subtracted from pixels in 0 … 1, per channel. Published: 0.5 for the ViT, ImageNet's mean for RN50."""
-    pixel_std: RGB = (0.5, 0.5, 0.5)
+    pixel_std: tuple[Spread, Spread, Spread] = (0.5, 0.5, 0.5)
     """Divides pixels after that, per channel. Published: 0.5 for the ViT, ImageNet's for RN50."""
 
 
@@ -94,9 +110,9 @@ class ModelSection(Section):
     """open_clip model name, or the path of a JSON file in open_clip's model format."""
     pretrained: WeightsPath | None = "openai"
     """open_clip weight tag, or a local file (TorchScript archive, state_dict, safetensors); null: random weights."""
-    image_size: tuple[PositiveInt, PositiveInt] = (256, 128)
+    image_size: tuple[Pixels, Pixels] = (256, 128)
     """Height and width, pixels."""
-    stride: PositiveInt | None = None
+    stride: Count | None = None
     """Stride of the ViT's patches, pixels (12 = overlapping patches, OLP); null: the patch size."""
     sie: Sie = "none"
     """Side information (SIE, Table 7): a learned vector for each camera, view, or pair of them; for a ViT only."""
@@ -104,16 +120,16 @@ class ModelSection(Section):
     """Tokens that side information is added to: the class token, or all of them (Table 7)."""
     sie_coefficient: float = 1.0
     """Factor on side information. Published: 1."""
-    prompt_tokens: PositiveInt = 4
+    prompt_tokens: Count = 4
     """M, learnable tokens per identity (Table 10)."""
 
 
 class Stage1Section(Section):
-    epochs: PositiveInt = 120
+    epochs: Count = 120
     """Passes over the training images. Published: 120 for a ViT on person datasets, 60 for all others."""
-    lr: PositiveFloat = 3.5e-4
+    lr: Positive = 3.5e-4
     """Learning rate of the prompt tokens: warm-up leads towards it, the cosine falls from it, epoch by epoch."""
-    batch: PositiveInt = 64
+    batch: Count = 64
     """Images in one global batch, over all workers; with `features: average` identities. Published: 64; 256 for
     VehicleID."""
     features: Literal["instance", "average"] = "instance"
@@ -121,7 +137,7 @@ class Stage1Section(Section):
     means of all identities (Eq. 10), without a loss from image to text."""
     weight_decay: NonNegative = 1e-4
     """L2 decay of the prompt tokens, part of Adam's gradient (not AdamW)."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    warmup_epochs: Whole = 5
     """Epochs of linear warm-up; the cosine's clock runs through them, so `lr` itself is never reached. 0: none, and the
     cosine falls from `lr`."""
     warmup_lr: NonNegative = 1e-5
@@ -133,26 +149,26 @@ class Stage1Section(Section):
 
 
 class Stage2Section(Section):
-    epochs: PositiveInt = 60
+    epochs: Count = 60
     """Epochs of PK batches. Published: 60 for the ViT, 120 for RN50."""
-    lr: PositiveFloat = 5e-6
+    lr: Positive = 5e-6
     """Adam's learning rate after warm-up. Published: 5e-6 for the ViT (VehicleID 5e-5), 3.5e-4 for RN50."""
     weight_decay: NonNegative = 1e-4
     """L2 decay of all parameters, part of Adam's gradient (not AdamW). Published: 1e-4 for the ViT, 5e-4 for RN50."""
-    bias_lr_factor: PositiveFloat = 2.0
+    bias_lr_factor: Positive = 2.0
     """Parameters with "bias" in their name take this multiple of `lr`. Published: 2."""
-    identities: PositiveInt = 16
+    identities: Count = 16
     """P: identities in one global batch, over all workers."""
     images_per_identity: Annotated[int, Field(ge=2)] = 4
     """K. At least 2: the triplet loss needs a positive pair inside the batch."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    warmup_epochs: Whole = 10
     """Epochs of linear warm-up; 0: none."""
     warmup_factor: Fraction = 0.1
     """Part of `lr` that warm-up begins with, at epoch 0. Published: 0.1 for the ViT, 0.01 for RN50."""
-    milestones: tuple[PositiveInt, ...] = (30, 50)
+    milestones: tuple[Count, ...] = (30, 50)
     """Epochs from which on the learning rate is `gamma` times as high. Published: 30, 50 for the ViT, 40, 70 for
     RN50."""
-    gamma: PositiveFloat = 0.1
+    gamma: Positive = 0.1
     """Factor on the learning rate at each milestone."""
     id_weight: NonNegative = 0.25
     """Weight of the identity loss (Eq. 6), cross-entropy summed over both classifiers. Published: 0.25 for the ViT, 1
@@ -176,7 +192,7 @@ class Stage2Section(Section):
 class AugmentSection(Section):
     flip: Fraction = 0.5
     """Probability of a mirror image."""
-    pad: Annotated[int, Field(ge=0)] = 10
+    pad: Whole = 10
     """Pixels of black on each side before the random crop."""
     erase: Fraction = 0.5
     """Probability of random erasing."""
@@ -187,7 +203,7 @@ class TrainSection(Section):
     """bf16: autocast around the encoders; parameters, moments and losses stay float32."""
     compile: bool = False
     """torch.compile of the encoder with static shapes."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Count | None = None
     """Images that a worker's encoder takes at a time in stage 2, for global batches larger than memory: losses and
     gradients stay those of the whole batch, at the cost of a second forward pass. null: all at once. For a ViT only."""
     zero_stage: Literal[0, 1, 2] = 1
@@ -195,7 +211,7 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    every_epochs: Annotated[int, Field(ge=0)] = 0
+    every_epochs: Whole = 0
     """Also evaluate after every n-th epoch of stage 2; 0: only before training and at the end."""
     descriptor: tuple[FeatureName, ...] = ("img", "proj")
     """Features concatenated for retrieval (Table 11)."""
@@ -203,29 +219,29 @@ class EvalSection(Section):
     """An image's descriptor is the mean of its features and its mirror image's, at twice the cost."""
     rule: Rule = "camera"
     """Gallery images of the query's identity that do not count: same camera, none, or same camera and time."""
-    batch: PositiveInt = 128
+    batch: Count = 128
     """Images per worker and forward pass; on a CPU each thread takes 16 of them at a time."""
-    draws: PositiveInt = 10
+    draws: Count = 10
     """Random galleries of the VehicleID protocol."""
-    rerank: tuple[PositiveInt, PositiveInt, Fraction] | None = None
+    rerank: tuple[Count, Count, Fraction] | None = None
     """k-reciprocal re-ranking as [k1, k2, lambda]; null: off."""
 
 
 class CheckpointSection(Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0
+    every_steps: Whole = 0
     """Write a checkpoint after every n-th step as well; 0: only at the end of epochs."""
     every_minutes: NonNegative = 10.0
     """Write a checkpoint when the last one is older than this; 0: never for this reason."""
-    every_epochs: Annotated[int, Field(ge=0)] = 1
+    every_epochs: Whole = 1
     """Write a checkpoint after every n-th epoch; 0: only after evaluated epochs and a stage's last."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Newest complete checkpoints kept, beside the best by mAP."""
 
 
 class Elastic(Section):
-    min: PositiveInt
+    min: Count
     """Fewest workers that the run goes on with."""
-    max: PositiveInt
+    max: Count
     """Most workers; it grows to them again when nodes come back."""
 
 
@@ -233,13 +249,13 @@ class ClusterSection(Section):
     launcher: Literal["ray", "torchrun", "local"] = "ray"
     """What places the workers: Ray Train (on the cluster of RAY_ADDRESS, else on this machine), torchrun, or local,
     where this process is the only one."""
-    workers: PositiveInt | Elastic = 1
+    workers: Count | Elastic = 1
     """Number of workers, or {min, max} to go on with fewer and grow again. Ignored by torchrun and local."""
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: Annotated[float, Field(gt=0, le=10_000_000)] = 120.0
     """A collective that takes longer is a failure."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
     """null: 1 where the cluster has GPUs, else 0."""
-    cpus_per_worker: PositiveInt | None = None
+    cpus_per_worker: Count | None = None
     """null: one for the worker and one for each loader, as far as the cluster has them; without GPUs an equal share."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: workers on as few nodes as possible or spread over many; STRICT: on one node only, or

@@ -17,13 +17,15 @@ from typing import Any
 from cluster.errors import ConfigError
 from cluster.settings.config import Config, PathMark
 from cluster.settings.kinds import field_kind, kind_of, path_mark
-from shards.storage import local_path
+from shards.storage import local_path, path_fault
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def expanded(path: str) -> str:
-    """A path with its `~` or `~user` replaced; a URL as it is. Raises ConfigError where no such home is known."""
+    """A path with its `~` or `~user` replaced; a URL as it is. Raises ConfigError where no such home is known, and for
+    what no file can be called."""
+    _require_possible(path)
     if not path.removeprefix("file://").startswith("~"):
         return path
     try:
@@ -51,6 +53,7 @@ def placed_setting(text: str, mark: PathMark, start: Path) -> str:
     A file shipped in configs/ keeps its name, which every node finds below its own root, unless the caller has another
     file by that name.
     """
+    _require_possible(text)
     if text in mark.words or (mark.suffixes and not _is_path(text, mark.suffixes, start)):
         return text
     path = absolute(text, start)
@@ -81,6 +84,11 @@ def _placed(tree: dict[str, Any], section: Any, start: Path) -> dict[str, Any]:
         elif isinstance(value, str) and (mark := path_mark(kind)):
             placed[key] = placed_setting(value, mark, start)
     return placed
+
+
+def _require_possible(path: str) -> None:
+    if fault := path_fault(path):
+        raise ConfigError(f"{ascii(path[:80])[1:-1]}{'…' * (len(path) > 80)}: {fault}: give another path")
 
 
 def _is_path(text: str, suffixes: tuple[str, ...], start: Path) -> bool:

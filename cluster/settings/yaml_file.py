@@ -20,7 +20,11 @@ from cluster.settings.as_written import Dumper, parse, parse_words
 from cluster.settings.config import Config
 from cluster.settings.kinds import field_kind, is_optional, kind_of, section_of
 from cluster.settings.paths import expanded
+from shards.errors import DataError
+from shards.storage import read_text
 
+MOST_TEXT = 1_000_000
+"""Characters of a settings file."""
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -50,6 +54,8 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 def parse_tree(text: str, source: str | Path) -> dict[str, Any]:
     """The tree of settings in a YAML text. Raises ConfigError, which names the source, for what is none."""
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"{source}: {len(text):,} characters, more than the {MOST_TEXT:,} that settings can have")
     try:
         tree = parse(text) or {}
     except UNREADABLE as error:
@@ -75,14 +81,14 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file" + (f" (base of {seen[-1]})" if seen else ""))
+        fault = "is no file" if path.exists() else "no such file"
+        raise ConfigError(f"--config {path}: {fault}" + (f" (base of {seen[-1]})" if seen else ""))
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base refers back to itself")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-    tree = parse_tree(text, path)
+        tree = parse_tree(read_text(str(path)), path)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -114,11 +120,15 @@ def _fault_lines(fault: ErrorDetails) -> list[str]:
     if not path:
         return str(fault["ctx"]["error"]).split("\n")
     message = fault["msg"][0].lower() + fault["msg"][1:].replace("Input should be", "should be")
-    message = message.replace("input should be", "should be")
+    message = message.replace("input should be", "should be").removeprefix("value error, ")
     key = ".".join(part for part in path if part not in ("constrained-int", "Elastic", "int", "str", "float"))
     if fault["type"] == "tuple_type":
         message = "should be a list, written as 30,50 or [30, 50]" + (", or null" if is_optional(kind_of(key)) else "")
-    return [f"{key}: {fault['input']!r} {message}"]
+    return [f"{key}: {_shortened(repr(fault['input']))} {message}"]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _unknown_key(path: list[str]) -> str:
@@ -128,7 +138,7 @@ def _unknown_key(path: list[str]) -> str:
     known = sorted(section.model_fields)
     close = get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {'.'.join([*path[:-1], close[0]])}? " if close else ""
-    return f"{'.'.join(path)}: unknown key; {hint}known here: {', '.join(known)}"
+    return f"{_shortened('.'.join(path))}: unknown key; {hint}known here: {', '.join(known)}"
 
 
 def _in_one_line(error: Exception) -> str:

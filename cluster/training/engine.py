@@ -152,7 +152,7 @@ class Replicated:
         self.module = module.to(team.device)
         self.zero_stage, self.prefix = zero_stage, prefix
         self._settings = [{k: g[k] for k in ("betas", "eps", "weight_decay") if k in g} for g in groups]
-        adam = make_adam(groups, fused=team.device.type == "cuda")
+        adam = make_adam(groups)
         deepspeed = prepare_deepspeed(team.device)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
@@ -247,8 +247,7 @@ class Replicated:
         """Adam's state of one (flat) parameter, made as Adam would make it if no step was taken yet."""
         state = self.adam.state[parameter]
         if not state:
-            fused = self.adam.defaults["fused"]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state |= {m: torch.zeros_like(parameter, memory_format=torch.preserve_format) for m in MOMENTS}
         return state
 

@@ -163,7 +163,8 @@ class Loop:
             self._save(stage, done, mAP=headline(metrics)["mAP"] if metrics else None)
 
     def _save(self, stage: Stage, position: Position, mAP: float | None = None) -> None:
-        self.reporter.flush()  # First, so that no checkpoint is further than the log.
+        # First, so that no checkpoint is further than the log.
+        self.team.on_first(self.reporter.flush, "write the log")
         self.writer.save(position, stage.engine, mAP=mAP)
         self.due.saved()
         self.reporter.saved(position.words)

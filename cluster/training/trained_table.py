@@ -3,7 +3,7 @@
     backward ── gradients of rows ──▶ [trained_table: step] ──▶ IdentityTable
 
 Every row moves in every step, also those of identities that are not in the batch: that is the published Adam with L2
-decay. The fused kernel does it in one pass over memory.
+decay, in one pass over memory.
 """
 
 import torch
@@ -20,7 +20,7 @@ class TrainedTable:
         """name: in checkpoints. lr_factor: the stage's learning rate is multiplied by it."""
         self.name, self.table = name, table
         group = {"params": [table.block], "names": [name], "weight_decay": weight_decay, "lr_factor": lr_factor}
-        self.adam = adam([group], fused=True)
+        self.adam = adam([group])
 
     @property
     def block(self) -> torch.Tensor:

@@ -50,6 +50,8 @@ SIZES = {
 }
 SHARD_IMAGES = 8000
 PIECE_IMAGES = 1 << 20
+MOST_SHARD_BYTES = 40_000 * PIECE_IMAGES
+"""Where the last image of a piece may end."""
 """Rows of an index that are made up at a time."""
 VIRTUAL_NODES = 4
 
@@ -166,7 +168,7 @@ def plain_epoch(labels: np.ndarray, batch: int, size: int, seed: int) -> list[in
 
 
 def made_up_index(folder: Path, size: Size = SIZES["vehicleid"]) -> str:
-    """dataset.json and index.parquet with cameras, written piece by piece, and empty files for shards."""
+    """dataset.json and index.parquet with cameras, in pieces, and files of nothing but a hole for shards."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     identity = _images_of(size.train_identities, size.train_images, 0, rng)
@@ -180,7 +182,8 @@ def made_up_index(folder: Path, size: Size = SIZES["vehicleid"]) -> str:
     names = sorted(shard_name("train", n) for n in range(-(-size.train_images // SHARD_IMAGES)))
     names += [shard_name("test", n) for n in range(size.train_images // SHARD_IMAGES, -(-size.images // SHARD_IMAGES))]
     for name in names:
-        (folder / name).touch()
+        with (folder / name).open("wb") as file:
+            file.truncate(MOST_SHARD_BYTES)
     splits = {"train": {"images": size.train_images}, "test": {"images": size.images - size.train_images}}
     facts = {
         "format_version": FORMAT_VERSION,
@@ -192,7 +195,7 @@ def made_up_index(folder: Path, size: Size = SIZES["vehicleid"]) -> str:
         "fingerprint": "made-up",
         "options": {},
         "files": {
-            **{name: {"bytes": 0} for name in names},
+            **{name: {"bytes": MOST_SHARD_BYTES} for name in names},
             INDEX_FILE: {"bytes": len(content), "crc32": zlib.crc32(content)},
         },
     }

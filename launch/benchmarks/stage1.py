@@ -104,7 +104,7 @@ class OurStep:
         self.images, self.labels, self.batch_labels = images, labels.to(images.device), labels
         self.amp = amp
         named = [(tokens.name, self.tokens.block)]
-        self.optimizer = adam(parameter_groups(named, WEIGHT_DECAY), fused=True)
+        self.optimizer = adam(parameter_groups(named, WEIGHT_DECAY))
         self.optimizer.param_groups[0]["lr"] = LR
 
     def __call__(self) -> None:

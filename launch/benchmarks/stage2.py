@@ -1,7 +1,7 @@
 """Speed and memory of a stage 2 step, against a plain loop, and against the device's own matrix products.
 
 Ours: decoded uint8 images from page-locked memory, copied beside the step before; augmented on the device; bf16
-autocast; fused Adam on a GPU; losses read while the backward pass runs; eager, or with the encoder compiled. Plain:
+autocast; fused Adam; losses read while the backward pass runs; eager, or with the encoder compiled. Plain:
 float images, augmented beforehand at no cost, from ordinary memory; fp16 autocast with GradScaler (on a CPU bf16
 without); unfused Adam; every loss part read by `.item()`. Both train the same model with the same losses, on one
 device, without Ray, DeepSpeed or a dataset.
@@ -168,7 +168,7 @@ class OurLoop:
         self.prepare()
 
     def prepare(self) -> None:
-        self.optimizer = adam(self.groups, fused=self.device.type == "cuda")
+        self.optimizer = adam(self.groups)
         if self.device.type == "cuda":
             self.images, self.labels, self.positions = (
                 tensor.pin_memory() for tensor in (self.images, self.labels, self.positions)

@@ -14,19 +14,18 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 from shards import storage
-from shards.errors import DataError, StoreError
-from shards.format import IMAGE_ENDINGS
+from shards.errors import MOST_SHOWN, DataError, StoreError, examples, shown
+from shards.format import IMAGE_ENDINGS, MOST_NUMBER, MOST_TEXT_BYTES
 from shards.records import UNKNOWN_IDENTITIES, ImageRecord
-from shards.storage import Source
+from shards.storage import Source, path_fault
 
 if TYPE_CHECKING:
     import pyarrow
 
 TABLE_FORMATS = (".csv", ".parquet")
 REQUIRED = ("path", "identity", "split")
+SEPARATORS = {";": "semicolons (;)", "\t": "tabs", "|": "bars (|)"}
 OPTIONAL = ("camera", "view", "time")
-MAX_NUMBER = 9_999
-"""Of a camera or view. Their numbers are counted up to the largest, and each gets a row of the model's tables."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,23 @@ class Manifest:
             path = PurePosixPath(row["path"])
             if path.is_absolute() or ".." in path.parts or "\\" in row["path"]:
                 raise DataError(
-                    f"{where}: path {row['path']!r} must be posix and relative; give the folder it lies in as a "
+                    f"{where}: path {shown(row['path'])} must be posix and relative; give the folder it lies in as a "
                     "second --root"
                 )
+            if fault := path_fault(row["path"]):
+                raise DataError(f"{where}: path {row['path'][:80]!a} {fault}")
             if path.suffix.lower() not in IMAGE_ENDINGS:
-                raise DataError(f"{where}: {row['path']!r} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})")
+                raise DataError(
+                    f"{where}: {shown(row['path'])} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})"
+                )
             if row["split"] not in self.splits:
-                raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(self.splits)}")
+                raise DataError(f"{where}: split {shown(row['split'])} is not one of {', '.join(self.splits)}")
+            for name in ("identity", "time"):
+                if len(row.get(name, "").encode(errors="replace")) > MOST_TEXT_BYTES:
+                    raise DataError(f"{where}: {name} is longer than {MOST_TEXT_BYTES:,} bytes")
             if row["identity"] in UNKNOWN_IDENTITIES:
-                said = row["identity"] or "empty"
-                raise DataError(f"{where}: identity is {said}, which is none: leave the image out, or give it one")
+                written = row["identity"] or "empty"
+                raise DataError(f"{where}: identity is {written}, which is none: leave the image out, or give it one")
             yield ImageRecord(
                 str(path),
                 row["identity"],
@@ -72,23 +78,25 @@ def number_or_unknown(text: str, what: str) -> int:
     if text in ("", "-1"):
         return -1
     if not text.isdecimal():
-        raise DataError(f"{what} is {text!r}, not a number 0, 1, ...; leave it empty when unknown")
-    if len(text) > len(str(MAX_NUMBER)) or int(text) > MAX_NUMBER:
-        raise DataError(f"{what} is {text}, above {MAX_NUMBER:,}: number them 0, 1, ... without large gaps")
+        raise DataError(f"{what} is {shown(text)}, not a number 0, 1, ...; leave it empty when unknown")
+    if len(text) > len(str(MOST_NUMBER)) or int(text) > MOST_NUMBER:
+        said = text[:MOST_SHOWN]
+        raise DataError(f"{what} is {said}, above {MOST_NUMBER:,}: number them 0, 1, ... without large gaps")
     return int(text)
 
 
 def read_table(url: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(row number from 1, cells as text) of each row that is not empty; raises DataError on faulty columns."""
     columns, rows = _parquet_rows(url) if url.lower().endswith(".parquet") else _csv_rows(url)
+    _check_header(url, columns)
     absent = [name for name in REQUIRED if name not in columns]
     unknown = [name for name in columns if name not in REQUIRED + OPTIONAL]
     twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
     for names, fault in ((absent, "lacks"), (unknown, "has unknown"), (twice, "has more than one")):
         if names:
+            said = examples([name[:MOST_SHOWN] for name in names])
             raise DataError(
-                f"{url} {fault} column {', '.join(names)}; columns are path, identity, split and optionally camera, "
-                "view, time"
+                f"{url} {fault} column {said}; columns are path, identity, split and optionally camera, view, time"
             )
     for number, row in enumerate(rows, 1):
         if not any(cell.strip() for cell in row):
@@ -96,6 +104,17 @@ def read_table(url: str) -> Iterator[tuple[int, dict[str, str]]]:
         if len(row) != len(columns):
             raise DataError(f"{url}, row {number}: {len(row)} cells for {len(columns)} columns")
         yield number, {name: cell.strip() for name, cell in zip(columns, row, strict=True)}
+
+
+def _check_header(url: str, columns: list[str]) -> None:
+    """Tables that other programs write in ways of their own. Raises DataError with what to choose there."""
+    first = f"{url}, line 1:"
+    if len(columns) == 1 and (mark := next((mark for mark in SEPARATORS if mark in columns[0]), "")):
+        raise DataError(f"{first} columns are separated by {SEPARATORS[mark]}; save the table with commas between them")
+    if columns and (columns[0] in ("", "__index_level_0__") or columns[0].startswith("Unnamed: ")):
+        raise DataError(f"{first} its first column has no name, as pandas writes its index; save it with index=False")
+    if "" in columns:
+        raise DataError(f"{first} column {columns.index('') + 1} has no name; remove the empty columns")
 
 
 def _csv_rows(url: str) -> tuple[list[str], Iterator[list[str]]]:

@@ -24,6 +24,7 @@ from shards.demo.scene import get_camera, take_photo
 from shards.demo.vehicle import build_vehicle
 from shards.errors import DataError
 from shards.progress import Progress, silent
+from shards.storage import naming
 
 LAYOUTS = ("veri776", "vehicleid")
 SETTINGS_FILE = "render.json"
@@ -168,7 +169,8 @@ def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable
             colour=list(COLOURS).index(looks.colour) + 1,
             shape=list(SHAPES).index(looks.shape) + 1,
         )
-        write_image(folder, settings, image, partial(photo.image.save, quality=photo.quality))
+        with naming(folder):
+            write_image(folder, settings, image, partial(photo.image.save, quality=photo.quality))
         rendered.append(image)
     return rendered
 

@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from shards.private import open_own
+
 ALIGNMENT = 64
 END = struct.Struct("<QI")
 
@@ -65,8 +67,9 @@ class ArrayFile:
     """What an `ArrayWriter` wrote, mapped. Arrays are read-only, and keep the map alive."""
 
     def __init__(self, path: Path):
-        """Raises OSError where there is no such file, DamagedFile where its contents are damaged."""
-        with path.open("rb") as file:
+        """Raises OSError where there is no such file, DamagedFile where its contents are damaged, DataError where it is
+        not a file of this user's."""
+        with open_own(path) as file:
             state = os.fstat(file.fileno())
             if state.st_size < END.size:
                 raise DamagedFile(f"{path}: cut short")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shards.errors import DataError
+from shards.private import is_private, open_own, private_folder
 from shards.source import ShardSource
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ DOWNLOADS = 2
 """A shard whose checksum is wrong this often is wrong at its source. It is kept: its records name what is damaged."""
 RETRY_S = 0.2
 """Between two looks at shards that could not be fetched ahead."""
+REMEDY = "remove it, or give another folder as data.cache_dir"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,18 @@ DEFAULT_CACHE = CacheSettings()
 
 
 def node_cache_dir(cache_dir: str | None) -> Path:
-    """The node's cache folder; by default one of this user's own below the system's temporary folder."""
-    return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"clipreid-cache-{os.getuid()}"
+    """The node's cache folder, which is this user's alone: `cache_dir` where nobody else may write to it, else a folder
+    in it; without one, in the system's temporary folder. Raises DataError where it cannot be had.
+    """
+    place = Path(cache_dir).resolve() if cache_dir else Path(tempfile.gettempdir())
+    try:
+        if cache_dir:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if is_private(place):
+                return place
+        return private_folder(place / f"clipreid-cache-{os.getuid()}", REMEDY)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: can't write {place} ({error}); give another folder") from error
 
 
 class Busy(Exception):
@@ -75,7 +87,7 @@ class ShardCache:
     def open(self, name: str) -> BinaryIO | None:
         """A complete cached shard, kept in the cache until the file is closed; None when it is not there."""
         with contextlib.suppress(FileNotFoundError):
-            file = open(self.folder / name, "rb")  # noqa: SIM115
+            file = open_own(self.folder / name)
             fcntl.flock(file, fcntl.LOCK_SH)
             stat = os.fstat(file.fileno())
             if stat.st_nlink and stat.st_size == self.files[name]["bytes"]:
@@ -92,10 +104,11 @@ class ShardCache:
         Raises DataError when the source keeps failing; without `wait`, Busy while another process downloads it, and
         Full while there is no room for it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.root, self.folder):
+            private_folder(folder, REMEDY)
         working = self.folder / f"{name}.part"
         while (file := self.open(name)) is None:
-            part = os.fdopen(os.open(working, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            part = open_own(working, os.O_RDWR | os.O_CREAT)
             if not _lock(part):
                 with part:
                     if not wait:
@@ -160,7 +173,7 @@ class ShardCache:
 
     def _reserve(self, part: BinaryIO, length: int) -> bool:
         """Give the working file its final length, within the limit; evict others where needed."""
-        with open(self.root / ".lock", "wb") as lock:
+        with open_own(self.root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             files = sorted(self._files())
             too_much = sum(size for _, _, size in files) + length - self.limit_bytes
@@ -174,13 +187,14 @@ class ShardCache:
             part.truncate(length)
             return True
 
-    def _files(self) -> Iterator[tuple[float, str, int]]:
+    def _files(self) -> Iterator[tuple[float, Path, int]]:
         """(time of last opening, path, bytes) of every shard of every dataset, finished or not."""
         for folder in self.root.iterdir():
-            for file in os.scandir(folder) if folder.is_dir() else ():
+            for file in os.scandir(folder) if folder.is_dir() and not folder.is_symlink() else ():
                 with contextlib.suppress(FileNotFoundError):
-                    stat = file.stat()
-                    yield stat.st_mtime, file.path, stat.st_size
+                    if file.is_file(follow_symlinks=False):
+                        stat = file.stat(follow_symlinks=False)
+                        yield stat.st_mtime, Path(file), stat.st_size
 
 
 class Prefetcher:
@@ -263,10 +277,10 @@ def _lock(file: BinaryIO) -> bool:
     return True
 
 
-def _evict(path: str) -> bool:
+def _evict(path: Path) -> bool:
     """Delete a file that nobody has locked."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_own(path) as file:
         if _lock(file):
-            Path(path).unlink()
+            path.unlink()
             return True
     return False

@@ -19,8 +19,9 @@ import pyarrow as pa
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
 from shards.format import TAR_BLOCK
+from shards.index_table import arrow
 from shards.loading.cache import node_cache_dir
-from shards.loading.index_file import IndexFile, arrow
+from shards.loading.index_file import IndexFile
 from shards.source import ShardSource
 
 
@@ -75,7 +76,7 @@ class ShardIndex:
     def open(cls, url: str, cache_dir: str | None = None) -> "ShardIndex":
         """Read `dataset.json`, map the index, and check that what it lists is there.
 
-        cache_dir: folder of this node; None is a folder of this user below the system's temporary one.
+        cache_dir: folder of this node, see `node_cache_dir`.
         Raises DataError for a missing or unfinished dataset, another format, or files that do not fit each other.
         """
         source = ShardSource(url)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import DamagedError, DataError
-from shards.format import DATASET_FILE, INDEX_FILE, index_columns
+from shards.format import DATASET_FILE, INDEX_FILE
+from shards.index_table import arrow, index_columns, numpy, single
 from shards.leftovers import remove_leftovers
 from shards.loading.array_file import ArrayFile, ArrayWriter, DamagedFile
+from shards.private import open_own, private_folder
 from shards.records import UNKNOWN_IDENTITIES
 from shards.source import ShardSource
 from shards.storage import write_atomic
@@ -101,7 +104,7 @@ class IndexFile:
             return found
         folder = self.path.parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder, "remove it, or give another folder as data.cache_dir")
             with _alone(folder.with_suffix(".lock")):
                 if found := self._found(damaged):
                     return found
@@ -119,8 +122,7 @@ class IndexFile:
             return None
         if found.facts["address"] != self.address or (damaged and found.is_same(damaged)):
             return None
-        with contextlib.suppress(PermissionError):  # another user's copy
-            self.path.touch()
+        self.path.touch()
         return found
 
     def _write(self, file: IO[bytes]) -> None:
@@ -149,7 +151,7 @@ class IndexFile:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """One process of the node at a time, where the file system has locks."""
-    with lock.open("ab") as file:
+    with open_own(lock, os.O_RDWR | os.O_CREAT) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -207,19 +209,3 @@ def _codes_and_names(column: pa.ChunkedArray, in_order: bool) -> tuple[np.ndarra
     rank = np.empty(len(names), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     return rank[codes], names.take(arrow(order))
-
-
-def single(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece, without a copy where it is in one piece."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def numpy(values: pa.Array) -> np.ndarray:
-    """Numbers without nulls as they lie in memory. (`to_numpy` imports pandas first, for half a second.)"""
-    data = np.frombuffer(values.buffers()[1], values.type.to_pandas_dtype())
-    return data[values.offset : values.offset + len(values)]
-
-
-def arrow(numbers: np.ndarray) -> pa.Int64Array:
-    """int64 numbers for Arrow, likewise."""
-    return pa.Int64Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])

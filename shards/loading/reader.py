@@ -18,6 +18,7 @@ from shards.errors import DataError
 from shards.loading.cache import CacheSettings, ShardCache, node_cache_dir
 from shards.loading.index import ShardIndex, SplitIndex
 from shards.source import ShardSource
+from shards.storage import open_regular
 
 GAP_BYTES = 1 << 20
 """Images less than this apart are read with one request: about what a request's round trip costs."""
@@ -112,7 +113,7 @@ class RowReader:
         """Raises DataError for a local shard that is not there."""
         if self.source.local_root is not None:
             try:
-                return open(self.source.local_root / name, "rb")
+                return open_regular(self.source.local_root / name)
             except FileNotFoundError as error:
                 raise DataError(f"{self.source.where(name)}: no such file; copy it again or re-pack") from error
         if self._cache is None:

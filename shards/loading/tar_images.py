@@ -1,13 +1,12 @@
 """The images of a split in the order of the index, streamed out of its tar shards.
 
-    index + shards ── webdataset ──▶ [tar images] ──▶ sequential loader
+    index + shards ── tar members, webdataset ──▶ [tar images] ──▶ sequential loader
 
 Neighbouring rows are a run of neighbouring tar members, and a part of a tar that starts and ends between members is a
-tar, so webdataset reads just that part.
+tar, so just that part is read. `tar_members` gives its members, which webdataset groups: webdataset's own reader
+believes what headers say of sizes.
 """
 
-import io
-import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from itertools import pairwise
 
 import numpy as np
 import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from shards.errors import DataError
-from shards.format import TAR_BLOCK
+from shards.format import TAR_BLOCK, BadTar, tar_members
 from shards.loading.cache import DEFAULT_CACHE, CacheSettings, Prefetcher
 from shards.loading.decode import decode_row
 from shards.loading.index import ShardIndex
@@ -65,7 +64,7 @@ class TarImages:
             prefetcher.close()
 
     def _stream(self, start: int, stop: int, out: np.ndarray) -> None:
-        pipeline = webdataset.DataPipeline(partial(self._tars, start, stop), tar_file_expander, group_by_keys)
+        pipeline = webdataset.DataPipeline(partial(self._members, start, stop), group_by_keys)
         row = start
         try:
             for sample in pipeline:
@@ -73,7 +72,9 @@ class TarImages:
                 if extension is not None:
                     self._decode(row, sample["__key__"], sample[extension], out[row - start])
                     row += 1
-        except tarfile.TarError as error:
+        except DataError:
+            raise
+        except ValueError as error:  # BadTar; and webdataset's own for names that differ in capitals alone
             raise self._damaged(row, f"the archive is damaged there ({error.args[0]})") from error
         if row < stop:
             raise self._damaged(row, "the archive is damaged before it, or was cut short")
@@ -88,8 +89,8 @@ class TarImages:
     def _damaged(self, row: int, fault: str) -> DataError:
         return DataError(f"{self.split.where(row)}: {fault}; copy the shard again, or re-pack")
 
-    def _tars(self, start: int, stop: int) -> Iterator[dict]:
-        """The parts of tars that hold the rows, as webdataset's tar reader takes them.
+    def _members(self, start: int, stop: int) -> Iterator[dict[str, str | bytes]]:
+        """The members of the parts of tars that hold the rows, as webdataset groups them; {} ends a part.
 
         Each reaches from the end of the image before its first row (whose JSON may follow, and is left over) to the
         end of its last row's image.
@@ -100,7 +101,13 @@ class TarImages:
             follows = first > 0 and self.split.shard[first - 1] == self.split.shard[first]
             begin = self._end(first - 1) if follows else 0
             name = self.split.shard_names[self.split.shard[first]]
-            yield {"url": name, "stream": io.BytesIO(self.reader.span(name, begin, self._end(last - 1)))}
+            names: set[str] = set()
+            for member, data in tar_members(self.reader.span(name, begin, self._end(last - 1))):
+                if member in names:
+                    raise BadTar(f"{member[:80]!r} is there twice")
+                names.add(member)
+                yield {"fname": member, "data": data, "__url__": name}
+            yield {}
 
     def _end(self, row: int) -> int:
         """Where the tar member of a row's image ends, with its padding."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shards.dataset_file import read_dataset_json
-from shards.format import read_index_table
+from shards.index_table import read_index_table
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from shards.errors import masked
+
 if TYPE_CHECKING:
     from shards.packing.build import BuildReport
     from shards.packing.overview import Overview, SplitOverview
@@ -39,24 +41,24 @@ def print_build(report: "BuildReport", out: str) -> None:
         state = f"packed; {report.shards_kept} finished shards of an interrupted call kept"
     else:
         state = "packed"
-    console.print(f"{out}: {state}; fingerprint {dataset['fingerprint']}", markup=False)
+    console.print(f"{masked(out)}: {state}; fingerprint {dataset['fingerprint']}", markup=False)
 
 
 def print_verify(report: "VerifyReport", url: str) -> None:
     """Every problem, one line each, then what was looked at."""
     console = Console(highlight=False, soft_wrap=True)
     for problem in report.problems:
-        console.print(f"bad: {problem}", markup=False)
+        console.print(masked(f"bad: {problem}"), markup=False)
     verdict = f"{len(report.problems):,} problems" if report.problems else "all good"
     seen = f"{report.shards:,} shards, {report.images:,} images, {report.decoded:,} of them decoded"
-    console.print(f"{url}: {verdict}; {seen}", markup=False)
+    console.print(f"{masked(url)}: {verdict}; {seen}", markup=False)
 
 
 def print_overview(overview: "Overview") -> None:
     """Tables of the splits, of images per identity, and of images per camera and view."""
     console = Console(highlight=False)
     dataset = overview.dataset
-    console.print(f"{overview.url}: {dataset['name']}, noun {dataset['noun']!r}", markup=False)
+    console.print(f"{masked(overview.url)}: {dataset['name']}, noun {dataset['noun']!r}", markup=False)
     recorded = dataset.get("options", {}).items()
     options = ", ".join(f"{name} {value}" for name, value in recorded if value is not None)
     console.print(f"fingerprint {dataset['fingerprint']}; {options}", markup=False)

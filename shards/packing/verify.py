@@ -6,10 +6,8 @@ Every byte of every shard is read once, from front to back, along the index: so 
 the ones behind it are still checked.
 """
 
-import io
 import json
 import logging
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,11 +25,12 @@ from shards.format import (
     INDEX_FILE,
     JSON_COLUMNS,
     fingerprint,
+    first_member,
     is_key_of,
-    read_index_table,
     tar_header,
     tar_padding,
 )
+from shards.index_table import read_index_table
 from shards.packing.processes import Advance, choose_processes, run_tasks
 from shards.packing.writer import REPORT_EVERY
 from shards.pictures import BadPicture, read_picture
@@ -195,6 +194,8 @@ def check_shard(task: ShardTask, advance: Advance) -> tuple[list[Problem], int]:
 def _check_whole(expected: dict[str, int], stream: _Stream, add_problem: AddProblem) -> None:
     if stream.position != expected["bytes"]:
         add_problem("", f"{stream.position:,} bytes, packed were {expected['bytes']:,}: fetch it again, or pack again")
+    elif "crc32" not in expected:
+        add_problem("", "dataset.json does not list its crc32: pack again")
     elif stream.crc32 != expected["crc32"]:
         add_problem("", "bytes between the records differ from those packed: fetch it again, or pack again")
 
@@ -242,7 +243,7 @@ def _check_gap(
 ) -> None:
     """What lies between two images: the JSON of the one before, then the header of the following one."""
     if before:
-        info, content = _first_member(gap[len(tar_padding(before["size"])) :])
+        info, content = first_member(gap[len(tar_padding(before["size"])) :])
         if info is None or info.name != f"{before['key']}.json":
             add_problem(before["key"], "its JSON is missing from the tar, or has a damaged header")
         elif fault := _json_fault(content, before):
@@ -254,27 +255,17 @@ def _check_gap(
 def _ends_with_header(gap: bytes, row: dict[str, Any]) -> bool:
     for extension in sorted(set(EXTENSIONS.values())):
         name = f"{row['key']}.{extension}"
-        info, _ = _first_member(gap[-len(tar_header(name, row["size"])) :])
+        info, _ = first_member(gap[-len(tar_header(name, row["size"])) :])
         if info and info.name == name and info.size == row["size"]:
             return True
     return False
-
-
-def _first_member(block: bytes) -> tuple[tarfile.TarInfo | None, bytes]:
-    """A tar record and as much of its data as the block holds; (None, b"") when its header is damaged."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-            info = tar.next()
-    except tarfile.TarError:
-        return None, b""
-    return info, block[info.offset_data :][: info.size] if info else b""
 
 
 def _json_fault(content: bytes, row: dict[str, Any]) -> str:
     """What is wrong with KEY.json; empty when it says what the index says."""
     try:
         facts = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "is not readable"
     if not isinstance(facts, dict) or not is_key_of(row["key"], str(facts.get("path"))):
         return "names another source path"

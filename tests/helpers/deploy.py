@@ -91,9 +91,12 @@ def start_script(folder: Path, slurm: FakeSlurm, *arguments: str, **environment:
     token = {"RAY_AUTH_TOKEN_PATH": str(folder / "secret" / "token")}
     with open(slurm.folder / "log", "w") as log:
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *arguments], cwd=folder, env=slurm.environment(**(token | environment)),
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", str(SCRIPT), *arguments],
+            cwd=folder,
+            env=slurm.environment(**(token | environment)),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def wait_until(true, patience_s: float, script: subprocess.Popen, slurm: FakeSlurm) -> None:

@@ -31,7 +31,6 @@ def read_case(name: str) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, json.loads(str(arrays.pop("case_json")))
 
 
-@cache
 def seeded(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(seeded_tensor(name, shape))
 

@@ -13,9 +13,12 @@ def s3_server(bucket):
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
     settings = {
-        "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     import s3fs

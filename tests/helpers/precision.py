@@ -3,8 +3,6 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cluster.training.engine
-from clipreid.optim import adam
 from clipreid.weights.initial import build_models
 from cluster.errors import TrainingError
 from cluster.run.manifest import Position
@@ -199,7 +197,6 @@ class Synchronisations(TorchDispatchMode):
 
 def synchronisations(team, folder, changes):
     """What a warm step makes the host wait for a GPU with: operations, and waits that DeepSpeed asks for."""
-    cluster.training.engine.make_adam = lambda groups, fused: adam(groups, fused=True)  # As on a GPU.
     stage = make_stage(team, folder, **changes)
     from deepspeed.accelerator import get_accelerator
 

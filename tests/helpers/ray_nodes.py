@@ -15,9 +15,12 @@ class Nodes:
         token.write_text("0123456789abcdef" * 4)
         token.chmod(0o600)
         self.environment = environment(
-            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ADDRESS=f"{self.head.ip}:6379",
-            GLOO_SOCKET_IFNAME="eth0", PATH=f"{BIN}:{os.environ['PATH']}",
-        )  # fmt: skip
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN_PATH=str(token),
+            RAY_ADDRESS=f"{self.head.ip}:6379",
+            GLOO_SOCKET_IFNAME="eth0",
+            PATH=f"{BIN}:{os.environ['PATH']}",
+        )
         self._start(self.head, "--head", "--port=6379", "--num-cpus=0", f"--include-dashboard={dashboard}")
         self.joined = []
 

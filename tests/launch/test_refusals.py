@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.helpers.runs import config_file, launch, overrides
+from tests.helpers.runs import config_file, free_ports, launch, overrides
 
 LIMIT_S = 5
 
@@ -43,6 +43,18 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_the_remedy(change, wor
     assert not more
     assert all(word in line for word in words), line
     assert seconds < 2 * LIMIT_S  # Twice what is promised: the machine that tests runs other things too.
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_by_tag_without_a_network_are_refused_before_workers_start(tiny_shards, tmp_path, monkeypatch):
+    """One line, asked once; nothing of the workers or of tries that are repeated."""
+    (port,) = free_ports(1)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    settings = {"model__arch": "ViT-B-16-quickgelu", "model__pretrained": "openai", "model__image_size": "[64,32]"}
+    (line,), _ = refused("--config", config_file(tmp_path), *overrides(tiny_shards, tmp_path / "run", **settings))
+    assert all(word in line for word in ("'openai'", f"127.0.0.1:{port}", "refused", "give the path of a local file"))
     assert not (tmp_path / "run").exists()
 
 

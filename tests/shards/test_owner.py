@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from shards import owner, storage
+from shards.leftovers import number_space
 from shards.owner import OwnedError, owned_file, owned_folder
 from tests.helpers.runs import ROOT
 
@@ -23,15 +25,16 @@ time.sleep(float(sys.argv[2]))
 try:
     with owned_folder(sys.argv[1], "training"):
         print("owned", flush=True)
-        time.sleep(float(sys.argv[3]))
+        sys.stdin.read()
 except ValueError as error:
     print(f"refused: {error}", flush=True)
 """
 
 
-def start(folder, delay_s=0.0, hold_s=60.0):
-    command = [sys.executable, "-c", HOLD, str(folder), str(delay_s), str(hold_s)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start(folder, delay_s=0.0):
+    """A process that owns the folder until its input is closed, if it may."""
+    command = [sys.executable, "-c", HOLD, str(folder), str(delay_s)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -45,8 +48,10 @@ def test_of_processes_that_start_at_random_distances_one_owns_the_folder(tmp_pat
     chance = random.Random(0)
     for turn in range(5):
         folder = tmp_path / str(turn)
-        writers = [start(folder, chance.uniform(0, 0.3), hold_s=2) for _ in range(4)]
-        lines = [writer.communicate(timeout=30)[0].strip() for writer in writers]
+        writers = [start(folder, chance.uniform(0, 0.3)) for _ in range(4)]
+        lines = [writer.stdout.readline() for writer in writers]
+        for writer in writers:
+            writer.communicate(timeout=30)
         assert sorted(line[:5] for line in lines) == ["owned", "refus", "refus", "refus"]
         assert not list(folder.iterdir())
 
@@ -113,6 +118,17 @@ def test_of_two_marks_written_at_once_the_one_that_stays_wins(fast, monkeypatch)
     monkeypatch.setattr(owner, "_write", overtaken)
     with pytest.raises(OwnedError, match="on elsewhere"), owned_folder(url, "training"):
         pass
+
+
+def test_the_mark_of_a_process_that_ended_here_is_no_obstacle_and_one_of_elsewhere_is_waited_for(fast, caplog):
+    """A container may have our host's name and other processes under the same numbers."""
+    url = "memory://owner-ended"
+    for place, waited in ((number_space(), False), ("of a container", True)):
+        caplog.clear()
+        ended = {"doing": "training", "host": socket.gethostname(), "place": place, "pid": 999_999_999, "token": "x"}
+        storage.write_json(f"{url}/.owner", ended)
+        with owned_folder(url, "training"):
+            assert ("looking for" in caplog.text) is waited
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"[]", b"7", b"{"])

@@ -16,6 +16,7 @@ from clipreid.model.arch import check_arch, check_pretrained
 from clipreid.model.prompts import template_ids
 from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
+from clipreid.weights import download as download_module
 from clipreid.weights.file import ModelCard, load_model, load_models, load_text, read_card, save_model, weights_file
 from clipreid.weights.initial import build_models
 from clipreid.weights.official import holds_prompts, official_shapes, save_official
@@ -23,6 +24,7 @@ from clipreid.weights.pretrained import read_state_dict
 from launch import cli, export
 from shards import storage
 from tests.helpers.damage import flips
+from tests.helpers.faults import small_disk
 from tests.helpers.golden_models import (
     ARCH,
     ROOT_CONFIGS,
@@ -207,6 +209,7 @@ def test_weights_by_tag_come_through_open_clips_download(monkeypatch):
         return str(clip_file("rn50"))
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
+    monkeypatch.setattr(download_module, "_network_fault", lambda entry: "")
     golden, case = read_case("rn50_256x128")
     model, *_ = build_models(case_spec(case, "rn50"), "openai")
     assert asked == ["timm/resnet50_clip.openai"]
@@ -429,15 +432,12 @@ def test_export_refuses_what_it_cannot_do_in_one_line(weights, out, reason, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def full(state, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
-        save_official(tmp_path / "out.pth", build_models(tiny_spec()).state_dict(), tiny_spec())
-    assert not list(tmp_path.iterdir())
+def test_an_export_onto_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_official(disk / "out.pth", build_models(tiny_spec()).state_dict(), tiny_spec())
+        assert caught.value.filename == str(disk / "out.pth")
+        assert not list(disk.iterdir())
 
 
 MISFITS = [

@@ -21,6 +21,7 @@ LAUNCHER_FILES = ("ray-up.yaml", "ray-up-onprem.yaml")
 README = (DEPLOY / "README.md").read_text()
 IMAGE = "REGISTRY/clipreid:{}"
 SECRET = "clipreid-ray-token"
+S3_ACTIONS = ("ListBucket", "GetObject", "PutObject", "DeleteObject")
 
 
 def locked(package: str) -> str:
@@ -102,6 +103,7 @@ CONTAINER = closed(
     name=TEXT,
     image=TEXT,
     workingDir=TEXT,
+    securityContext=closed(allowPrivilegeEscalation=FLAG, capabilities=closed(drop=many(TEXT))),
     command=many(TEXT),
     env=many(
         closed(
@@ -120,7 +122,10 @@ POD = closed(
     containers=many(CONTAINER),
     terminationGracePeriodSeconds=NUMBER,
     affinity=ANYTHING,
-    securityContext=closed(fsGroup=NUMBER),
+    securityContext=closed(
+        runAsNonRoot=FLAG, runAsUser=NUMBER, runAsGroup=NUMBER, fsGroup=NUMBER, seccompProfile=closed(type=TEXT)
+    ),
+    automountServiceAccountToken=FLAG,
     restartPolicy=TEXT,
     volumes=many(
         closed(
@@ -183,6 +188,38 @@ def test_rayjob_schema_refuses_what_the_custom_resource_refuses(fault):
         jsonschema.validate(job, RAYJOB)
 
 
+def test_no_pod_runs_as_root_or_can_become_it():
+    _, storage_job = load("kuberay-storage.yaml")
+    for pod in [*ray_pods().values(), storage_job["spec"]["template"]["spec"]]:
+        user = pod["securityContext"]
+        assert user["runAsNonRoot"] is True and user["runAsUser"] > 0 and user["seccompProfile"]["type"]
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            confined = container["securityContext"]
+            assert confined == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert re.search(r"^USER [1-9]\d*$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_workers_in_the_cloud_may_use_the_bucket_and_nothing_else():
+    types = load("ray-up.yaml")[0]["available_node_types"]
+    roles = {name: node["node_config"]["IamInstanceProfile"]["Name"] for name, node in types.items()}
+    assert roles == {"head": "clipreid-head", "worker": "clipreid-worker"}
+    assert "FullAccess" not in README and 'statements=$use; [ $role = worker ] || statements="$use, ' in README
+    (bucket,) = re.findall(r"use='(.*?)'\n", README, re.DOTALL)
+    assert set(re.findall(r'"(\w+:\w+)"', bucket)) == {f"s3:{act}" for act in S3_ACTIONS}
+    accounts = {n: t["node_config"]["serviceAccounts"] for n, t in google_cloud()["available_node_types"].items()}
+    assert accounts["worker"][0]["scopes"] == ["https://www.googleapis.com/auth/devstorage.read_write"]
+    assert accounts["worker"][0]["email"] != accounts["head"][0]["email"]
+
+
+def test_uv_and_what_it_installs_come_by_hash():
+    lines = subprocess.run(["make", "-n", "-B", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert lines.count("pip install ") == lines.count("--require-hashes") == 3, lines
+    (uv,) = re.findall(r"<\((sed .*)\)", lines)
+    found = subprocess.run(["bash", "-c", uv], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(f"uv=={locked('uv')} ") and found.count("--hash=sha256:") > 1 and found.count("==") == 1
+
+
 def test_rayjob_gives_every_ray_container_the_secret_token_and_the_shared_storage():
     assert rayjob()["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": SECRET}
     claim, _ = load("kuberay-storage.yaml")
@@ -218,7 +255,7 @@ def test_demo_data_job_writes_the_shards_that_the_rayjob_reads():
 def test_ray_version_is_the_locked_one_everywhere():
     version = locked("ray")
     dockerfile = (DEPLOY / "Dockerfile").read_text()
-    assert f"FROM rayproject/ray:{version}-py311\n" in dockerfile
+    assert f"ARG BASE=rayproject/ray:{version}-py311\nFROM ${{BASE}}\n" in dockerfile
     assert rayjob()["spec"]["rayClusterSpec"]["rayVersion"] == version
     images = {pod["containers"][0]["image"] for pod in ray_pods().values()}
     assert images == {IMAGE.format(version)}

@@ -44,6 +44,7 @@ from shards.loading.index import ShardIndex
 from shards.packing.build import build
 from tests.helpers.golden_models import ROOT_CONFIGS, clip_state, read_case
 from tests.helpers.runs import ROOT, config_file, environment, launch, overrides, train
+from tests.helpers.shards import write_shards
 from tests.helpers.tolerances import close
 
 
@@ -257,7 +258,7 @@ def test_a_dataset_with_other_cameras_is_refused_with_both_shapes(run):
     ("name", "rows", "reason"),
     [
         ("cv_embed", 7, r"cv_embed is \(7, 32\), the configuration needs \(20, 32\)"),
-        ("classifier.weight", 9, r"classifier.weight is \(9, 32\), the configuration needs \(8, 32\)"),
+        ("classifier.weight", 9, r"classifier_proj.weight is \(8, 16\), the configuration needs \(9, 16\)"),
         ("image_encoder.positional_embedding", 26, r"positional_embedding is \(26, 32\), .* needs \(17, 32\)"),
     ],
 )
@@ -282,6 +283,26 @@ def test_images_of_a_folder_get_the_features_of_packed_ones(clip, tiny_shards, t
     order = [place[key] for key in packed["keys"]]
     assert np.array_equal(loose["features"][order], packed["features"])
     assert set(loose["cameras"]) == {-1} and set(loose["identities"]) == {""}
+
+
+def test_the_authors_weights_are_used_on_a_dataset_of_other_identities_and_another_noun(run, tmp_path):
+    """Classifiers and prompts are of the training set; features need neither."""
+    other = write_shards(tmp_path / "s", {"train": {"t": 2}, "query": {"a": 2, "b": 2}, "gallery": {"a": 2, "b": 2}})
+    official = tmp_path / "official.pth"
+    export.main(["--weights", str(run.folder), "--format", "official", "--out", str(official)])
+    settings = [*run.config, f"data.shards={other}", "model.prompt_tokens=7", "eval.rerank=null"]
+    settings += ["model.sie_coefficient=0"]
+    facts = json.loads((tmp_path / "s" / "dataset.json").read_text())
+    (tmp_path / "s" / "dataset.json").write_text(json.dumps(facts | {"cameras": 20}))
+    metrics = evaluated(*settings, "--weights", official, out=tmp_path / "metrics.json")
+    assert metrics["queries"] == 4
+    features = extracted(*settings, "--weights", official, "--split", "query", out=tmp_path / "q.npz")
+    assert features["features"].shape == (4, 48)
+    drawn = ["--weights", str(official), "--out", str(tmp_path / "p"), "--figure"]
+    figures.main([*map(str, settings), *drawn, "tsne", "ranked"])
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"tsne.png", "ranked.png"}
+    with pytest.raises(ConfigError, match="of other training identities"):
+        figures.main([*map(str, settings), *drawn, "relevance"])
 
 
 def test_the_authors_weights_describe_a_folder_without_their_dataset(run, tmp_path):

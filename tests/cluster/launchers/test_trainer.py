@@ -26,6 +26,7 @@ def test_an_elastic_group_has_the_largest_size_that_divides_the_batch_and_fits_i
     assert policy._count_possible_workers(NODES) == possible
     assert policy._count_possible_workers({"one": NODES["one"]}) == (1 if placement == "STRICT_SPREAD" else 2)
     assert policy._count_possible_workers({}) == 0
+    assert policy._count_possible_workers(list(NODES.values())) == possible  # as Ray has it before 2.60
 
 
 def test_rays_cleaner_which_may_ask_another_cluster_on_the_machine_is_left_out():
@@ -79,5 +80,5 @@ def test_what_a_user_has_set_in_the_environment_wins(monkeypatch):
 def test_rays_records_go_to_the_run_folder_behind_any_url(tmp_path):
     assert ray_storage(Storage(tmp_path / "run")) == {"storage_path": f"{tmp_path}/run/ray"}
     run = Storage("memory://runs/one")  # Not one of those that Ray's own library knows.
-    StorageContext(experiment_dir_name="start", read_only=False, **ray_storage(run))
+    StorageContext(experiment_dir_name="start", **ray_storage(run))
     assert run.names("ray/start")

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +26,8 @@ TIMEOUT_S = 4.0
 
 
 def gather_and_share(team, shards):
-    """Everything that needs a pair of processes, in one go."""
+    """Everything that needs a pair of processes, in one go, and without a warning of torch's."""
+    warnings.simplefilter("error")
     own = torch.full((2, 3), float(team.rank + 1), requires_grad=True)
     gathered = team.all_gather(own)
     (gathered * torch.arange(4.0)[:, None] * (team.rank + 1)).sum().backward()

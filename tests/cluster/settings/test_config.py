@@ -117,3 +117,55 @@ def test_relative_paths_start_at_the_working_folder(tmp_path, monkeypatch):
     placed = with_absolute_paths(settings)
     assert placed.run.dir == str(tmp_path / "runs/a")
     assert placed.data.shards == "s3://bucket/x" and placed.run.resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.pixel_std=[0,0,0]", "data.pixel_std.0: 0 should be greater than or equal to 0.000001"),
+        ("cluster.timeout_s=.inf", "cluster.timeout_s: inf should be a finite number"),
+        ("stage2.lr=.nan", "stage2.lr: nan should be"),
+        ("cluster.timeout_s=1e300", "cluster.timeout_s: 1e+300 should be less than"),
+        ("cluster.workers=yes", "cluster.workers: True holds a switch"),
+        ("train.zero_stage=true", "train.zero_stage: True holds a switch"),
+        ("model.image_size=[yes,no]", "model.image_size: [True, False] holds a switch"),
+        ("stage2.identities=1000000000000", "stage2.identities: 1000000000000 should be less than"),
+        ("cluster.workers={min: 1, max: 1000000000000}", "cluster.workers.max: 1000000000000 should be"),
+        ("model.image_size=[100000,100000]", "model.image_size.0: 100000 should be less than"),
+        ("data.loaders=1000000", "data.loaders: 1000000 should be less than"),
+        ("run.seed=99999999999999999999", "run.seed: 99999999999999999999 should be less than"),
+        ("stage2.lr=" + "9" * 5000, "stage2.lr"),
+    ],
+)
+def test_a_number_that_is_none_or_out_of_all_bounds_is_refused_in_one_short_line(override, words, tmp_path):
+    path = write(tmp_path, "c.yaml", "data: {shards: a}\nstages: [1]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    lines = str(caught.value).splitlines()
+    assert any(words in line for line in lines) and all(len(line) < 300 or "9999" in line for line in lines), lines
+
+
+def test_a_switch_stays_one_where_a_switch_is_meant(tmp_path):
+    config = load_config(write(tmp_path, "c.yaml", "data: {shards: a}\n"), ["eval.flip=yes", "train.compile=off"])
+    assert (config.eval.flip, config.train.compile) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: 1\n# 配置\n".encode("gbk"), "line 2: is not UTF-8 text"),
+        ("a: 1\n".encode("utf-16"), "line 1: is UTF-16 text; save it as UTF-8"),
+        (b"base: null\n", "base: None is neither"),
+        (b"- " * 5000, "readable"),
+        (b"[" * 100_000, "readable"),
+        (b"x" * 2_000_000, "2,000,000 characters, more than the 1,000,000"),
+        (b"a: \0\n", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_cannot_be_settings_is_refused_in_one_line_with_its_name(content, words, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and words in str(caught.value), caught.value
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)

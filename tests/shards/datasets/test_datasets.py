@@ -379,7 +379,7 @@ def test_manifest_columns_are_closed(tmp_path):
     write(tmp_path / "m.csv", "path,identity,split,path\n")
     fails("more than one column path", "manifest", tmp_path / "m.csv")
     write(tmp_path / "m.csv", "path,identity,split\né.jpg,x,train\n".encode("latin-1"))
-    fails("m.csv: not utf-8 text .* byte 20", "manifest", tmp_path / "m.csv")
+    fails("m.csv, line 2: is not UTF-8 text .* byte 20", "manifest", tmp_path / "m.csv")
     write(tmp_path / "m.csv", "")
     fails("lacks column path, identity, split", "manifest", tmp_path / "m.csv")
     fails("nothere.csv: no such file", "manifest", tmp_path / "nothere.csv")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from launch import pack as command
-from shards.format import read_index_table
+from shards.index_table import read_index_table
 from shards.packing.build import build
 from shards.packing.contact_sheet import CELL, GAP, TEXT, write_sheet
 from shards.packing.overview import Overview, SplitOverview, Spread

@@ -9,7 +9,7 @@ from launch import pack as command
 from launch.cli import user_mistake
 from shards import remote, storage
 from shards.errors import DataError, StoreError
-from shards.format import read_index_table
+from shards.index_table import read_index_table
 from shards.packing.build import build
 from shards.packing.contact_sheet import write_sheet
 from shards.packing.overview import Overview

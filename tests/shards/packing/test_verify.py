@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from shards.errors import DataError
-from shards.format import read_index_table
+from shards.index_table import read_index_table
 from shards.loading.index import ShardIndex
 from shards.packing import writer
 from shards.packing.build import build
@@ -131,7 +131,7 @@ def without_checksums(folder, **changes):
 def test_an_index_that_does_not_fit_dataset_json_and_the_shards_is_named(copy):
     table = read_index_table(str(copy))
     rows = table.to_pylist()
-    rows[0]["camera"] = 7
+    rows[0]["camera"] = int(rows[0]["camera"] == 0)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), copy / "index.parquet")
     (problem,) = check(copy).problems
     assert problem.file == "index.parquet" and "not the file that dataset.json" in problem.what
@@ -147,10 +147,14 @@ def test_an_index_that_does_not_fit_dataset_json_and_the_shards_is_named(copy):
 
 def test_counts_in_dataset_json_are_checked(copy):
     splits = json.loads((copy / "dataset.json").read_text())["splits"]
-    splits["query"]["images"] = 3
+    splits["query"]["images"] += 1
     without_checksums(copy, splits=splits)
     (problem,) = check(copy).problems
-    assert "split query holds" in problem.what
+    assert problem.file == "index.parquet" and "lists 18 images, dataset.json says" in problem.what
+    splits["gallery"]["images"] -= 1
+    facts = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(facts | {"splits": splits}))
+    assert [problem.what[:17] for problem in check(copy).problems] == ["split query holds", "split gallery hol"]
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "index.parquet"])
