@@ -10,7 +10,6 @@ A process of its own, so that a crash is seen as one. The bounds: LIMIT_S second
 import json
 import random
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.helpers.memory import peak_memory_mb
 from tests.helpers.shards import picture, write_shards
 
 LIMIT_S = 20
@@ -355,5 +355,5 @@ if __name__ == "__main__":
         print(name, end=" ", file=sys.stderr, flush=True)
         result[name], failed = try_class(name, count, seed)
         failures += failed
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak_mb = peak_memory_mb()
     print(json.dumps({"counts": result, "failures": failures, "peak_mb": peak_mb}))

@@ -318,7 +318,7 @@ FAULTY = [
     ('"mlp_ratio"', '"mlp_ration"', "unknown key vision_cfg.mlp_ration"),
     ('"head_width": 16', '"head_width": 5', "multiple of vision_cfg.head_width"),
     ('"vocab_size": 49408', '"vocab_size": 100', "vocab_size is 100"),
-    ('"layers": 2', '"layers": 0', "positive whole number, not 0"),
+    ('"layers": 2', '"layers": 0', "a whole number from 1 to 16384, not 0"),
     ('"patch_size": 8', '"patch_size": 8, "patch_dropout": 0.5', "patch_dropout"),
     ("}", "", "not valid JSON"),
 ]

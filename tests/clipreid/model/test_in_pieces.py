@@ -1,6 +1,5 @@
 """A batch in pieces has the losses and gradients of the batch at once, for every loss, and needs less memory."""
 
-import resource
 from typing import get_args
 
 import pytest
@@ -10,6 +9,7 @@ from clipreid import stage2
 from clipreid.loss_settings import TextLoss
 from clipreid.weights.initial import build_models
 from tests.helpers.golden_models import ROOT_CONFIGS
+from tests.helpers.memory import peak_memory_mb
 from tests.helpers.processes import on_processes
 from tests.helpers.settings import loss_settings, model_spec
 from tests.helpers.tables import table_of
@@ -77,9 +77,9 @@ def peak_mb(team, micro_batch):
     spec = model_spec(str(ROOT_CONFIGS / "small_vit.json"), image_size=(128, 64), identities=9)
     model = build_models(spec, seed=0).model.train()
     model(torch.zeros(2, 3, 128, 64)).features.proj.sum().backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb()
     model(torch.zeros(128, 3, 128, 64), None, None, micro_batch).features.proj.sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_memory_mb() - before
 
 
 def test_a_step_in_8_pieces_needs_less_than_half_of_the_memory():
