@@ -754,7 +754,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     monkeypatch.setattr(storage, "require_writable", refuse)
     with pytest.raises(SystemExit):
         evaluate.main(["--features", str(file), "--out", str(tmp_path / "x.json")])
-    assert f"--out {tmp_path}/x.json: cannot be written" in capsys.readouterr().err
+    assert f"--out cannot be written: {tmp_path}/x.json: permission denied" in capsys.readouterr().err
 
 
 # --- weights know what they were trained on
