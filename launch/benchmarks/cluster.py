@@ -1,9 +1,9 @@
 """Step time and efficiency at 1 to 512 GPUs, predicted from one worker's step and a network's bandwidth and latency.
 
 Measured here: steps of one worker. Counted: the FLOPs of a step, and the bytes that a rank sends in one. The rest is
-arithmetic (`scaling/prediction.py`), whose assumptions the result states; it is checked against measured steps of 1, 2
-and 4 processes of this machine, with the bandwidth and latency of its loopback as the network. Fixed scaling divides
-one global batch among the GPUs, weak scaling gives each GPU a batch of its own.
+arithmetic (`launch/scaling/prediction.py`), whose assumptions the result states; it is checked against measured steps
+of 1, 2 and 4 processes of this machine, with the bandwidth and latency of its loopback as the network. Fixed scaling
+divides one global batch among the GPUs, weak scaling gives each GPU a batch of its own.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 from cluster.ranks.team import Team
 from launch.benchmarks._timing import machine_facts
 from launch.benchmarks.scale import add_model_options, read_image_size
-from launch.benchmarks.scaling.charts import cluster_chart, table, write
-from launch.benchmarks.scaling.prediction import ASSUMPTIONS, Counted, Network, Payload, Worker, predicted
-from launch.benchmarks.scaling.ranks import on_ranks
-from launch.benchmarks.scaling.stages import PER_IDENTITY, Case, flops, measure
-from launch.benchmarks.scaling.traffic import rules
 from launch.cli import Parser, local_place, positive
+from launch.scaling.charts import cluster_chart, table, write
+from launch.scaling.prediction import ASSUMPTIONS, Counted, Network, Payload, Worker, predicted
+from launch.scaling.ranks import on_ranks
+from launch.scaling.stages import PER_IDENTITY, Case, flops, measure
+from launch.scaling.traffic import rules
 
 EXAMPLE = """examples:
   python launch/bench.py cluster --out cluster

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.benchmarks.scaling.prediction import Counted, Network, Payload, Worker, predicted
-from launch.benchmarks.scaling.resume import checkpoint_and_resume
-from launch.benchmarks.scaling.stages import Case
-from launch.benchmarks.scaling.traffic import Traffic
+from launch.scaling.prediction import Counted, Network, Payload, Worker, predicted
+from launch.scaling.resume import checkpoint_and_resume
+from launch.scaling.stages import Case
+from launch.scaling.traffic import Traffic
 from tests.helpers.processes import on_processes
 
 TINY = "configs/models/tiny_vit.json"
