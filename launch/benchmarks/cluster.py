@@ -122,18 +122,15 @@ def _known(case: Case, num_steps: int) -> Known:
     few = replace(case, identities=2 * case.batch)
     small = replace(few, batch=case.batch // FEWEST_FACTOR)
     double = replace(few, batch=2 * few.batch)
-    cases = {1: (small, few, case), 2: (few, double, case), 4: (case,)}
+    cases = {1: (small, few, double, case), 2: (few, double, case), 4: (case,)}
     figures = {ranks: on_ranks(ranks, _figures, cases[ranks], num_steps) for ranks in CHECKED_RANKS}
     on_one, on_two = figures[1][0]["steps"], figures[2][0]["steps"]
-    less, work, more = figures[1][0]["flops"]
-    counted = Counted(
-        per_image=(work - less) / (few.batch - small.batch),
-        logits_per_image=(more - work) / case.batch,
-        table_bytes=ADAM_PASSES * on_one[2]["learning_bytes"],
-    )
+    flops_of_few = {one.batch: count for one, count in zip(cases[1][:3], figures[1][0]["flops"], strict=False)}
+    table_bytes = ADAM_PASSES * on_one[3]["learning_bytes"]
+    counted = Counted.fitted(flops_of_few, case.batch, figures[1][0]["flops"][3], table_bytes)
     payload = Payload.fitted(2, (few.batch, on_two[0]), (double.batch, on_two[1]))
-    seconds = {one.batch: of["fastest_step_s"] for one, of in zip(cases[1], on_one[:2], strict=False)}
-    worker = counted.fitted(seconds, case.batch, on_one[2]["fastest_step_s"])
+    seconds = {one.batch: of["fastest_step_s"] for one, of in zip(cases[1][:2], on_one, strict=False)}
+    worker = counted.worker(seconds, case.batch, on_one[3]["fastest_step_s"])
     checks = [_check(case, worker, payload, figures[ranks]) for ranks in CHECKED_RANKS]
     return Known(worker, counted, payload, checks)
 
