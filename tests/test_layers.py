@@ -37,9 +37,9 @@ WINGS = {
         *("shards", "shards.datasets", "shards.demo", "shards.packing", *METHOD, *RUN),
         *("cluster.checks", "cluster.evaluation", "cluster.launchers"),
     ),
-    "launch.benchmarks.scaling": (*DATA, *METHOD, *RUN, "cluster.training"),
+    "launch.scaling": (*DATA, *METHOD, *RUN, "cluster.training"),
     "launch.benchmarks": (
-        *("launch", "launch.benchmarks.scaling", "shards.datasets", "shards.packing", *DATA, *METHOD, *RUN),
+        *("launch", "launch.scaling", "shards.datasets", "shards.packing", *DATA, *METHOD, *RUN),
         *("cluster.evaluation", "cluster.training"),
     ),
 }

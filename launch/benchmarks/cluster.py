@@ -1,9 +1,9 @@
 """Step time and efficiency at 1 to 512 GPUs, predicted from one worker's step and a network's bandwidth and latency.
 
 Measured here: steps of one worker. Counted: the FLOPs of a step, and the bytes that a rank sends in one. The rest is
-arithmetic (`scaling/prediction.py`), whose assumptions the result states; it is checked against measured steps of 1, 2
-and 4 processes of this machine, with the bandwidth and latency of its loopback as the network. Fixed scaling divides
-one global batch among the GPUs, weak scaling gives each GPU a batch of its own.
+arithmetic (`launch/scaling/prediction.py`), whose assumptions the result states; it is checked against measured steps
+of 1, 2 and 4 processes of this machine, with the bandwidth and latency of its loopback as the network. Fixed scaling
+divides one global batch among the GPUs, weak scaling gives each GPU a batch of its own.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 from cluster.ranks.team import Team
 from launch.benchmarks._timing import machine_facts
 from launch.benchmarks.scale import add_model_options, read_image_size
-from launch.benchmarks.scaling.charts import cluster_chart, table, write
-from launch.benchmarks.scaling.prediction import ASSUMPTIONS, Counted, Network, Payload, Worker, predicted
-from launch.benchmarks.scaling.ranks import on_ranks
-from launch.benchmarks.scaling.stages import PER_IDENTITY, Case, flops, measure
-from launch.benchmarks.scaling.traffic import rules
 from launch.cli import Parser, local_place, positive
+from launch.scaling.charts import cluster_chart, table, write
+from launch.scaling.prediction import ASSUMPTIONS, Counted, Network, Payload, Worker, predicted
+from launch.scaling.ranks import on_ranks
+from launch.scaling.stages import PER_IDENTITY, Case, flops, measure
+from launch.scaling.traffic import rules
 
 EXAMPLE = """examples:
   python launch/bench.py cluster --out cluster
@@ -122,18 +122,15 @@ def _known(case: Case, num_steps: int) -> Known:
     few = replace(case, identities=2 * case.batch)
     small = replace(few, batch=case.batch // FEWEST_FACTOR)
     double = replace(few, batch=2 * few.batch)
-    cases = {1: (small, few, case), 2: (few, double, case), 4: (case,)}
+    cases = {1: (small, few, double, case), 2: (few, double, case), 4: (case,)}
     figures = {ranks: on_ranks(ranks, _figures, cases[ranks], num_steps) for ranks in CHECKED_RANKS}
     on_one, on_two = figures[1][0]["steps"], figures[2][0]["steps"]
-    less, work, more = figures[1][0]["flops"]
-    counted = Counted(
-        per_image=(work - less) / (few.batch - small.batch),
-        logits_per_image=(more - work) / case.batch,
-        table_bytes=ADAM_PASSES * on_one[2]["learning_bytes"],
-    )
+    flops_of_few = {one.batch: count for one, count in zip(cases[1][:3], figures[1][0]["flops"], strict=False)}
+    table_bytes = ADAM_PASSES * on_one[3]["learning_bytes"]
+    counted = Counted.fitted(flops_of_few, case.batch, figures[1][0]["flops"][3], table_bytes)
     payload = Payload.fitted(2, (few.batch, on_two[0]), (double.batch, on_two[1]))
-    seconds = {one.batch: of["fastest_step_s"] for one, of in zip(cases[1], on_one[:2], strict=False)}
-    worker = counted.fitted(seconds, case.batch, on_one[2]["fastest_step_s"])
+    seconds = {one.batch: of["fastest_step_s"] for one, of in zip(cases[1][:2], on_one, strict=False)}
+    worker = counted.worker(seconds, case.batch, on_one[3]["fastest_step_s"])
     checks = [_check(case, worker, payload, figures[ranks]) for ranks in CHECKED_RANKS]
     return Known(worker, counted, payload, checks)
 

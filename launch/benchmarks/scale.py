@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from launch.benchmarks._timing import machine_facts
-from launch.benchmarks.scaling.charts import scale_chart, table, write
-from launch.benchmarks.scaling.ranks import on_ranks
-from launch.benchmarks.scaling.resume import checkpoint_and_resume
-from launch.benchmarks.scaling.stages import PER_IDENTITY, Case, measure
-from launch.benchmarks.scaling.traffic import rules
 from launch.cli import Parser, local_place, place, positive
+from launch.scaling.charts import scale_chart, table, write
+from launch.scaling.ranks import on_ranks
+from launch.scaling.resume import checkpoint_and_resume
+from launch.scaling.stages import PER_IDENTITY, Case, measure
+from launch.scaling.traffic import rules
 
 EXAMPLE = """examples:
   python launch/bench.py scale --out scale

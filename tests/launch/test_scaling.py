@@ -1,13 +1,15 @@
 """What `bench.py scale` and `bench.py cluster` count and compute."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from launch.benchmarks.scaling.prediction import Counted, Network, Payload, Worker, predicted
-from launch.benchmarks.scaling.resume import checkpoint_and_resume
-from launch.benchmarks.scaling.stages import Case
-from launch.benchmarks.scaling.traffic import Traffic
+from launch.scaling.prediction import Counted, Network, Payload, Worker, predicted
+from launch.scaling.resume import checkpoint_and_resume
+from launch.scaling.stages import Case
+from launch.scaling.traffic import Traffic
 from tests.helpers.processes import on_processes
 
 TINY = "configs/models/tiny_vit.json"
@@ -58,17 +60,19 @@ def test_the_fit_gives_back_what_it_was_fitted_to():
     payload = Payload(constant=1000.0, per_image=30.0, calls={})
     counts = [(images, {"sent_bytes": payload.sent_bytes(2, images), "calls": {}}) for images in (16, 32)]
     assert Payload.fitted(2, *counts) == payload
-    worker = Worker(fixed_s=0.01, image_s=0.002, logit_s=0.0005, table_s=0.3)
-    counted = Counted(per_image=4e6, logits_per_image=1e6, table_bytes=0)
-    few = {images: worker.fixed_s + worker.image_s * images for images in (16, 64)}
-    fitted = counted.fitted(few, 64, worker.seconds(1, 64))
+    worker = Worker(fixed_s=0.01, image_s=0.002, pair_s=1e-5, logit_s=0.0005, table_s=0.3)
+    work = {images: 100 + int(4e6) * images + 20_000 * images**2 for images in (16, 64, 128)}
+    counted = Counted.fitted(work, 64, work[64] + 64 * 1_000_000, table_bytes=0)
+    assert vars(counted) == pytest.approx(vars(Counted(4e6, 20_000, 1e6, 0)))
+    few = {images: replace(worker, logit_s=0, table_s=0).seconds(1, images) for images in (16, 64)}
+    fitted = counted.worker(few, 64, worker.seconds(1, 64))
     assert vars(fitted) == pytest.approx(vars(worker))
 
 
 def test_efficiency_is_one_without_a_network_and_a_constant_and_falls_with_either():
     free, slow = Network(1e9, 0.0), Network(1.0, 1e-3)
     payload = Payload(1e6, 1e3, {"all_reduce": 1})
-    pure, constant = Worker(0.0, 1e-3, 0.0, 1.0), Worker(0.1, 1e-3, 0.0, 1.0)
+    pure, constant = Worker(0.0, 1e-3, 0.0, 0.0, 1.0), Worker(0.1, 1e-3, 0.0, 0.0, 1.0)
 
     def efficiency(worker, network, weak=False):
         rows = predicted(1, worker, payload, network, images=512, weak=weak, most_ranks=8)

@@ -33,7 +33,7 @@ from cluster.training.engine import Engine
 from cluster.training.loop import Requests, StepReduction
 from cluster.training.stage1 import Stage1
 from cluster.training.stage2 import Stage2
-from launch.benchmarks.scaling.traffic import Traffic
+from launch.scaling.traffic import Traffic
 from shards.loading.pk_loader import PKBatch, PKLoader
 
 PER_IDENTITY = 4

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 ASSUMPTIONS = (
-    "a worker's step is fixed_s + image_s x b + logit_s x B / R + table_s / R: a constant, its images, the logits of "
-    "the batch against its identities, and Adam's pass over its rows; the first two are fitted to two local batches "
-    "with few identities, the last two are what N identities add, parted by counted FLOPs at the images' FLOP/s",
+    "a worker's step is fixed_s + image_s x b + pair_s x b x B + logit_s x B / R + table_s / R: a constant, its "
+    "images, their comparisons with the batch, the batch's logits against its identities, Adam's pass over its rows; "
+    "the first three are fitted to two local batches with few identities, the last two are what N identities add; "
+    "FLOPs counted on one worker tell how the time is parted",
     "with --tflops and --memory-gb-s the same FLOPs and bytes of memory take the time that such a GPU needs, and "
     "fixed_s is 0",
     "a rank sends (R-1)/R x (payload + payload_per_image x B) bytes a step, fitted to counts at B and 2 B on 2 ranks: "
@@ -72,12 +75,14 @@ class Worker:
 
     fixed_s: float
     image_s: float
+    pair_s: float
     logit_s: float
     table_s: float
 
     def seconds(self, ranks: int, images: int) -> float:
         """images: B."""
-        return self.fixed_s + (self.image_s + self.logit_s) * images / ranks + self.table_s / ranks
+        own = images / ranks
+        return self.fixed_s + (self.image_s + self.pair_s * images + self.logit_s) * own + self.table_s / ranks
 
 
 @dataclass(frozen=True)
@@ -85,23 +90,34 @@ class Counted:
     """FLOPs of a step on one worker, and the bytes of its tables that Adam passes over."""
 
     per_image: float
+    per_pair: float
+    """Of an image of the rank with one of the batch."""
     logits_per_image: float
     """Against all N identities."""
     table_bytes: float
 
+    @classmethod
+    def fitted(cls, few: dict[int, int], images: int, many: int, table_bytes: float) -> "Counted":
+        """few: FLOPs by batch, of three, at few identities; many: at N, with `images`."""
+        per_pair, per_image, _ = np.polyfit(list(few), list(few.values()), 2).tolist()
+        return cls(per_image, max(per_pair, 0.0), (many - few[images]) / images, table_bytes)
+
     def on_gpu(self, tflops: float, memory_gb_s: float) -> Worker:
         """A worker that the figures of a GPU describe."""
-        speed = tflops * 1e12
-        table_s = self.table_bytes / (memory_gb_s * 1e9)
-        return Worker(0.0, self.per_image / speed, self.logits_per_image / speed, table_s)
+        return self._worker(0.0, 1 / (tflops * 1e12), self.logits_per_image, self.table_bytes / (memory_gb_s * 1e9))
 
-    def fitted(self, few: dict[int, float], images: int, many_s: float) -> Worker:
-        """few: seconds of a step by local batch, at few identities; many_s: at N, with `images`."""
+    def worker(self, few: dict[int, float], images: int, many_s: float) -> Worker:
+        """As measured. few: seconds of a step by batch, of two, at few identities; many_s: at N, with `images`."""
+        work = {batch: self.per_image * batch + self.per_pair * batch**2 for batch in few}
         small, large = sorted(few)
-        image_s = max((few[large] - few[small]) / (large - small), 0.0)
+        flop_s = max((few[large] - few[small]) / (work[large] - work[small]), 0.0)
         added_s = max(many_s - few[images], 0.0)
-        logit_s = min(self.logits_per_image * image_s / self.per_image, added_s / images)
-        return Worker(max(few[large] - image_s * large, 0.0), image_s, logit_s, added_s - logit_s * images)
+        logits_s = min(self.logits_per_image * images * flop_s, added_s)
+        logits = logits_s / images / flop_s if flop_s else 0.0
+        return self._worker(max(few[large] - work[large] * flop_s, 0.0), flop_s, logits, added_s - logits_s)
+
+    def _worker(self, fixed_s: float, flop_s: float, logits: float, table_s: float) -> Worker:
+        return Worker(fixed_s, self.per_image * flop_s, self.per_pair * flop_s, logits * flop_s, table_s)
 
 
 def predicted(

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d3a", "#7b4ab5")
 
@@ -42,7 +44,14 @@ def scale_chart(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for stage, line_of_panels in zip(stages, grid, strict=True):
         for (title, value), axes in zip(panels.items(), line_of_panels, strict=True):
             _lines_of_ranks(axes, [row for row in rows if row["stage"] == stage], value)
-            axes.set(title=f"stage {stage}: {title}", xlabel="identities N", xscale="log", ylim=(0, None))
+            axes.set(xlabel="identities N", xscale="log")
+            axes.set_title(f"stage {stage}: {title}", fontsize=9)
+            if "bytes" in title:
+                axes.set_ylim(0, None)
+            else:
+                axes.set_yscale("log")
+                _plain_numbers(axes.yaxis)
+            _plain_numbers(axes.xaxis)
     return figure
 
 
@@ -53,6 +62,12 @@ def _lines_of_ranks(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Callab
         axes.plot([r["identities"] for r in own], [value(r) for r in own], "o-", color=colour, label=label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis, in place of powers, whose fonts are not everywhere."""
+    axis.set_major_formatter("{x:,.12g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def cluster_chart(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -68,7 +83,9 @@ def cluster_chart(predicted: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
             axes.plot(gpus, low, "o-", color=colour, label=f"stage {stage}")
             axes.fill_between(gpus, low, [row["efficiency_overlapped"] for row in own], color=colour, alpha=0.2)
         axes.set_xscale("log", base=2)
-        axes.set(title=f"{scaling} scaling", xlabel="GPUs", ylabel="efficiency", ylim=(0, 1.05))
+        _plain_numbers(axes.xaxis)
+        axes.set(title=f"{scaling} scaling", xlabel="GPUs", ylabel="efficiency")
+        axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure

@@ -10,8 +10,8 @@ from cluster.run.manifest import Position
 from cluster.run.storage import Storage
 from cluster.training.checkpoint import Retention, find_newest
 from cluster.training.checkpoint_writer import CheckpointWriter, Origin
-from launch.benchmarks.scaling.ranks import TIMEOUT_S, on_ranks
-from launch.benchmarks.scaling.stages import Case, Steps, peak_memory_bytes
+from launch.scaling.ranks import TIMEOUT_S, on_ranks
+from launch.scaling.stages import Case, Steps, peak_memory_bytes
 
 ROOM_BYTES = 1.5e9
 """For libraries, the replicated model and what a step needs, beside a rank's share of the tables."""
