@@ -25,7 +25,7 @@ REMEDIES = {
     errno.EIO: "look after the disk or the connection to it",
     errno.ENOMEM: "close other programs, or use a machine with more memory",
 }
-SAID = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOMEM)
+BY_WORDS = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOMEM)
 """Looked for by their words in errors without a number."""
 
 
@@ -37,17 +37,17 @@ def system_mistake(error: BaseException, doing: str) -> str:
     if isinstance(error, MemoryError):
         return f"{doing}: out of memory ({error or 'nothing is left'}): {REMEDIES[errno.ENOMEM]}"
     if isinstance(error, OSError):
-        number, said = error.errno, error.strerror or str(error) or type(error).__name__
+        number, words = error.errno, error.strerror or str(error) or type(error).__name__
     elif isinstance(error, RuntimeError | ImportError):
-        number = next((number for number in SAID if os.strerror(number) in str(error)), None)
-        said = str(error)
+        number = next((number for number in BY_WORDS if os.strerror(number) in str(error)), None)
+        words = str(error)
         if number is None:
             return ""
     else:
         return ""
     place = _place(error, number)
     remedy = f": {REMEDIES[number]}" if number in REMEDIES else ""
-    return f"{doing}: {place}{_one_line(said)}{remedy}"
+    return f"{doing}: {place}{_one_line(words)}{remedy}"
 
 
 def _place(error: BaseException, number: int | None) -> str:
@@ -71,6 +71,6 @@ def _short(name: str) -> str:
     return name if len(name) <= 400 else f"{name[:200]}…{name[-100:]}"
 
 
-def _one_line(said: str) -> str:
-    line = said.strip().splitlines()[0] if said.strip() else said
+def _one_line(words: str) -> str:
+    line = words.strip().splitlines()[0] if words.strip() else words
     return line[:1].lower() + line[1:] if line[1:2].islower() or line[1:2] == " " else line

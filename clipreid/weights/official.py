@@ -25,7 +25,7 @@ from clipreid.weights.appearing import appearing
 from clipreid.weights.card import ModelCard, read_card
 from clipreid.weights.pretrained import read_state_dict, with_batch_counters
 from clipreid.weights.sealed import DamagedError
-from clipreid.weights.tables import TOKENS, table_shapes
+from clipreid.weights.tables import CLASSIFIER, TOKENS, table_shapes
 
 _THEIR_TOKENS = "prompt_learner.cls_ctx"
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
@@ -40,13 +40,12 @@ class OfficialShapes:
     """Rows of its side information table; 0 without one."""
 
 
-def official_shapes(path: str | Path) -> OfficialShapes:
-    """Read what the configuration need not know. Raises ModelError when `path` is no such checkpoint."""
-    state = read_state_dict(Path(path))
-    if "classifier.weight" not in state:
-        raise ModelError(f"{path}: has no classifier.weight: not a checkpoint of CLIP-ReID's authors")
+def official_shapes(state: Mapping[str, Tensor], source: str) -> OfficialShapes:
+    """What the configuration need not know. Raises ModelError when `state` is of no such checkpoint."""
+    if CLASSIFIER not in state:
+        raise ModelError(f"{source}: has no classifier.weight: not a checkpoint of CLIP-ReID's authors")
     return OfficialShapes(
-        identities=len(state["classifier.weight"]),
+        identities=len(state[CLASSIFIER]),
         sie_rows=len(state["cv_embed"]) if "cv_embed" in state else 0,
     )
 

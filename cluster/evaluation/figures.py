@@ -28,7 +28,7 @@ from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
-from clipreid.weights.official import official_shapes
+from clipreid.weights.official import holds_prompts, official_shapes
 from clipreid.weights.pretrained import is_official, read_state_dict
 from clipreid.weights.tables import CLASSIFIER_PROJ, TOKENS, load_table
 from cluster.errors import ConfigError
@@ -71,10 +71,10 @@ class Subject:
         here = index.split("train").num_identities if "train" in index.splits else 0
         if card:
             text, tokens, classifier = load_text(path), load_table(path, TOKENS), load_table(path, CLASSIFIER_PROJ)
-        elif here and (not is_official(read_state_dict(path)) or official_shapes(path).identities == here):
+        elif here and _may_be_of(path, here):
             _, text, tables = build_models(model_spec(config, index), str(path), config.run.seed)
             tokens, classifier = tables.tokens, tables.classifier_proj
-            if not is_official(read_state_dict(path)):
+            if not holds_prompts(path):
                 text = None
         if classifier is None or classifier.num_identities != here:
             text = tokens = classifier = None
@@ -101,6 +101,12 @@ class Subject:
         """float32 [n, 3, H, W] as the encoder takes them."""
         data = self.inference.config.data
         return normalise(images.to(self.inference.team.device), data.pixel_mean, data.pixel_std)
+
+
+def _may_be_of(path: Path, identities: int) -> bool:
+    """Whether weights of others are of so many training identities, or of none: CLIP's own."""
+    state = read_state_dict(path)
+    return not is_official(state) or official_shapes(state, str(path)).identities == identities
 
 
 def draw_figure(name: str, subject: Subject, path: Path) -> None:

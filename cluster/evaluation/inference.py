@@ -94,7 +94,7 @@ class Inference:
 
 def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDModel:
     if is_official(state := read_state_dict(path)):
-        shapes = official_shapes(path)
+        shapes = official_shapes(state, str(path))
         spec = _spec_for_use(config, index, shapes.identities, max(shapes.sie_rows, 1))
         model, text = empty_models(spec)
         load_official(model, text, image_side(state), spec, str(path))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from shards.errors import masked
 
 ANSWER_S = 15.0
 """How long an address is tried: a cluster may be about to start."""
@@ -30,7 +31,7 @@ def check_address(address: str, answer_s: float = ANSWER_S) -> None:
         return
     if address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"RAY_ADDRESS={_masked(address)}: is the address of a dashboard, where jobs are submitted "
+            f"RAY_ADDRESS={masked(address)}: is the address of a dashboard, where jobs are submitted "
             "(`ray job submit --address`); a run joins HOST:PORT of the head, such as 10.0.0.1:6379: set that, or "
             f"{UNSET}"
         )
@@ -109,7 +110,3 @@ def cause_of(text: str) -> str:
 
 MEMORY = re.compile(r"out of memory|low on memory|OUT_OF_MEMORY|OOM", re.IGNORECASE)
 DEATH = re.compile(r"is dead because|has died|died because|exit type|exit detail")
-
-
-def _masked(address: str) -> str:
-    return re.sub(r"://[^/@]*@", "://", address)

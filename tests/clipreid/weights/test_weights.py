@@ -319,7 +319,8 @@ def test_an_official_checkpoint_gives_the_reference_descriptors(name, net, prefi
     golden, case = read_case(name)
     state = official_state(case, net)
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "official.pth")
-    shapes = official_shapes(tmp_path / "official.pth")
+    path = tmp_path / "official.pth"
+    shapes = official_shapes(read_state_dict(path), str(path))
     assert (shapes.identities, shapes.sie_rows) == (10, case.get("cv_rows", 0))
 
     model, text, tables = build_models(case_spec(case, net), str(tmp_path / "official.pth"))

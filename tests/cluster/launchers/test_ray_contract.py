@@ -10,10 +10,12 @@ import textwrap
 import pytest
 import ray.train
 from ray.train.v2._internal import constants
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller import state as controller_states
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -29,6 +31,7 @@ CHANGED = [
     (DefaultFailurePolicy, "make_decision", ["training_failed_error"]),
     (ElasticScalingPolicy, "_get_num_workers_for_resource_request", []),
     (ElasticScalingPolicy, "_count_possible_workers", 1),
+    (PreemptionCallback, "after_worker_group_start", ["worker_group"]),
     (TorchTrainer, "_register_sigint_handler", ["controller"]),
     (TorchTrainer, "_create_default_callbacks", []),
     (TorchTrainer, "_initialize_and_run_controller", 1),
@@ -68,6 +71,14 @@ def test_decisions_errors_and_settings_have_the_parts_that_are_used():
     assert "logging_config" in inspect.signature(RunConfig).parameters
 
 
+def test_the_watcher_of_drained_nodes_takes_what_it_is_given():
+    """Since 2.57."""
+    callback = PreemptionCallback()
+    assert callable(callback._stop_watcher) and callback._poll_interval_s > 0 and hasattr(callback, "_watcher")
+    watched = set(inspect.signature(PreemptionWatcher).parameters)
+    assert {"node_to_ranks", "poll_interval_s", "worker_actors_by_rank"} <= watched
+
+
 def test_a_controller_tells_its_state_by_the_names_that_a_stop_looks_for():
     assert callable(TrainController.get_state)
     assert [name for name in ray_policies.WITHOUT_WORKERS if not hasattr(controller_states, name)] == []
@@ -90,7 +101,7 @@ def test_rays_inside_is_imported_in_one_module():
 
 
 def test_a_ray_without_drain_notices_says_so_and_the_run_goes_on_without(monkeypatch, caplog, tmp_path):
-    """2.56 and 2.57 have none."""
+    """2.57 has none."""
     monkeypatch.delattr(ray.train, "get_preemption_info", raising=False)
     ray_policies.warn_of_absent_parts()
     assert f"ray {ray.__version__} does not tell when a node is to be drained (2.58 does)" in caplog.text
