@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, run
+from launch.cli import Parser, end, run
 
 EXAMPLE = """examples:
   python launch/bench.py stage1
@@ -35,4 +35,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

@@ -18,6 +18,7 @@ from launch.cli import (
     add_settings,
     add_weights,
     check_out,
+    end,
     load_settings,
     local_place,
     not_negative,
@@ -241,4 +242,4 @@ def _cell(value: float | int | dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, local_place, owned_result, place, run
+from launch.cli import Parser, check_out, end, local_place, owned_result, place, run
 
 EXAMPLE = """example:
   python launch/export.py --weights runs/veri776_vit --format official --out ViT-B-16_60.pth
@@ -53,4 +53,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

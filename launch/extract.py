@@ -15,6 +15,7 @@ from launch.cli import (
     add_settings,
     add_weights,
     check_out,
+    end,
     load_settings,
     local_place,
     owned_result,
@@ -98,4 +99,4 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

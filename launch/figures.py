@@ -10,7 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, add_weights, load_settings, local_place, owned_result, progress_bar, run
+from launch.cli import (
+    Parser,
+    add_settings,
+    add_weights,
+    end,
+    load_settings,
+    local_place,
+    owned_result,
+    progress_bar,
+    run,
+)
 
 USAGE = """
   figures.py [--config FILE] --weights FILE|RUN --out DIR [--figure NAME ...] [key.path=value ...]"""
@@ -60,4 +70,4 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

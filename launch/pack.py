@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, local_place, place, positive, progress_bar, run
+from launch.cli import Parser, check_out, end, local_place, place, positive, progress_bar, run
 
 EXAMPLE = """examples:
   python launch/pack.py render --out data/demo
@@ -184,4 +184,4 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, place, run
+from launch.cli import Parser, end, place, run
 
 EXAMPLE = """examples:
   python launch/status.py runs/demo
@@ -50,4 +50,4 @@ def show(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, add_settings, load_settings, run
+from launch.cli import Parser, add_settings, end, load_settings, run
 
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
@@ -35,4 +35,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(run(main))
