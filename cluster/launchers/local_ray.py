@@ -50,28 +50,35 @@ def local_environment() -> dict[str, str]:
 def ready_token() -> None:
     """Ray's token, where it is a file: made before Ray makes one, for a Ray of our own, and readable by its user alone.
 
-    Raises ConfigError where others can read it.
+    Raises ConfigError where others can read it, or this user cannot.
     """
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(given or "~/.ray/auth_token").expanduser()
     by_file = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and "RAY_AUTH_TOKEN" not in os.environ
     if not by_file or (given and not is_local()):  # a cluster's own way to hand it out
         return
-    if path.exists():
-        _check_token(path)
-    elif is_local():
-        if not given and not Path.home().is_dir():
-            raise home_mistake(Path.home(), "no such folder")
-        private_folder(path.parent.resolve(), f"chmod 700 {path.parent}, or set HOME to a folder of yours")
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+    try:
+        if path.exists():
+            _check_token(path)
+        elif is_local():
+            _make_token(path, in_home=not given)
+    except OSError as error:
+        raise home_mistake(path, error.strerror) from None
+
+
+def _make_token(path: Path, *, in_home: bool) -> None:
+    if in_home and not Path.home().is_dir():
+        raise home_mistake(path, f"{Path.home()} is no folder")
+    private_folder(path.parent.resolve(), f"chmod 700 {path.parent}, or set HOME to a folder of yours")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def home_mistake(path: object, fault: object) -> ConfigError:
     return ConfigError(
-        f"Ray may not write {path} ({fault}): it keeps its token below the home folder, {Path.home()}: set HOME to a "
-        "folder of yours, or cluster.launcher=local, which needs none"
+        f"Ray may not read and write {path} ({fault}): it keeps its token below the home folder, {Path.home()}: set "
+        "HOME to a folder of yours, or cluster.launcher=local, which needs none"
     )
 
 
@@ -82,6 +89,7 @@ def _check_token(path: Path) -> None:
     elif found.st_mode & FOR_OTHERS:
         fault = f"can be read by others (mode {stat.S_IMODE(found.st_mode):04o})"
     else:
+        path.open("rb").close()  # an OSError that names it, where this user cannot read it
         return
     raise ConfigError(
         f"{path}: Ray's token {fault}, and who holds it can run code as you: remove it, and a new one is made; or "

@@ -40,12 +40,18 @@ def read_only(folder):
 
 @contextmanager
 def no_permission(folder):
-    """Root may write everywhere; so it gives that up meanwhile."""
     (folder / "others").mkdir(mode=0o500)
+    with bound_by_modes():
+        yield folder / "others" / "out"
+
+
+@contextmanager
+def bound_by_modes():
+    """Root may read and write everywhere; so it gives that up meanwhile."""
     before = _effective_capabilities()
     _set_effective(before & ~(1 << DAC_OVERRIDE) & ~(1 << DAC_READ_SEARCH))
     try:
-        yield folder / "others" / "out"
+        yield
     finally:
         _set_effective(before)
 

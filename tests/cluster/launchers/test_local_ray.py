@@ -7,6 +7,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.launchers.local_ray import local_options, ready_token
+from tests.helpers.refusals import bound_by_modes
 
 
 @pytest.fixture
@@ -44,6 +45,32 @@ def test_a_token_that_others_can_read_is_refused_with_the_remedy(readable, addre
     token.write_text("a" * 64)
     token.chmod(readable)
     with pytest.raises(ConfigError, match=rf"{token}: .*read by others \(mode {readable:04o}\).* chmod 600 {token}"):
+        ready_token()
+
+
+@pytest.mark.parametrize("closed", ["", ".ray", ".ray/auth_token"])
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_home_that_this_user_may_not_read_is_refused_in_one_line_before_ray_starts(
+    closed, address, home, monkeypatch
+):
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("a" * 64)
+    (home / ".ray" / "auth_token").chmod(0o600)
+    (home / closed).chmod(0)
+    try:
+        with bound_by_modes(), pytest.raises(ConfigError, match="Permission denied.* set HOME to a folder") as caught:
+            ready_token()
+    finally:
+        (home / closed).chmod(0o700)
+    assert "\n" not in str(caught.value) and str(home / ".ray" / "auth_token") in str(caught.value)
+
+
+def test_a_home_that_is_a_file_is_refused_in_one_line(home, monkeypatch):
+    (home / "file").touch()
+    monkeypatch.setenv("HOME", str(home / "file"))
+    with pytest.raises(ConfigError, match=f"{home / 'file'} is no folder.* set HOME to a folder"):
         ready_token()
 
 

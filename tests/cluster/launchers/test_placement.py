@@ -63,5 +63,5 @@ def test_a_home_folder_that_ray_may_not_write_is_named_with_the_remedy(monkeypat
 
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setenv("HOME", "/nonexistent")
-    with pytest.raises(ConfigError, match="Ray may not write /nonexistent .*: set HOME to a folder of yours"):
+    with pytest.raises(ConfigError, match="/nonexistent .*: set HOME to a folder of yours"):
         _connect(parse_config({"data": {"shards": "x"}}))
