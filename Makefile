@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Without compiled files each process would compile its libraries anew: more than twice the time of a start.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo-data train test test-faults test-floor lint lock clean
+.PHONY: help setup demo-data train test test-faults test-floor lint docs lock clean
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
 # The lines of uv in the lock file: its version and what its files must be.
@@ -22,6 +22,7 @@ help:
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
 	@echo "make test-floor   the core tests with the oldest libraries that pyproject.toml allows (about 7 GB)"
 	@echo "make lint         style and form (ruff), then types (mypy)"
+	@echo "make docs         docs/settings.md, from the types of the settings"
 	@echo "make lock         new exact versions into requirements.lock"
 	@echo "make clean        remove .venv, $(FLOOR), data/demo and runs/demo"
 
@@ -61,6 +62,9 @@ lint: .venv/ready
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+docs: .venv/ready
+	@$(PY) -m cluster.settings.page > docs/settings.md
 
 lock:
 	@.venv/bin/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes --extra dev \

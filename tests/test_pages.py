@@ -1,5 +1,6 @@
 """What the pages say of the code: commands that its parsers take, settings, files and links that are there."""
 
+import pydoc
 import re
 import tomllib
 from pathlib import Path
@@ -7,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.config import Config, flatten
+from cluster.settings.page import page as settings_page
 from tests.helpers.commands import ROOT, check_command, check_options, commands
 from tests.test_layers import WINGS
 
-COMMANDS = {"README.md": 20, "configs/README.md": 14, "cluster/deploy/README.md": 20}
+COMMANDS = {"README.md": 20, "configs/README.md": 14, "cluster/deploy/README.md": 20, "docs/faults.md": 1}
 """Pages with commands, and how many there are at least: fewer, and they were not recognised."""
-PAGES = [ROOT / name for name in COMMANDS] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted({ROOT / name for name in COMMANDS} | set((ROOT / "docs").glob("*.md")))
 SETTINGS = set(flatten(Config.model_validate({"data": {"shards": "-"}}).model_dump()))
 SECTIONS = "|".join(sorted({key.split(".")[0] for key in SETTINGS if "." in key}))
 SETTING = re.compile(rf"((?:{SECTIONS})\.(?!py\b|safetensors\b)\w+)(?:=.*)?")
 FILE = re.compile(r"(?<![\w/.-])(?:clipreid|shards|cluster|launch|configs|tests|docs)/[\w./*-]*\w")
+
+DOTTED = re.compile(r"(?:clipreid|shards|cluster|launch)(?:\.\w+)+(?<!\.py)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -108,6 +112,22 @@ def test_every_module_named_without_its_folder_is_an_entry_point_or_in_a_folder_
         modules = [name for name in names if re.fullmatch(r"[\w/]+\.py", name)]
         missing += [name for name in modules if not any((folder / name).is_file() for folder in folders)]
     assert missing == []
+
+
+@each_page
+def test_every_name_with_its_module_is_there(page):
+    named = {span for span in spans(page.read_text()) if DOTTED.fullmatch(span)}
+    assert [name for name in sorted(named - SETTINGS) if pydoc.locate(name) is None] == []
+
+
+@each_page
+def test_every_test_that_a_page_names_is_there(page):
+    suite = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", page.read_text()) if f"def {name}(" not in suite] == []
+
+
+def test_the_page_of_settings_is_what_their_types_say():
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), "make docs"
 
 
 @each_page
