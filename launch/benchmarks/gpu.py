@@ -14,9 +14,13 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from launch.cli import Parser, local_place, positive
+
+if TYPE_CHECKING:
+    from launch.gpu.parts import Part
+    from launch.gpu.running import Stop
 
 EXAMPLE = """examples:
   python launch/bench.py gpu --out gpu
@@ -24,11 +28,14 @@ EXAMPLE = """examples:
 
 The exit code is 0 where every part was done and no check failed."""
 PACKAGES = "launch/gpu/packages.txt"
+NO_DEEPSPEED = "left out: no DeepSpeed here"
+LEAST_S = 5
+"""With less time left nothing is begun."""
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
     options = _options(arguments)
-    from launch.gpu.running import Stopped, stoppable
+    from launch.gpu.running import stoppable
     from shards.storage import write_json
 
     whole = Whole(options)
@@ -40,13 +47,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
         write_json(str(options.out / "gpu.json"), result := whole.result())
         (options.out / "gpu.md").write_text(page(result))
 
-    with (options.out / "gpu.log").open("w") as log, stoppable():
-        try:
-            for part in whole.parts:
-                whole.take(part, log, keep)
-        except Stopped:
-            keep()
-            raise SystemExit(143) from None
+    with (options.out / "gpu.log").open("w") as log, stoppable() as stop:
+        for part in whole.parts:
+            if not stop.asked:
+                whole.take(part, log, stop)
+                keep()
+    if stop.asked:
+        raise SystemExit(128 + stop.asked)
     if whole.faults():
         print((options.out / "gpu.md").read_text(), file=sys.stderr)
         raise SystemExit(1)
@@ -109,35 +116,30 @@ class Whole:
         self.date = time.strftime("%Y-%m-%d")
         self.reports: list[dict[str, Any]] = []
 
-    def take(self, part: Any, log: Any, keep: Any) -> None:
-        """Run one part, as far as there is time, and keep what came of it whatever happens."""
+    def take(self, part: "Part", log: IO[str], stop: "Stop") -> None:
+        """Run one part, as far as there is time."""
         from launch.gpu.running import Running, read_checks
 
         left_s = self.limit_s - (time.monotonic() - self.start)
         running = Running(part, self.out.absolute(), min(part.limit_s, left_s), log)
-        try:
-            if part.name == "engine" and not _installed("deepspeed"):
-                running.outcome = "left out: no DeepSpeed here"
-            elif left_s < 5:
-                running.outcome = "left out: no time left"
-            else:
-                print(f"{part.name} …", end=" ", flush=True, file=sys.stderr)
-                running.run()
-                print(f"{running.outcome}, {running.seconds:.0f} s", file=sys.stderr)
-        finally:
-            report = running.report()
-            if part.name == "checks":
-                report["result"] = read_checks(self.junit)
-                self.junit.unlink(missing_ok=True)
-            self.reports.append(report)
-            running.clear()
-            keep()
+        if part.name == "engine" and not _installed("deepspeed"):
+            running.outcome = NO_DEEPSPEED
+        elif left_s < LEAST_S:
+            running.outcome = "left out: no time left"
+        else:
+            print(f"{part.name} …", end=" ", flush=True, file=sys.stderr)
+            running.run(stop)
+            print(f"{running.outcome}, {running.seconds:.0f} s", file=sys.stderr)
+        report = running.report()
+        if part.name == "checks":
+            report["result"] = read_checks(self.junit)
+            self.junit.unlink(missing_ok=True)
+        self.reports.append(report)
+        running.clear()
 
     def faults(self) -> list[str]:
-        """Parts that were begun and not done."""
-        return [
-            r["name"] for r in self.reports if r["outcome"] != "done" and not r["outcome"].startswith("left out: no D")
-        ]
+        """Parts that should have been done and were not."""
+        return [report["name"] for report in self.reports if report["outcome"] not in ("done", NO_DEEPSPEED)]
 
     def result(self) -> dict[str, Any]:
         return {

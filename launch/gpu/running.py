@@ -22,20 +22,28 @@ GRACE_S = 3.0
 TAIL_LINES = 12
 
 
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: what is known is written, and nothing more is begun."""
+LOOKS_S = 0.1
+"""Between two looks at a part."""
+
+
+class Stop:
+    """Whether SIGTERM or Ctrl-C asked for an end: what is known is written, and nothing more is begun."""
+
+    asked = 0
+    """The signal's number."""
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it SIGTERM raises Stopped, as Ctrl-C does."""
+def stoppable() -> Iterator[Stop]:
+    """Within it these signals only leave word, so that no moment is a bad one for them."""
+    stop = Stop()
 
-    def stop(*_: object) -> None:
-        raise Stopped
+    def ask(number: int, _: object) -> None:
+        stop.asked = number
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -51,8 +59,8 @@ class Running:
         self.command = [sys.executable, *part.words, *(["--out", str(self.result_file)] if part.writes else [])]
         self.outcome, self.seconds = "not begun", 0.0
 
-    def run(self) -> None:
-        """Until the part's end or its limit. Nothing of it lives on afterwards."""
+    def run(self, stop: Stop) -> None:
+        """Until the part's end, its limit, or a stop. Nothing of it lives on afterwards."""
         start = time.monotonic()
         with self.printed_file.open("w+") as printed:
             process = subprocess.Popen(
@@ -64,13 +72,13 @@ class Running:
                 start_new_session=True,
             )
             try:
-                code = process.wait(self.limit_s)
-                self.outcome = "done" if code == 0 else f"failed with exit code {code}"
-            except subprocess.TimeoutExpired:
-                self.outcome = f"stopped at its limit of {self.limit_s:.0f} s"
-            except Stopped:
-                self.outcome = "stopped from outside"
-                raise
+                while process.poll() is None and not stop.asked and time.monotonic() - start < self.limit_s:
+                    time.sleep(LOOKS_S)
+                if (code := process.poll()) is not None:
+                    self.outcome = "done" if code == 0 else f"failed with exit code {code}"
+                else:
+                    limit = f"stopped at its limit of {self.limit_s:.0f} s"
+                    self.outcome = "stopped from outside" if stop.asked else limit
             finally:
                 self.seconds = time.monotonic() - start
                 _end(process)

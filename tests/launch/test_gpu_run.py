@@ -14,7 +14,7 @@ from launch.benchmarks import gpu
 from launch.gpu import running
 from launch.gpu.page import page
 from launch.gpu.parts import ROOT, Part, gpu_tests, parts
-from launch.gpu.running import Running, read_checks
+from launch.gpu.running import Running, Stop, read_checks
 
 
 def start(out, *words):
@@ -52,7 +52,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has_and_leaves_no_process(tmp_path)
 def run_part(folder, code, limit_s=60.0, **settings):
     with (folder / "log").open("w") as log:
         running = Running(Part("some", 60, ["-c", code], **settings), folder, limit_s, log)
-        running.run()
+        running.run(Stop())
         report = running.report()
         running.clear()
     return report, (folder / "log").read_text()
@@ -66,8 +66,8 @@ def test_a_part_at_its_limit_is_stopped_with_its_children_and_its_rows_are_kept(
         "pathlib.Path(sys.argv[2]).write_text(json.dumps({'rows': [child.pid]}))\n"
         "time.sleep(600)"
     )
-    report, _ = run_part(tmp_path, code, limit_s=3.0, writes=True)
-    assert report["outcome"] == "stopped at its limit of 3 s"
+    report, _ = run_part(tmp_path, code, limit_s=10.0, writes=True)
+    assert report["outcome"] == "stopped at its limit of 10 s"
     (child,) = report["result"]["rows"]
     time.sleep(0.2)
     with pytest.raises(ProcessLookupError):
