@@ -5,13 +5,16 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Without compiled files each process would compile its libraries anew: more than twice the time of a start.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo-data train test test-faults test-floor lint docs lock clean
+.PHONY: help setup demo-data train test test-faults test-floor gpu bench-check lint docs lock clean
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
 # The lines of uv in the lock file: its version and what its files must be.
 UV = sed -n '/^uv==/,/[^\\]$$/p' requirements.lock
 PY := .venv/bin/python
 DEMO := data/demo
+GPU_PY := $(or $(wildcard $(PY)),python3)
+GPU_OUT := build/gpu
+AGAINST := HEAD
 FLOOR := build/floor
 FLOOR_TESTS := clipreid shards cluster/launchers cluster/settings cluster/training \
 	runs/test_runs.py::test_ray_with_two_workers_logs_the_losses_of_one
@@ -21,6 +24,8 @@ help:
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
 	@echo "make test-floor   the core tests with the oldest libraries that pyproject.toml allows (about 7 GB)"
+	@echo "make gpu          checks and speed on one GPU within 8 minutes, into $(GPU_OUT); nothing is fetched"
+	@echo "make bench-check  quick benchmarks in turn with those of the commit AGAINST=... (default HEAD)"
 	@echo "make lint         style and form (ruff), then types (mypy)"
 	@echo "make docs         docs/settings.md, from the types of the settings"
 	@echo "make lock         new exact versions into requirements.lock"
@@ -57,6 +62,13 @@ test-floor: .venv/ready
 	@.venv/bin/uv venv --quiet --clear --python $(PY) $(FLOOR)
 	@.venv/bin/uv pip install --quiet --no-cache --system-certs --python $(FLOOR) --resolution lowest-direct --extra dev -r pyproject.toml
 	@$(FLOOR)/bin/python -m pytest $(addprefix tests/,$(FLOOR_TESTS))
+
+# On a machine that cannot fetch anything .venv is not there: then with the Python that has torch.
+gpu:
+	@$(GPU_PY) launch/bench.py gpu --out $(GPU_OUT)
+
+bench-check: .venv/ready
+	@$(PY) launch/bench.py check --against $(AGAINST)
 
 lint: .venv/ready
 	@.venv/bin/ruff check .

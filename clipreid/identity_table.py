@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipreid.peers import ALONE, Peers, rank_slice
+from clipreid.to_device import to_device
 
 
 class _Exchange(NamedTuple):
@@ -77,7 +78,7 @@ class IdentityTable:
         """
         plan = self._plan([labels.numpy() for labels in wanted])
         received = peers.all_to_all(self._lend(torch.from_numpy(plan.rows)), plan.send, plan.receive)
-        return received[torch.from_numpy(plan.place).to(received.device)]
+        return received[to_device(torch.from_numpy(plan.place), received.device)]
 
     def _plan(self, wanted: list[np.ndarray]) -> "_Exchange":
         """What each rank wants, in the order of its owners, so that what it receives is in the order of identities."""
@@ -95,7 +96,7 @@ class IdentityTable:
 
     def _lend(self, rows: Tensor) -> Tensor:
         """Copies of some rows, so that their gradients take no room for the rest of the block."""
-        rows = rows.to(self.block.device)
+        rows = to_device(rows, self.block.device)
         lent = self.block.detach()[rows]
         if self.block.requires_grad and torch.is_grad_enabled():
             lent.requires_grad_()

@@ -22,6 +22,7 @@ from clipreid.identity_softmax import identity_cross_entropy
 from clipreid.identity_table import IdentityTable
 from clipreid.losses import at_least_float32, image_to_text, text_to_image
 from clipreid.peers import ALONE, Peers, all_gather_unequal, rank_slice
+from clipreid.to_device import to_device
 
 Text = Callable[[Tensor], Tensor]
 """Prompt tokens [n, M, W] -> text features [n, D]; `clipreid.model.prompts.PromptedText`."""
@@ -59,11 +60,11 @@ def step(
     identities, place = labels_global.unique(return_inverse=True)
     device = images_local.device
     identity_texts = encode_identities(text, tokens, identities, peers)
-    texts = identity_texts[place.to(device)]
+    texts = identity_texts[to_device(place, device)]
     images = all_gather_unequal(images_local, [rows.stop - rows.start for rows in slices], peers)
 
     i2t = image_to_text(images_local, texts[own], texts)
-    t2i = text_to_image(texts[own], labels_local, images, labels_global.to(device))
+    t2i = text_to_image(texts[own], labels_local, images, to_device(labels_global, device))
     scale = peers.world_size / len(labels_global)
     losses = {"i2t": i2t.sum() * scale, "t2i": t2i.sum() * scale}
     return {**losses, "loss": losses["i2t"] + losses["t2i"]}
@@ -79,7 +80,7 @@ def average_step(
     Returns scalars `t2i`, and `loss`, which is the same: there is no image to text.
     """
     texts = encode_identities(text, tokens, labels_global, peers)
-    t2i = identity_cross_entropy(texts, labels_global.to(texts.device), means, peers=peers)
+    t2i = identity_cross_entropy(texts, to_device(labels_global, texts.device), means, peers=peers)
     return {"t2i": t2i, "loss": t2i}
 
 

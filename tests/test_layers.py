@@ -38,9 +38,11 @@ WINGS = {
         *("cluster.checks", "cluster.evaluation", "cluster.launchers"),
     ),
     "launch.scaling": (*DATA, *METHOD, *RUN, "cluster.training"),
+    "launch.measure": ("launch", *DATA, *METHOD, *RUN, "cluster.training"),
+    "launch.gpu": (),
     "launch.benchmarks": (
-        *("launch", "launch.scaling", "shards.datasets", "shards.packing", *DATA, *METHOD, *RUN),
-        *("cluster.evaluation", "cluster.training"),
+        *("launch", "launch.scaling", "launch.measure", "launch.gpu", "shards.datasets", "shards.packing"),
+        *(*DATA, *METHOD, *RUN, "cluster.evaluation", "cluster.training"),
     ),
 }
 """What each wing may import beside itself, from the bottom up. A folder's own modules are the wing of its name."""
@@ -163,6 +165,17 @@ def test_checks_before_a_run_import_neither_torch_nor_ray():
     code = (
         "import sys; import cluster.checks.before_run, cluster.settings.paths; "
         "sys.exit(', '.join(m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_imports_nothing_that_it_does_not_use():
+    """Each of a node's workers would keep it in memory, and wait for it at every start."""
+    unused = ("ray", "deepspeed", "timm", "transformers", "matplotlib", "sklearn", "pandas", "scipy", "tensorboard")
+    code = (
+        "import sys; import cluster.ranks.process, cluster.training.worker; "
+        f"sys.exit(', '.join(m for m in {unused} if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -120,11 +120,11 @@ def template_ids(noun: str, tokens: int, context: int) -> tuple[list[int], int]:
 
     The ids are padded with zeros to `context`. Raises ModelError when the noun is empty or the prompt too long.
     """
-    from open_clip import SimpleTokenizer  # seconds to import: not before a model is really built
+    from clipreid.model.clip_library import open_clip  # seconds to import: not before a model is really built
 
     if not noun.strip():
         raise ModelError("the noun of the prompt is empty; give the dataset a word such as 'person' (pack.py --noun)")
-    tokenizer = SimpleTokenizer(context_length=context)
+    tokenizer = open_clip.SimpleTokenizer(context_length=context)
     words = tokenizer.encode(f"A photo of a{' X' * tokens} {noun}.")
     ids = [tokenizer.sot_token_id, *words, tokenizer.eot_token_id]
     if len(ids) > context:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from clipreid.identity_table import IdentityTables
+from clipreid.model.clip_library import open_clip
 from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
 from clipreid.model.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
 from clipreid.model.reid import ReIDModel

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from cluster.errors import ConfigError
 from cluster.run.manifest import FOLDER, CheckpointManifest, chosen_manifest, none_usable, read_manifests
 from cluster.run.storage import Storage
-from cluster.settings.config import STAGE1_EPOCHS, Config, results_settings
+from cluster.settings.config import AUTO, STAGE1_EPOCHS, Config, results_settings
 from cluster.settings.paths import as_placed
 
 
@@ -64,6 +64,8 @@ def _setting_faults(config: Config, newest: CheckpointManifest, source: str) -> 
     now = json.loads(json.dumps(results_settings(config)))
     for key in sorted(now.keys() | newest.settings.keys()):
         before, after = as_placed(key, newest.settings.get(key)), now.get(key)
+        if key == "train.precision" and after == AUTO:
+            continue  # It goes on in what it was begun with.
         if before != after and not (key == STAGE1_EPOCHS and position.stage == 2):
             yield f"{key}: {after}, but the checkpoints of {source} were made with {before}"
     if position.stage == 2 and config.stage2.epochs < position.epoch:

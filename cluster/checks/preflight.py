@@ -45,6 +45,8 @@ class WorkerFacts:
     host: str
     device: str
     versions: str
+    imports_gb: float
+    """Memory of its process before there is a model: what it has imported."""
     memory_gb: float
     """Free main memory."""
     disk_gb: float
@@ -96,6 +98,7 @@ def _facts(config: Config, team: Team) -> WorkerFacts:
         device=torch.cuda.get_device_name(team.device) if gpu else "cpu",
         versions=f"python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{package} {version(package)}" for package in ("deepspeed", "ray")),
+        imports_gb=round(psutil.Process().memory_info().rss / 1e9, 2),
         memory_gb=round(psutil.virtual_memory().available / 1e9, 1),
         disk_gb=disk_gb,
         threads=torch.get_num_threads(),
@@ -212,10 +215,10 @@ def _scattered_virtual_nodes(config: Config, hosts: list[str]) -> Iterator[str]:
 
 
 def _table(everyone: list[WorkerFacts]) -> str:
-    table = Table("rank", "host", "device", "free memory", "free disk", "threads", "all-reduce", "dataset")
+    table = Table("rank", "host", "device", "imports", "free memory", "free disk", "threads", "all-reduce", "dataset")
     for w in everyone:
         speed = f"{w.bandwidth_gb_s} GB/s" if w.bandwidth_gb_s else "-"
-        sizes = (f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
+        sizes = (f"{w.imports_gb} GB", f"{w.memory_gb} GB", f"{w.disk_gb} GB", str(w.threads))
         table.add_row(str(w.rank), w.host, w.device, *sizes, speed, w.dataset[:12])
     text = StringIO()
     console = Console(width=110, file=text)

@@ -16,6 +16,7 @@ from clipreid.model.encoders import Features
 from clipreid.model.reid import ReIDModel, descriptor
 from cluster.evaluation.features import PassSettings, Progress, extract, no_progress
 from cluster.evaluation.metrics import measure
+from cluster.ranks.arithmetic import encoder_autocast
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from shards.loading.index import ShardIndex
@@ -56,7 +57,7 @@ def descriptors(
 ) -> Tensor:
     """Descriptors, float32 [b, D], L2-normalised, of uint8 images [b, 3, H, W]. Without cameras: none is known."""
     pixels = normalise(images, config.data.pixel_mean, config.data.pixel_std)
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+    with encoder_autocast(config.train, pixels.device):
         features = model.features(pixels, cameras, views)
         if config.eval.flip:
             mirrored = model.features(pixels.flip(3), cameras, views)

@@ -23,6 +23,8 @@ from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
 from cluster.evaluation.metrics import ShowProgress, measure, show_nothing
 from cluster.evaluation.per_query import PerQueryFile
+from cluster.evaluation.trained import trained_precision
+from cluster.ranks.arithmetic import settled
 from cluster.ranks.process import choose_device
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
@@ -41,8 +43,8 @@ class Inference:
 
         Raises ModelError where weights do not fit.
         """
-        self.config = config
         self.team = team or Team(device=choose_device(0))
+        self.config = settled(config, self.team, trained_precision(card) if card else None)
         model = load_model(path)[0] if card else _load_others(config, path, index)
         self.model: ReIDModel = model.to(self.team.device).eval()
 

@@ -16,7 +16,7 @@ from clipreid.weights.card import MODEL_FILE, ModelCard
 from cluster.errors import ConfigError
 from cluster.run.run_folder import CONFIG
 from cluster.run.storage import Storage
-from cluster.settings.config import WEIGHT_SUFFIXES, Config, ModelSection, flatten
+from cluster.settings.config import AUTO, WEIGHT_SUFFIXES, Config, ModelSection, flatten
 from cluster.settings.paths import with_absolute_paths
 from cluster.settings.yaml_file import parse_config, parse_tree, with_overrides
 from shards.errors import DataError, masked
@@ -51,6 +51,12 @@ def training_facts(config: Config, index: ShardIndex) -> dict[str, Any]:
         settings["stage2"] = {"text_loss": whole["stage2"]["text_loss"]}
     dataset = {"name": index.name, "fingerprint": index.fingerprint, "url": url}
     return {"dataset": dataset, "settings": settings}
+
+
+def trained_precision(card: ModelCard) -> str | None:
+    """What the weights were trained in, where their card says so."""
+    precision = card.training.get("settings", {}).get("train", {}).get("precision")
+    return precision if precision in ("float32", "bf16") else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Trained:
         if self.descriptor:
             theirs["eval.descriptor"] = list(self.descriptor)
         for key in keys:
-            if here[key] != theirs.get(key, here[key]):
+            if here[key] != AUTO and here[key] != theirs.get(key, here[key]):
                 verb = "trained with" if key.startswith("train.") else "evaluated by"
                 yield f"{key} is {here[key]} here, {self.source} was {verb} {theirs[key]} in its run"
 

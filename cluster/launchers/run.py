@@ -25,7 +25,7 @@ from cluster.run.reporter import headline, run_identity
 from cluster.run.run_folder import STAGE1_RESULT, read_metrics, read_status
 from cluster.run.status_view import follow
 from cluster.run.storage import Storage
-from cluster.settings.config import Config
+from cluster.settings.config import Config, settled_forms
 from shards.errors import masked
 from shards.loading.index import ShardIndex
 from shards.owner import owned_folder
@@ -114,7 +114,8 @@ def is_finished(config: Config) -> bool:
     """Whether the run has ended, and its results are what it wrote: what is not is made again."""
     run = Storage(config.run.dir)
     status = read_status(run)
-    if status.get("phase") != "finished" or status.get("run") != run_identity(config):
+    forms = [run_identity(form) for form in settled_forms(config)]
+    if status.get("phase") != "finished" or status.get("run") not in forms:
         return False
     return (
         _is_sound(run, MODEL_FILE) and bool(read_metrics(run)) if 2 in config.stages else _is_sound(run, STAGE1_RESULT)

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from cluster.ranks.arithmetic import full_float32
 from cluster.ranks.team import PATIENCE, Team
 from cluster.ranks.watchdog import Watchdog
 from cluster.settings.config import ClusterSection
@@ -133,4 +134,5 @@ def choose_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    full_float32()
     return device

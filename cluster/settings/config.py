@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -31,6 +31,8 @@ Whole = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 RGB = tuple[float, float, float]
 Spread = Annotated[float, Field(ge=1e-6)]
+AUTO = "auto"
+"""Leaves a setting of `train` to the device."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -61,7 +63,9 @@ class Section(BaseModel):
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, no, on and off as switches, and Python counts with switches as 1 and 0."""
         kind = cls.model_fields[info.field_name or ""].annotation
-        if kind is not bool and any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
+        if bool not in (kind, *get_args(kind)) and any(
+            isinstance(one, bool) for one in (value if isinstance(value, list) else [value])
+        ):
             raise ValueError("holds a switch (yes, no, true, ...) where a number is meant")
         return value
 
@@ -199,10 +203,13 @@ class AugmentSection(Section):
 
 
 class TrainSection(Section):
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast around the encoders; parameters, moments and losses stay float32."""
-    compile: bool = False
-    """torch.compile of the encoder with static shapes."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """bf16: autocast around the encoders; parameters, moments and losses stay float32. float32: all of it, and without
+    TF32. auto: what a run was begun with, or weights were trained with; else bf16 on GPUs that have it, float32
+    elsewhere. Published: fp16 autocast."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of the encoder with static shapes. auto: where it has been measured to pay, on no device so far
+    (`cluster/ranks/arithmetic.py`)."""
     micro_batch: Count | None = None
     """Images that a worker's encoder takes at a time in stage 2, for global batches larger than memory: losses and
     gradients stay those of the whole batch, at the cost of a second forward pass. null: all at once. For a ViT only."""
@@ -371,6 +378,14 @@ class Config(Section):
     def possible_workers(self) -> list[int]:
         """Every number of workers that divides the PK batch by whole identities, ascending."""
         return [n for n in range(1, self.stage2.identities + 1) if self.stage2.identities % n == 0]
+
+
+def settled_forms(config: Config) -> list[Config]:
+    """What a run's settings may be when nothing is left to its device: one, or one for each precision."""
+    if config.train.precision != AUTO:
+        return [config]
+    trains = [config.train.model_copy(update={"precision": precision}) for precision in ("float32", "bf16")]
+    return [config.model_copy(update={"train": train}) for train in trains]
 
 
 STAGE1_EPOCHS = "stage1.epochs"

@@ -42,12 +42,13 @@ def prepare_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
+def zero_settings(stage: int, team: Team) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS}
     if stage == 0:
         return settings
-    # Behind the backward pass by default. gloo has no stream of its own to reduce on.
-    settings["overlap_comm"] = device.type == "cuda"
+    # Behind the backward pass by default. gloo has no stream of its own to reduce on. DeepSpeed ends an overlapped
+    # backward pass with a host-device synchronisation, which one process, with nothing to send, is spared.
+    settings["overlap_comm"] = team.device.type == "cuda" and team.world_size > 1
     # The norm is of no use without clipping. Reading it costs a host-device synchronisation in every step, and where it
     # is not finite DeepSpeed leaves the step out without a word.
     return settings | {"compute_grad_norm": False}
@@ -158,7 +159,7 @@ class Replicated:
             "train_micro_batch_size_per_gpu": 1,  # Batches are ours; DeepSpeed only wants a number.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,  # Its default is 1.0, the paper clips nothing.
-            "zero_optimization": _zero_settings(zero_stage, team.device),
+            "zero_optimization": zero_settings(zero_stage, team),
             # By default it waits for the GPU twice a step, to time what the run's own log times.
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
             "zero_allow_untested_optimizer": True,

@@ -18,6 +18,8 @@ from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import stage1_lr
 from clipreid.peers import rank_slice
+from clipreid.to_device import to_device
+from cluster.ranks.arithmetic import encoder_autocast
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
@@ -72,12 +74,12 @@ class Stage1:
         if self.means is not None:
             return method.average_step(self._encode, self.tokens, self.means, batch_labels, self.team)
         own = rows[rank_slice(len(rows), self.team.rank, self.team.world_size)]
-        images = torch.tensor(self.bank[own], device=self.team.device)
-        labels = torch.tensor(self.labels[own], device=self.team.device)
+        images = to_device(torch.tensor(self.bank[own]), self.team.device)
+        labels = to_device(torch.tensor(self.labels[own]), self.team.device)
         return method.step(self._encode, self.tokens, images, labels, batch_labels, self.team)
 
     def _encode(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+        with encoder_autocast(self.config.train, tokens.device):
             return self.text(tokens)
 
     def close(self) -> None:

@@ -19,9 +19,11 @@ from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.model.encoders import ResNetEncoder
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import parameter_groups, stage2_lr
+from clipreid.to_device import to_device
 from clipreid.weights.initial import Models
+from cluster.ranks.arithmetic import compiling_pays, encoder_autocast
 from cluster.ranks.team import Team
-from cluster.settings.config import Config
+from cluster.settings.config import AUTO, Config
 from cluster.training.engine import Engine, Replicated
 from cluster.training.trained_table import TrainedTable
 from shards.loading.cache import CacheSettings
@@ -41,7 +43,7 @@ class ToDevice:
         if self.stream is None:
             return [tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self.stream):
-            copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            copies = [to_device(tensor, self.device) for tensor in tensors]
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.stream)
         for copy in copies:
@@ -77,7 +79,7 @@ class Stage2:
         self.one_stage = config.method == "one_stage"
         if team.world_size > 1:
             globalize_batchnorm(models.model, team)
-        if config.train.compile:
+        if compiling_pays(team.device) if config.train.compile == AUTO else config.train.compile:
             models.model.image_encoder.compile(dynamic=False)
         self.model = models.model
         self.engine = self._engine(models.model)
@@ -135,13 +137,13 @@ class Stage2:
         images, labels, cameras, views, positions = self.to_device(
             batch.images, batch.labels, batch.cameras, batch.views, batch.positions
         )
-        seed, settings = self.config.run.seed, self.augment_settings
+        config, settings = self.config, self.augment_settings
         images = augment(
-            images, positions, seed=seed, epoch=batch.epoch, epoch_step=batch.epoch_step, settings=settings
+            images, positions, seed=config.run.seed, epoch=batch.epoch, epoch_step=batch.epoch_step, settings=settings
         )
         images = images.contiguous(memory_format=self.memory_format)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            output = self.engine(images, cameras, views, self.config.train.micro_batch)
+        with encoder_autocast(config.train, images.device):
+            output = self.engine(images, cameras, views, config.train.micro_batch)
             own_texts = self._own_texts(batch)
         return method.losses(
             output,

@@ -27,6 +27,7 @@ from cluster.errors import ConfigError, Preempted
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.features import PassSettings, extract
 from cluster.evaluation.trained import training_facts
+from cluster.ranks.arithmetic import encoder_autocast, settled
 from cluster.ranks.team import PATIENCE, Team
 from cluster.run.interrupts import Interrupts, stop_signals
 from cluster.run.manifest import Position
@@ -104,6 +105,8 @@ class Run:
         self.resumed: Checkpoint | None = search.checkpoint
         if self.resumed:
             self._go_on_from(self.resumed)
+        begun_with = self.resumed.manifest.settings.get("train.precision") if self.resumed else None
+        self.config = config = settled(config, team, begun_with)
         self.writer = CheckpointWriter(
             self.storage,
             team,
@@ -218,7 +221,7 @@ class Run:
 
     def _encode_frozen(self, images: Tensor, rows: Tensor) -> Tensor:
         pixels = normalise(images, self.config.data.pixel_mean, self.config.data.pixel_std)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+        with encoder_autocast(self.config.train, pixels.device):
             return image_features(self.model, pixels)
 
     def _stage1_result(self) -> Stage1Result:

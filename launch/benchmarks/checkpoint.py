@@ -17,9 +17,9 @@ from clipreid import stage2
 from clipreid.identity_table import IdentityTable
 from clipreid.optim import parameter_groups
 from clipreid.weights.initial import build_models
-from launch.benchmarks._published import LOSSES, model_spec
-from launch.benchmarks._timing import machine_facts, seconds
 from launch.cli import Parser, place, positive
+from launch.measure.published import LOSSES, model_spec
+from launch.measure.timing import machine_facts, seconds
 
 EXAMPLE = """examples:
   python launch/bench.py checkpoint

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from cluster.ranks.team import Team
-from launch.benchmarks._timing import machine_facts
 from launch.benchmarks.scale import add_model_options, read_image_size
 from launch.cli import Parser, local_place, positive
+from launch.measure.timing import machine_facts
 from launch.scaling.charts import cluster_chart, table, write
 from launch.scaling.prediction import ASSUMPTIONS, Counted, Network, Payload, Worker, predicted
 from launch.scaling.ranks import on_ranks

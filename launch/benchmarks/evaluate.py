@@ -18,10 +18,10 @@ from torch import Tensor
 
 from clipreid.retrieval.metrics import Retrieval, retrieve
 from clipreid.retrieval.positives import Labels
-from launch.benchmarks._made_features import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
-from launch.benchmarks._memory import PeakMemory, seconds_and_memory
-from launch.benchmarks._timing import choose_device, machine_facts, seconds
 from launch.cli import Parser, place, positive
+from launch.measure.made_features import SIZES, Size, add_size_options, chosen_size, make_sets, mapped
+from launch.measure.memory import PeakMemory, seconds_and_memory
+from launch.measure.timing import choose_device, machine_facts, seconds
 
 EXAMPLE = """examples:
   python launch/bench.py evaluate --size msmt17

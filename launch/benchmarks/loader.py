@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from clipreid.augment import augment
-from launch.benchmarks._published import AUGMENT
 from launch.cli import Parser, local_place
+from launch.measure.published import AUGMENT
 from shards.loading.index import ShardIndex
 from shards.loading.pk_loader import PKLoader
 from shards.loading.pk_sampler import PKSettings, epoch_plan

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.benchmarks import sampler
-from launch.benchmarks._memory import PeakMemory
 from launch.cli import Parser, local_place, progress_bar
+from launch.measure.memory import PeakMemory
 from shards.loading.pk_sampler import PKSettings
 from shards.records import ImageRecord
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import BLOCK, evaluate_reranked
-from launch.benchmarks._made_features import SIZES, Size, add_size_options, chosen_size, make_sets
-from launch.benchmarks._memory import seconds_and_memory
-from launch.benchmarks._timing import choose_device, machine_facts, seconds
 from launch.cli import Parser
 from launch.evaluate import rerank_settings
+from launch.measure.made_features import SIZES, Size, add_size_options, chosen_size, make_sets
+from launch.measure.memory import seconds_and_memory
+from launch.measure.timing import choose_device, machine_facts, seconds
 
 EXAMPLE = """examples:
   python launch/bench.py rerank --size msmt17

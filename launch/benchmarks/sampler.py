@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.benchmarks._memory import PeakMemory
 from launch.cli import Parser, place
+from launch.measure.memory import PeakMemory
 from shards.errors import DataError
 from shards.format import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, index_schema, shard_name
 from shards.loading.index import ShardIndex, SplitIndex

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from launch.benchmarks._timing import machine_facts
 from launch.cli import Parser, local_place, place, positive
+from launch.measure.timing import machine_facts
 from launch.scaling.charts import scale_chart, table, write
 from launch.scaling.ranks import on_ranks
 from launch.scaling.resume import checkpoint_and_resume

@@ -18,9 +18,9 @@ from clipreid.losses import image_to_text, text_to_image
 from clipreid.model.prompts import PromptedText
 from clipreid.optim import adam, parameter_groups
 from clipreid.weights.initial import build_models
-from launch.benchmarks._published import model_spec
-from launch.benchmarks._timing import choose_device, machine_facts, median_seconds_in_turn
 from launch.cli import Parser, positive
+from launch.measure.published import model_spec
+from launch.measure.timing import choose_device, machine_facts, median_seconds_in_turn
 
 EXAMPLE = """examples:
   python launch/bench.py stage1

@@ -1,48 +1,50 @@
 """Speed and memory of a stage 2 step, against a plain loop, and against the device's own matrix products.
 
-Ours: decoded uint8 images from page-locked memory, copied beside the step before; augmented on the device; bf16
-autocast; fused Adam; losses read while the backward pass runs; eager, or with the encoder compiled. Plain:
-float images, augmented beforehand at no cost, from ordinary memory; fp16 autocast with GradScaler (on a CPU bf16
-without); unfused Adam; every loss part read by `.item()`. Both train the same model with the same losses, on one
-device, without Ray, DeepSpeed or a dataset.
+The loops: `launch/measure/loops.py`. Ours: uint8 images from page-locked memory, augmented on the device, bf16, fused
+Adam, losses read behind the step; eager, its encoder's kernels queued as CUDA graphs, compiled, or under the engine of
+a run (where DeepSpeed is there). Plain: the usual way to write it, on float images at hand. All train the same model
+with the same losses, on one device, without Ray or a dataset.
 """
 
 import argparse
 import copy
+import gc
 import itertools
 import statistics
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipreid import stage2
-from clipreid.augment import augment, normalise
-from clipreid.identity_table import IdentityTable, IdentityTables
-from clipreid.model.encoders import ResNetEncoder
+from clipreid.identity_table import IdentityTables
 from clipreid.model.reid import ReIDModel
-from clipreid.optim import adam, parameter_groups
-from clipreid.weights.initial import build_models
-from launch.benchmarks._published import AUGMENT, LOSSES, model_spec
-from launch.benchmarks._timing import choose_device, machine_facts, peak_memory_bytes, seconds
-from launch.cli import Parser, positive
+from clipreid.weights.initial import Models, build_models
+from launch.cli import Parser, local_place, positive
+from launch.measure.kernels import top_kernels
+from launch.measure.loops import IDENTITIES, IMAGES_PER_IDENTITY, LOOPS, EngineLoop, OurLoop
+from launch.measure.published import model_spec
+from launch.measure.timing import choose_device, machine_facts, peak_memory_bytes, seconds
+from shards.storage import write_json
 
 EXAMPLE = """examples:
   python launch/bench.py stage2                                        all cases on a GPU, a small one on a CPU
   python launch/bench.py stage2 --cases rn50:256x128 --batch 64 --modes eager
+  python launch/bench.py stage2 --cases vit:256x128 --batch 64 --modes eager --kernels 15
   python launch/bench.py stage2 --device cpu --cases tiny:64x64 --batch 16 --steps 3
 
 The aim on a GPU: 3 times the plain loop at batch 64, half of the measured peak at batch 256. Without a GPU the figures
 say nothing about either, and the result says so."""
 ARCHS = {"vit": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu", "tiny": "configs/models/small_vit.json"}
-IDENTITIES = 751
-LR, WEIGHT_DECAY = 5e-6, 1e-4
-IMAGES_PER_IDENTITY = 4
-ON_GPU = {"cases": ["vit:256x128", "vit:256x256", "rn50:256x128"], "batch": [64, 256], "steps": 20}
-ON_CPU = {"cases": ["tiny:64x64"], "batch": [16], "steps": 3}
-MODES = ("eager", "compiled")
+ON_GPU = {
+    "cases": ["vit:256x128", "vit:256x256", "rn50:256x128"],
+    "batch": [64, 256],
+    "steps": 20,
+    "modes": ["eager", "graphs", "compiled"],
+}
+ON_CPU = {"cases": ["tiny:64x64"], "batch": [16], "steps": 3, "modes": ["eager", "compiled"]}
+MODES = tuple(mode for mode in LOOPS if mode != "plain")
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -53,11 +55,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
             setattr(options, key, value)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     peak = matmul_peak(device, dtype)
-    rows = []
-    for case, batch in itertools.product(options.cases, options.batch):
-        rows += _case(case, batch, options, device, peak)
     note = {} if device.type == "cuda" else {"note": "no GPU: these figures say nothing about the aims for one"}
-    return {
+    rows: list[dict[str, Any]] = []
+    result = {
         "bench": "stage2",
         **machine_facts(device),
         **note,
@@ -66,6 +66,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "matmul_peak_tflops": _rounded(peak / 1e12),
         "rows": rows,
     }
+    for case, batch in itertools.product(options.cases, options.batch):
+        measured = Case(case, batch, options, device, peak)
+        for mode in ("plain", *options.modes):
+            rows.append(measured.row(mode))
+            if options.out:
+                write_json(str(options.out), result)
+    return result
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -76,12 +83,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch", nargs="+", type=positive, help=f"images, multiples of {IMAGES_PER_IDENTITY}, at least 8"
     )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
+    usable = [mode for mode in MODES if mode != "engine" or EngineLoop.usable()]
+    parser.add_argument(
+        "--modes", nargs="+", choices=usable, help="default: eager, compiled, and on a GPU graphs; engine: DeepSpeed's"
+    )
     parser.add_argument(
         "--precision", choices=["bf16", "float32"], default="bf16", help="float32: of the plain loop too"
     )
     parser.add_argument("--steps", type=positive, help="steps timed at a stretch; the median of 3 stretches counts")
+    parser.add_argument("--kernels", type=positive, metavar="N", help="also the N kernels that take most time")
     parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--out", type=local_place, metavar="FILE", help="the result so far, written with every row")
     options = parser.parse_args(arguments)
     for batch in options.batch or ():
         if batch < 2 * IMAGES_PER_IDENTITY or batch % IMAGES_PER_IDENTITY:
@@ -92,142 +104,68 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _case(
-    case: str, batch: int, options: argparse.Namespace, device: torch.device, peak: float
-) -> list[dict[str, Any]]:
-    """Rows of one model, image size and batch: plain first, then ours in each mode."""
-    name, _, size = case.rpartition(":")
-    height, width = map(int, size.split("x"))
-    arch = ARCHS.get(name, name)
-    model, _, tables = build_models(model_spec(arch, (height, width), IDENTITIES))
-    flops = training_flops(model, tables, (batch, 3, height, width))
-    rows, plain = [], None
-    for mode in ("plain", *options.modes):
-        torch._dynamo.reset()
-        if device.type == "cuda":
+class Case:
+    """One model, image size and batch."""
+
+    def __init__(self, case: str, batch: int, options: argparse.Namespace, device: torch.device, peak: float):
+        self.name, _, size = case.rpartition(":")
+        self.batch, self.options, self.device, self.peak = batch, options, device, peak
+        height, width = map(int, size.split("x"))
+        self.shape = (batch, 3, height, width)
+        self.model, _, self.tables = _models(ARCHS.get(self.name, self.name), (height, width))
+        self.flops = training_flops(self.model, self.tables, self.shape)
+        self.plain: float | None = None
+        """Images per second of the plain loop."""
+
+    def row(self, mode: str) -> dict[str, Any]:
+        """Figures of one loop; what keeps it from running (no memory, no compiler, no graphs) stands in their place."""
+        row = {"model": self.name, "image_size": list(self.shape[2:]), "batch": self.batch, "mode": mode}
+        gc.collect()  # The loop before.
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        kind = PlainLoop if mode == "plain" else OurLoop
-        loop = kind(model, tables, (batch, 3, height, width), device, amp=options.precision == "bf16")
-        if mode == "compiled":
-            loop.model.image_encoder.compile(dynamic=False)
-        images_per_s = batch / _step_seconds(loop, options.steps, device)
-        plain = plain or images_per_s
-        speed = flops / batch * images_per_s
-        rows.append(
-            {
-                "model": name,
-                "image_size": [height, width],
-                "batch": batch,
-                "mode": mode,
-                "images_per_s": _rounded(images_per_s),
-                "model_tflops": _rounded(speed / 1e12),
-                "share_of_peak": _rounded(speed / peak),
-                "peak_memory_bytes": peak_memory_bytes(device),
-                "times_plain": _rounded(images_per_s / plain),
-            }
-        )
-        del loop
-    return rows
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            return row | self._figures(mode)
+        except Exception as error:  # Each mode stands on software of its own, and one that fails is to spare the rest.
+            return row | {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+
+    def _figures(self, mode: str) -> dict[str, Any]:
+        amp = self.options.precision == "bf16"
+        loop = LOOPS[mode](self.model, self.tables, self.shape, self.device, amp=amp)
+        first_s, step_s = _step_seconds(loop, self.options.steps, self.device)
+        images_per_s = self.batch / step_s
+        if mode == "plain":
+            self.plain = images_per_s
+        speed = self.flops / step_s
+        figures: dict[str, Any] = {
+            "images_per_s": _rounded(images_per_s),
+            "first_steps_s": _rounded(first_s),
+            "model_tflops": _rounded(speed / 1e12),
+            "share_of_peak": _rounded(speed / self.peak),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        if self.plain:
+            figures["times_plain"] = _rounded(images_per_s / self.plain)
+        if self.options.kernels and mode != "plain":
+            figures["kernels"] = top_kernels(loop.step, self.device, self.options.kernels)
+        return figures
 
 
-def _step_seconds(loop: "OurLoop", steps: int, device: torch.device) -> float:
-    """Time of a step in a stretch of them, warm."""
+@lru_cache(maxsize=1)
+def _models(arch: str, image_size: tuple[int, int]) -> Models:
+    """Built once for all batches; each loop trains a copy."""
+    return build_models(model_spec(arch, image_size, IDENTITIES))
+
+
+def _step_seconds(loop: OurLoop, steps: int, device: torch.device) -> tuple[float, float]:
+    """Time of the first three steps, with compiling and warming up, and of a warm one in a stretch of them."""
 
     def stretch():
         for _ in range(steps):
             loop.step()
 
-    seconds(lambda: [loop.step() for _ in range(3)], device)
-    return statistics.median(seconds(stretch, device) for _ in range(3)) / steps
-
-
-class OurLoop:
-    """A stage 2 step as `cluster.training` takes it on one worker, on batches made up beforehand."""
-
-    def __init__(
-        self, model: ReIDModel, tables: IdentityTables, shape: tuple[int, ...], device: torch.device, amp: bool
-    ):
-        """shape: (B, 3, H, W)."""
-        self.device, self.amp, self.dtype = device, amp, torch.bfloat16
-        self.model = copy.deepcopy(model).to(device).train()
-        resnet = isinstance(model.image_encoder, ResNetEncoder)
-        self.memory_format = torch.channels_last if resnet else torch.contiguous_format
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self.labels = torch.arange(shape[0]) // IMAGES_PER_IDENTITY
-        self.positions = torch.arange(shape[0])
-        texts = torch.randn(IDENTITIES, model.image_encoder.widths[2], generator=generator)
-        self.texts = IdentityTable.frozen("texts", IDENTITIES, texts.to(device))
-        self.classifiers = copy.deepcopy(tables).to(device).classifiers
-        named = [*self.model.named_parameters(), *((table.name, table.block) for table in self.classifiers)]
-        self.groups = parameter_groups(named, WEIGHT_DECAY, bias_lr_factor=2.0)
-        for group in self.groups:
-            group["lr"] = LR * group["lr_factor"]
-        self.steps = 0
-        self.prepare()
-
-    def prepare(self) -> None:
-        self.optimizer = adam(self.groups)
-        if self.device.type == "cuda":
-            self.images, self.labels, self.positions = (
-                tensor.pin_memory() for tensor in (self.images, self.labels, self.positions)
-            )
-            self.copies = torch.cuda.Stream(self.device)
-            self.read = torch.cuda.Event()
-
-    def step(self) -> dict[str, float]:
-        """One optimizer step; the loss parts."""
-        self.steps += 1
-        images, labels, positions = self._to_device(self.images, self.labels, self.positions)
-        images = augment(images, positions, seed=0, epoch=1, epoch_step=self.steps, settings=AUGMENT)
-        parts = self.losses(images.contiguous(memory_format=self.memory_format), labels)
-        news = torch.stack([part.detach() for part in parts.values()])
-        if self.device.type == "cuda":
-            news = torch.empty(news.shape, pin_memory=True).copy_(news, non_blocking=True)
-            self.read.record()
-        parts["loss"].backward()
-        if self.device.type == "cuda":
-            self.read.synchronize()  # The GPU has the backward pass to do meanwhile.
-        values = dict(zip(parts, news.tolist(), strict=True))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return values
-
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            output = self.model(images)
-        return stage2.losses(output, labels, self.classifiers, LOSSES, text_features=self.texts)
-
-    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
-        if self.device.type != "cuda":
-            return list(tensors)
-        with torch.cuda.stream(self.copies):
-            copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.copies)
-        for tensor in copies:
-            tensor.record_stream(computing)
-        return copies
-
-
-class PlainLoop(OurLoop):
-    """The same model and losses in a loop written the usual way."""
-
-    def prepare(self) -> None:
-        self.optimizer = torch.optim.Adam(self.groups)
-        self.images = normalise(self.images, AUGMENT.mean, AUGMENT.std)
-        half = self.device.type == "cuda"
-        self.dtype = torch.float16 if half else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.amp)
-
-    def step(self) -> dict[str, float]:
-        parts = self.losses(self.images.to(self.device), self.labels.to(self.device))
-        self.optimizer.zero_grad()
-        self.scaler.scale(parts["loss"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return {name: part.item() for name, part in parts.items()}
+    first_s = seconds(lambda: [loop.step() for _ in range(3)], device)
+    return first_s, statistics.median(seconds(stretch, device) for _ in range(3)) / steps
 
 
 def training_flops(model: ReIDModel, tables: IdentityTables, shape: tuple[int, ...]) -> int:

@@ -16,6 +16,7 @@ from clipreid.augment import (
     noise_table,
     normalise,
 )
+from tests.helpers.devices import DEVICE, on_gpu
 from tests.helpers.distributions import ks_distance
 from tests.helpers.settings import augment_settings
 from tests.helpers.tolerances import close
@@ -184,10 +185,9 @@ def test_erased_pixels_are_independent_normal_noise():
     assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.01
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_a_gpu_gives_the_same_pixels():
     images, positions = random_images(64, 256, 128), torch.arange(64)
     expected = augment(images, positions, settings=SETTINGS, **STEP)
-    out = augment(images.cuda(), positions.cuda(), settings=SETTINGS, **STEP)
+    out = augment(images.to(DEVICE), positions.to(DEVICE), settings=SETTINGS, **STEP)
     close(out, expected, atol=ROUNDING)

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 
 from clipreid.model.arch import check_arch
+from clipreid.model.clip_library import open_clip
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.initial import Models, build_models
 from tests.golden.seeded import seeded_images, seeded_tensor

@@ -45,7 +45,11 @@ def make_parts(team, folder, **changes):
     config = parse_config(tree)
     index = ShardIndex.open(config.data.shards)
     spec = model_spec(config, index)
-    return config, index, spec, build_models(spec, None, seed=0, peers=team)
+    models = build_models(spec, None, seed=0, peers=team)
+    if models.text is not None:
+        models.text.to(team.device)
+    models.tables.to(team.device)
+    return config, index, spec, models
 
 
 def make_stage(team, folder, **changes):
@@ -53,7 +57,7 @@ def make_stage(team, folder, **changes):
     config, index, spec, models = make_parts(team, folder, **changes)
     width, generator = models.model.image_encoder.widths[2], torch.Generator().manual_seed(1)
     texts = table_of(torch.randn(spec.identities, width, generator=generator), team, frozen=True)
-    return Stage2(config, team, models, texts, index)
+    return Stage2(config, team, models, texts.to(team.device), index)
 
 
 def train(team, stage, folder):

@@ -1,6 +1,7 @@
 """Benchmarks: each runs in a tiny form and gives the figures it promises."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from clipreid.retrieval.metrics import retrieve
 from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from launch.bench import main, names
-from launch.benchmarks import cluster, evaluate, loader, pack, rerank, scale, stage1, stage2
+from launch.benchmarks import check, cluster, evaluate, feed, loader, pack, rerank, scale, stage1, stage2
+from launch.measure import loops
 from tests.helpers.runs import launch
 from tests.helpers.settings import model_spec
 from tests.helpers.tolerances import within
@@ -34,6 +36,55 @@ def test_stage2_gives_speed_flops_share_and_memory_of_each_loop():
         assert min(row[k] for k in ("images_per_s", "model_tflops", "share_of_peak", "peak_memory_bytes")) > 0
         assert row["share_of_peak"] == pytest.approx(row["model_tflops"] / result["matmul_peak_tflops"], rel=0.01)
     assert result["rows"][0]["times_plain"] == 1
+
+
+def test_stage2_names_the_kernels_of_a_step_and_why_a_loop_does_not_run_and_keeps_its_rows(tmp_path, monkeypatch):
+    class Broken(loops.OurLoop):
+        def prepare(self):
+            raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setitem(loops.LOOPS, "compiled", Broken)
+    options = ["--cases", f"{TINY}:32x16", "--batch", "8", "--steps", "1", "--modes", "compiled", "eager"]
+    out = tmp_path / "stage2.json"
+    result = stage2.run([*options, "--kernels", "3", "--device", "cpu", "--out", str(out)])
+    plain, broken, eager = result["rows"]
+    assert broken["error"] == "RuntimeError: no compiler" and "images_per_s" not in broken
+    assert len(eager["kernels"]["rows"]) == 3 and "kernels" not in plain
+    assert eager["kernels"]["rows"][0]["ms"] >= eager["kernels"]["rows"][1]["ms"] > 0
+    assert json.loads(out.read_text()) == result
+
+
+def test_feed_gives_what_the_loader_leaves_of_training_and_of_extraction():
+    sizes = ["--arch", TINY, "--image-size", "32x16", "--jpeg", "20x30", "--identities", "4", "--loaders", "0"]
+    result = feed.run([*sizes, "--batch", "8", "--extract-batch", "16", "--steps", "2", "--device", "cpu"])
+    training, extraction = result["rows"]
+    assert (training["what"], extraction["what"]) == ("training", "extraction")
+    for row in result["rows"]:
+        ratio = row["fed_images_per_s"] / row["ready_images_per_s"]
+        assert row["fed_over_ready"] == pytest.approx(ratio, abs=0.01)
+    assert training["loader_images_per_s"] > 0
+
+
+def test_check_says_how_many_times_as_fast_each_figure_is(monkeypatch, tmp_path):
+    """Of an earlier commit that was slower in one thing, lacked another, and did not know a third benchmark."""
+    before = {"rows": [{"images_per_s": 50.0}], "seconds": 4.0, "plain_s": 1.0}
+    now = {"rows": [{"images_per_s": 100.0}], "seconds": 8.0, "plain_s": 1.0, "new_ms": 3.0, "batch": 64}
+    monkeypatch.setattr(check, "measure", lambda name, side: now if side == check.ROOT else before)
+    rows = {row["figure"]: row["times_as_fast"] for row in check.compare("stage1", tmp_path, rounds=2)}
+    assert rows == {"rows.0.images_per_s": 2, "seconds": 0.5, "plain_s": 1}
+
+
+def test_check_runs_this_commit_beside_itself_and_leaves_nothing(capsys):
+    if subprocess.run(["git", "-C", str(check.ROOT), "rev-parse"], capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    check.QUICK["stage1"], kept = f"--arch {TINY} --batch 8 --identities 8 --rounds 1", check.QUICK["stage1"]
+    try:
+        result = check.run(["--against", "HEAD", "--only", "stage1", "--rounds", "1"])
+    finally:
+        check.QUICK["stage1"] = kept
+    assert {row["benchmark"] for row in result["figures"]} == {"stage1"} and not result["absent"]
+    assert "times as fast" in capsys.readouterr().err
+    assert "bench-check-" not in check._git(check.ROOT, "worktree", "list")
 
 
 def test_stage2_counts_the_products_of_a_vit_that_its_sizes_say():
@@ -124,10 +175,10 @@ def test_cluster_predicts_from_a_worker_and_counted_bytes_and_says_how_far_off_i
     for rows in result["predicted"].values():
         assert [row["gpus"] for row in rows] == [2**power for power in range(10)]
         assert rows[0]["efficiency"] == 1 and rows[0]["network_ms"] == 0
-    assert [check["processes"] for check in result["check"]] == [1, 2, 4]
-    assert min(check["predicted_over_measured"] for check in result["check"]) > 0
-    for check in result["check"][1:]:
-        assert check["predicted_bytes"] == pytest.approx(check["counted_bytes"], rel=0.2)
+    assert [one["processes"] for one in result["check"]] == [1, 2, 4]
+    assert min(one["predicted_over_measured"] for one in result["check"]) > 0
+    for one in result["check"][1:]:
+        assert one["predicted_bytes"] == pytest.approx(one["counted_bytes"], rel=0.2)
     assert {path.name for path in tmp_path.iterdir()} == {"cluster.json", "cluster.md", "cluster.png"}
 
 
@@ -148,6 +199,11 @@ def test_cluster_predicts_from_a_worker_and_counted_bytes_and_says_how_far_off_i
         ["stage2", "--cases", "vit"],
         ["stage1", "--rounds", "0"],
         ["stage2", "--steps", "0"],
+        ["feed", "--batch", "6"],
+        ["feed", "--identities", "2"],
+        ["gpu"],
+        ["gpu", "--out", "gpu", "--only", "nosuch"],
+        ["check"],
         ["checkpoint", "--rounds", "0"],
     ],
 )
@@ -158,12 +214,17 @@ def test_a_mistake_is_refused_in_one_line(arguments, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "rerank", "evaluate"])
+def test_check_refuses_a_commit_that_is_not_there():
+    with pytest.raises(ConfigError, match="--against nosuch: git cannot check it out"):
+        main(["check", "--against", "nosuch"])
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "rerank", "evaluate", "feed"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ConfigError, match="--device cuda:99: there is no such device here; use cpu"):
         main([name, "--device", "cuda:99"])
 
 
 def test_the_promised_benchmarks_are_there():
-    promised = ["checkpoint", "cluster", "evaluate", "loader", "pack", "rerank", "sampler", "scale", "stage1", "stage2"]
-    assert names() == promised
+    promised = ["check", "checkpoint", "cluster", "evaluate", "feed", "gpu", "loader", "pack", "rerank", "sampler"]
+    assert names() == [*promised, "scale", "stage1", "stage2"]

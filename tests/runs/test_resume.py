@@ -107,6 +107,14 @@ def test_changes_that_would_change_results_are_refused_by_key_and_harmless_ones_
         check_may_continue(settings_of(tmp_path / "new", run__resume=str(tmp_path / "no")), "f")
 
 
+def test_a_run_left_to_its_device_goes_on_in_the_precision_it_was_begun_with(tmp_path):
+    settings = json.loads(json.dumps(results_settings(settings_of(tmp_path, train__precision="bf16"))))
+    save(writer_at(tmp_path, settings=settings), 3)
+    check_may_continue(settings_of(tmp_path), "f")
+    with pytest.raises(ConfigError, match="train.precision: float32, but the checkpoints of .* were made with bf16"):
+        check_may_continue(settings_of(tmp_path, train__precision="float32"), "f")
+
+
 def test_epochs_may_change_where_nothing_that_is_done_depends_on_them(tmp_path):
     settings = json.loads(json.dumps(results_settings(settings_of(tmp_path))))
     writer = writer_at(tmp_path, settings=settings)

@@ -9,16 +9,10 @@ from clipreid.retrieval import rerank as module
 from clipreid.retrieval.metrics import retrieve, retrieve_by_distance
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rerank import evaluate_reranked, rerank, reranked
+from tests.helpers.devices import DEVICES
 from tests.helpers.golden_models import read_case
 from tests.helpers.rank_threads import run_ranks
 from tests.helpers.tolerances import close
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

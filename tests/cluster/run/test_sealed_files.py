@@ -248,8 +248,10 @@ def test_a_finished_run_whose_results_are_damaged_is_not_taken_for_finished(weig
     folder = RunFolder(config)
     folder.write_metrics({"mAP": 0.25})
     model.write_bytes(content)
-    folder.status(now=True, phase="finished", run=run_identity(config))
-    assert is_finished(config)
+    trained = settings_of(tmp_path, train__precision="bf16")  # As its device decided.
+    folder.status(now=True, phase="finished", run=run_identity(trained))
+    assert is_finished(config) and is_finished(trained)
+    assert not is_finished(settings_of(tmp_path, train__precision="float32"))
     for changed in [next(flips(content, 1, seed)) for seed in range(20)] + [tear(content) for tear in TORN.values()]:
         model.write_bytes(changed)
         assert not is_finished(config)

@@ -11,9 +11,10 @@ import shutil
 import pytest
 import torch
 
-from clipreid import augment, counter_random, identity_softmax, losses, stage2
+from clipreid import augment, counter_random, identity_softmax, losses, stage1, stage2, to_device
 from clipreid.model import batchnorm, encoders
 from cluster.run.manifest import Position
+from cluster.training import stage1 as cluster_stage1
 from cluster.training import stage2 as cluster_stage2
 from cluster.training.engine import Replicated
 from cluster.training.trained_table import TrainedTable
@@ -159,7 +160,9 @@ def test_no_code_of_a_step_moves_values_to_the_host():
         losses,
         stage2,
         identity_softmax,
+        to_device,
     ]
+    step += [stage1.step, stage1.average_step, stage1.encode_identities, cluster_stage1.Stage1.losses]
     step += [cluster_stage2.ToDevice, cluster_stage2.Stage2.losses]
     step += [Replicated.backward, Replicated.step, Replicated.remember_buffers, TrainedTable.step]
     for place in step:

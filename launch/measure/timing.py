@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, whole-device timing, and medians of things that are measured in turn."""
+"""The device, whole-device timing, and medians of things that are measured in turn."""
 
 import platform
 import resource
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cluster.errors import ConfigError
+from cluster.ranks.arithmetic import full_float32
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -20,6 +21,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise ConfigError(f"--device {device}: there is no such device here; use cpu or leave it out") from None
+    full_float32()
     return torch.device(device)
 
 

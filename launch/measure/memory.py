@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from launch.benchmarks._timing import peak_memory_bytes, seconds
+from launch.measure.timing import peak_memory_bytes, seconds
 
 SAMPLE_S = 0.05
 """Seconds between two looks at the memory."""
