@@ -10,9 +10,9 @@ from cluster.settings.config import Config, flatten
 from tests.helpers.commands import ROOT, check_command, check_options, commands
 from tests.test_layers import WINGS
 
-COMMANDS = {"README.md": 20, "configs/README.md": 14, "cluster/deploy/README.md": 20}
+COMMANDS = {"README.md": 20, "configs/README.md": 14, "cluster/deploy/README.md": 20, "docs/comparing.md": 2}
 """Pages with commands, and how many there are at least: fewer, and they were not recognised."""
-PAGES = [ROOT / name for name in COMMANDS] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted({*(ROOT / name for name in COMMANDS), *(ROOT / "docs").glob("*.md")})
 SETTINGS = set(flatten(Config.model_validate({"data": {"shards": "-"}}).model_dump()))
 SECTIONS = "|".join(sorted({key.split(".")[0] for key in SETTINGS if "." in key}))
 SETTING = re.compile(rf"((?:{SECTIONS})\.(?!py\b|safetensors\b)\w+)(?:=.*)?")
