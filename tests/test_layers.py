@@ -11,14 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("clipreid", "shards", "cluster", "launch")
-METHOD = ("clipreid", "clipreid.model", "clipreid.weights", "clipreid.retrieval")
+METHOD = ("clipreid", "clipreid.model", "clipreid.weights", "clipreid.statistics", "clipreid.retrieval")
 DATA = ("shards", "shards.loading")
 RUN = ("cluster", "cluster.settings", "cluster.ranks", "cluster.run")
 WINGS = {
     "clipreid": (),
     "clipreid.model": ("clipreid",),
     "clipreid.weights": ("clipreid", "clipreid.model"),
-    "clipreid.retrieval": ("clipreid",),
+    "clipreid.statistics": ("clipreid",),
+    "clipreid.retrieval": ("clipreid", "clipreid.statistics"),
     "shards": (),
     "shards.datasets": ("shards",),
     "shards.demo": ("shards",),
@@ -30,12 +31,13 @@ WINGS = {
     "cluster.run": ("cluster", "cluster.settings", "cluster.ranks", "shards"),
     "cluster.checks": (*RUN, *METHOD, *DATA),
     "cluster.evaluation": (*RUN, *METHOD, *DATA),
+    "cluster.comparison": (*RUN, "cluster.checks", "cluster.evaluation", *METHOD, *DATA),
     "cluster.training": (*RUN, "cluster.checks", "cluster.evaluation", *METHOD, *DATA),
     "cluster.launchers": (*RUN, "cluster.training", *METHOD, *DATA),
     "cluster.deploy": (),
     "launch": (
         *("shards", "shards.datasets", "shards.demo", "shards.packing", *METHOD, *RUN),
-        *("cluster.checks", "cluster.evaluation", "cluster.launchers"),
+        *("cluster.checks", "cluster.evaluation", "cluster.comparison", "cluster.launchers"),
     ),
     "launch.scaling": (*DATA, *METHOD, *RUN, "cluster.training"),
     "launch.measure": ("launch", *DATA, *METHOD, *RUN, "cluster.training"),

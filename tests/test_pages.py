@@ -12,9 +12,15 @@ from cluster.settings.page import page as settings_page
 from tests.helpers.commands import ROOT, check_command, check_options, commands
 from tests.test_layers import WINGS
 
-COMMANDS = {"README.md": 20, "configs/README.md": 14, "cluster/deploy/README.md": 20, "docs/faults.md": 1}
+COMMANDS = {
+    "README.md": 20,
+    "configs/README.md": 14,
+    "cluster/deploy/README.md": 20,
+    "docs/comparing.md": 2,
+    "docs/faults.md": 1,
+}
 """Pages with commands, and how many there are at least: fewer, and they were not recognised."""
-PAGES = sorted({ROOT / name for name in COMMANDS} | set((ROOT / "docs").glob("*.md")))
+PAGES = sorted({*(ROOT / name for name in COMMANDS), *(ROOT / "docs").glob("*.md")})
 SETTINGS = set(flatten(Config.model_validate({"data": {"shards": "-"}}).model_dump()))
 SECTIONS = "|".join(sorted({key.split(".")[0] for key in SETTINGS if "." in key}))
 SETTING = re.compile(rf"((?:{SECTIONS})\.(?!py\b|safetensors\b)\w+)(?:=.*)?")

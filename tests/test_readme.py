@@ -17,7 +17,7 @@ from tests.helpers.commands import MODULE, ROOT, commands
 from tests.helpers.runs import BIN, TINY, environment
 
 README = commands(ROOT / "README.md")
-GIVEN = ("configs/demo.yaml", "data/demo/shards", "runs/demo", "features.npz", "mine.csv")
+GIVEN = ("configs/demo.yaml", "data/demo/shards", "runs/demo", "runs", "features.npz", "mine.csv")
 """What the README's user has, and a tiny one stands in for."""
 RUN = [c for c in README if c.split()[0] in ("python", "torchrun") and any(name in shlex.split(c) for name in GIVEN)]
 TRAIN = next(c for c in RUN if c.startswith("torchrun") and "launch/train.py" in c)
@@ -44,6 +44,7 @@ def given(tiny_shards, tmp_path_factory):
     files = {name: folder / name.rpartition("/")[2] for name in GIVEN} | {
         "data/demo/shards": tiny_shards,
         "runs/demo": folder / "run",
+        "runs": folder,
         "mine.csv": _write_csv(tiny_shards.parent / "images" / "image_train"),
     }
     program, *words = _words(TRAIN, files)

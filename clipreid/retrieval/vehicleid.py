@@ -61,6 +61,15 @@ def list_members(identities: np.ndarray, lists: np.ndarray, name: str) -> tuple[
     return np.flatnonzero(listed & known), int((listed & ~known).sum())
 
 
+def largest_list(identities: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """Row numbers, int64, of the images of known identity in the largest test list that has any. Raises ModelError."""
+    for name in reversed(LISTS.values()):
+        rows, _ = list_members(identities, lists, name)
+        if len(rows):
+            return rows
+    raise ModelError("no image of split test that has an identity is in a test list; pack it with both")
+
+
 def draw_gallery(identities: np.ndarray, seed: int, draw: int) -> np.ndarray:
     """One row number for every identity, in sorted order of the identities. int64 [identities]."""
     order = np.argsort(identities, kind="stable")
@@ -74,8 +83,10 @@ def vehicleid_draw(
     identities: np.ndarray,
     gallery_rows: np.ndarray,
     peers: Peers = ALONE,
+    *,
+    top_k: int = 0,
 ) -> Retrieval:
-    """One draw: these rows are the gallery, all others the queries; no camera rule."""
+    """One draw: these rows are the gallery, all others the queries; no camera rule. top_k: as in `retrieve`."""
     query_rows = np.setdiff1d(np.arange(len(identities)), gallery_rows)
     return retrieve(
         features[query_rows],
@@ -83,6 +94,7 @@ def vehicleid_draw(
         features[gallery_rows],
         Labels(identities[gallery_rows]),
         rule="none",
+        top_k=top_k,
         peers=peers,
     )
 

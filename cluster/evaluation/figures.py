@@ -24,7 +24,7 @@ from clipreid.model.relevance import relevance_maps
 from clipreid.retrieval.metrics import retrieve
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rules import Rule
-from clipreid.retrieval.vehicleid import LISTS, draw_gallery, list_members
+from clipreid.retrieval.vehicleid import draw_gallery, largest_list
 from clipreid.weights.card import ModelCard
 from clipreid.weights.file import load_text
 from clipreid.weights.initial import build_models
@@ -237,14 +237,9 @@ def _query_and_gallery(config: Config, index: ShardIndex) -> tuple[SplitRows, Sp
     if "test" not in index.splits:
         return ("query", np.arange(len(index.split("query")))), ("gallery", np.arange(len(index.split("gallery"))))
     test = index.split("test")
-    for name in reversed(LISTS.values()):
-        rows, _ = list_members(test.identity_codes, test.lists, name)
-        if len(rows):
-            gallery = draw_gallery(test.identity_codes[rows], config.run.seed, 0)
-            return ("test", np.delete(rows, gallery)), ("test", rows[gallery])
-    raise ConfigError(
-        f"data.shards={index.url}: no image of split test that has an identity is in a test list; pack it with both"
-    )
+    rows = largest_list(test.identity_codes, test.lists)
+    gallery = draw_gallery(test.identity_codes[rows], config.run.seed, 0)
+    return ("test", np.delete(rows, gallery)), ("test", rows[gallery])
 
 
 def _labels(index: ShardIndex, split: str, rows: np.ndarray, rule: Rule) -> Labels:

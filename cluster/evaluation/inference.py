@@ -50,11 +50,11 @@ class Inference:
 
     def evaluate(self, index: ShardIndex, show: ShowProgress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
         """Metrics as of a run, `evaluate.evaluate`. Raises as it does. per_query: as in `measure`."""
-        return measure(lambda split: self._encode(index, split, show), index, self.config, self.team, show, per_query)
+        return measure(lambda split: self.encode(index, split, show), index, self.config, self.team, show, per_query)
 
     def extract_split(self, index: ShardIndex, split: str, show: ShowProgress) -> dict[str, np.ndarray]:
         """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""
-        features = self._encode(index, split, show)
+        features = self.encode(index, split, show)
         rows = index.split(split)
         return {
             "features": features,
@@ -85,7 +85,8 @@ class Inference:
             "keys": np.array(names, str),
         }
 
-    def _encode(self, index: ShardIndex, split: str, show: ShowProgress) -> np.ndarray:
+    def encode(self, index: ShardIndex, split: str, show: ShowProgress) -> np.ndarray:
+        """Descriptors of a split, as `encode_split`, whose errors it raises."""
         with self._shown(show, split) as progress:
             return encode_split(self.model, index, split, self.config, self.team, progress)
 

@@ -119,7 +119,7 @@ class Trained:
             yield f"data.shards is {index.name} ({url}) here, {self.source} was trained on {name}"
 
     def _setting_differences(self, config: Config, keys: tuple[str, ...]) -> Iterator[str]:
-        here, theirs = flatten(config.model_dump(mode="json")), _complete(self.settings or {})
+        here, theirs = flatten(config.model_dump(mode="json")), all_settings(self.settings or {})
         if self.descriptor:
             theirs["eval.descriptor"] = list(self.descriptor)
         for key in keys:
@@ -135,7 +135,7 @@ def _settings_of_run(weights: str) -> dict[str, Any] | None:
     return parse_tree(decoded(run.read(CONFIG), run.place(CONFIG)), run.place(CONFIG))
 
 
-def _complete(tree: dict[str, Any]) -> dict[str, Any]:
+def all_settings(tree: dict[str, Any]) -> dict[str, Any]:
     """All settings, flat; those given where they are of another version."""
     try:
         return flatten(parse_config(tree).model_dump(mode="json"))

@@ -45,13 +45,11 @@ def train_and_show(config: Config, index: ShardIndex) -> int:
         console.print(f"finished before: nothing to do in {masked(run_dir.url)}")
         metrics = read_metrics(run_dir)
     else:
-        images = {name: facts["images"] for name, facts in index.splits.items()}
-        images["evaluation"] = max((count for name, count in images.items() if name != "train"), default=0)
         try:
             with ExitStack() as while_it_runs:
                 if is_first:  # torchrun's other processes are of the same run.
                     while_it_runs.enter_context(owned_folder(config.run.dir, "training"))
-                    while_it_runs.enter_context(follow(config.run.dir, images))
+                    while_it_runs.enter_context(follow(config.run.dir))
                 metrics = run(config)
         except (TrainingError, RankLost) as error:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -139,7 +137,7 @@ def _is_sound(run: Storage, name: str) -> bool:
 def result_table(metrics: dict[str, Any]) -> Table:
     """Percentages before and after training."""
     after, before = headline(metrics), headline(metrics["untrained"])
-    table = Table("", *after)
+    table = Table("%", *after)
     for name, row in (("untrained", before), ("after stage 2", after)):
         table.add_row(name, *(f"{100 * value:.1f}" for value in row.values()))
     return table

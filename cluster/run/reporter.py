@@ -108,11 +108,11 @@ class RunReporter(SilentReporter):
 
     def phase(self, name: str) -> None:
         self._phase_from_s = time.monotonic()
-        self._show(phase=name, images=0, images_per_s=None)
+        self._show(phase=name, images=0, images_total=None, images_per_s=None)
 
     def images(self, done: int, total: int) -> None:
         elapsed_s = max(time.monotonic() - self._phase_from_s, 1e-3)
-        self.folder.status(images=done, images_per_s=round(done / elapsed_s, 1))
+        self.folder.status(images=done, images_total=total, images_per_s=round(done / elapsed_s, 1))
 
     def step(self, entry: dict[str, Any], *, steps_left: int, epochs: int) -> None:
         self.folder.log(entry)
@@ -129,8 +129,11 @@ class RunReporter(SilentReporter):
         self._show(checkpoint=name, checkpoint_at=time.time())
 
     def epoch(self, stage: int, epoch: int, metrics: dict[str, Any] | None) -> None:
-        for name, value in headline(metrics).items() if metrics else ():
-            self.folder.event(f"eval/{name}", value, epoch)
+        if metrics:
+            figures = headline(metrics)
+            for name, value in figures.items():
+                self.folder.event(f"eval/{name}", value, epoch)
+            self.folder.evaluated(figures["mAP"], epoch)
         super().epoch(stage, epoch, metrics)
 
     def metrics(self, metrics: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ METRICS = "metrics.json"
 STATUS = "status.json"
 METRICS_SUM = "metrics_sha256"
 """What the status says of metrics.json."""
+BEST = "best"
+"""What it says of the epoch with the highest mAP so far, of those that were evaluated: {"mAP": …, "epoch": …}."""
 STATUS_EVERY_S = {True: 0.5, False: 5.0}
 """On a local disk; elsewhere, where a write takes as long as a training step."""
 BEAT_S = 10.0
@@ -117,8 +119,7 @@ class RunFolder:
         self._events = Events(f"{self.storage.url}/tensorboard", None)
         before = read_status(self.storage)
         self._status: dict[str, Any] = {"restarts": _restarts(before)}
-        if METRICS_SUM in before:
-            self._status[METRICS_SUM] = before[METRICS_SUM]
+        self._status |= {name: before[name] for name in (METRICS_SUM, BEST) if name in before}
         self._status_at_s = 0.0
         self._one_at_a_time = threading.Lock()
         self._closed = threading.Event()
@@ -127,6 +128,8 @@ class RunFolder:
     def go_on_from(self, position: Position | None) -> None:
         """Drop what was logged after the position, so that the log has neither gap nor repetition."""
         self._events.position = position
+        if position is None:
+            self._status.pop(BEST, None)
         self._lines = []
         if position is not None and self.storage.exists(LOG):
             lines = read_log(self.storage.read(LOG))
@@ -165,6 +168,11 @@ class RunFolder:
                 sync(self._file.fileno())
             elif self._lines:
                 self.storage.write(LOG, "".join(line + "\n" for line in self._lines).encode())
+
+    def evaluated(self, mAP: float, epoch: int) -> None:
+        """Keep the best in the status. What a restart measures again comes out the same."""
+        if mAP > self._status.get(BEST, {"mAP": -1.0})["mAP"]:
+            self.status(now=True, **{BEST: {"mAP": mAP, "epoch": epoch}})
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Raises TrainingError where they cannot be written."""

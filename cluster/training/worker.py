@@ -81,6 +81,10 @@ def train(config: Config, team: Team, report: Report | None = None) -> dict[str,
         run.reporter.close()
 
 
+FIRST_STEP = "first step of stage {}, the longest: loaders start, memory is allocated"
+"""What is being done until a stage's first step is: nothing is counted meanwhile."""
+
+
 def fit_loaders(config: Config, cpus: int | None) -> Config:
     """The same settings with no more loaders than a worker has CPUs."""
     if cpus is None or config.data.loaders <= cpus:
@@ -210,6 +214,7 @@ class Run:
             self.reporter.phase("encode the training images")
             settings, progress = PassSettings.of(self.config), self.reporter.images
             bank = extract(self._encode_frozen, self.index, "train", self.team, settings, progress)
+            self.reporter.phase(FIRST_STEP.format(1))
             self.prompts.eval()
             stage = Stage1(self.config, self.team, self.prompts, self.tokens, bank, self.train_split)
             self._run(stage, start)
@@ -232,6 +237,8 @@ class Run:
 
     def stage2(self) -> None:
         """Train the image encoder."""
+        compiling = ", and the encoder is compiled" if self.config.train.compile else ""
+        self.reporter.phase(FIRST_STEP.format(2) + compiling)
         stage = Stage2(self.config, self.team, self.models, self._text_features(), self.index)
         self._run(stage, self._start_of(2))
 

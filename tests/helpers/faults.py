@@ -82,9 +82,9 @@ class Job:
 
     def wait_for_restart(self, restarts=1, timeout_s=180):
         """Until steps are made after so many restarts."""
-        before = ("start", "encode the training images", "evaluate the untrained encoder")
+        before = ("start", "encode the training images", "evaluate the untrained encoder", "first step of stage")
         self.wait_until(
-            lambda: (s := self.status()).get("restarts", 0) >= restarts and s["phase"] not in before, timeout_s
+            lambda: (s := self.status()).get("restarts", 0) >= restarts and not s["phase"].startswith(before), timeout_s
         )
 
     def report_restart(self, killed_s, last_step, restarts=1):

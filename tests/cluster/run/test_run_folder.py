@@ -102,8 +102,8 @@ def test_a_request_to_stop_that_an_earlier_start_left_does_not_stop_the_next(tmp
 @pytest.mark.parametrize("place", ["stage 2, epoch 3, step 12", None])
 def test_the_live_view_says_from_where_a_run_goes_on(place):
     status = {"phase": "start", "restarts": 2, "resumed_from": place}
-    assert activity_of(status, {})[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
-    assert activity_of(status | {"restarts": 0}, {})[0] == "start"
+    assert activity_of(status)[0] == f"going on from {place or 'the beginning'}, restarts so far: 2"
+    assert activity_of(status | {"restarts": 0})[0] == "start"
 
 
 def full_disk(*_, **__):
@@ -174,7 +174,7 @@ def test_the_status_says_how_a_run_ended_and_its_last_checkpoint(place):
     assert Storage(place).read_json("status.json")["checkpoint"] == "stage 2, epoch 1, step 3"
     reporter.ended("failed: the disk is full")
     assert Storage(place).read_json("status.json")["phase"] == "failed: the disk is full"
-    assert activity_of(Storage(place).read_json("status.json"), {}) == ("failed: the disk is full", 0, None, "")
+    assert activity_of(Storage(place).read_json("status.json")) == ("failed: the disk is full", 0, None, "")
 
 
 @pytest.mark.parametrize("phase", ["stage 2", "evaluate", "start", "encode the training images"])

@@ -1,0 +1,1 @@
+"""Runs side by side: settings that differ, figures with intervals, queries that changed."""
