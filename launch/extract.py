@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     from cluster.evaluation.feature_file import write_features
     from cluster.evaluation.find_weights import open_weights
     from cluster.evaluation.trained import FEATURES
-    from shards.datasets.layout import Listing, describe_left_out, list_images
+    from shards.images.listing import Listing, describe_left_out, list_images
 
     with owned_result(options.out, "extracting"), open_weights(options.weights) as weights:
         config = load_settings(options, weights.trained)

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from clipreid.identity_table import IdentityTable
+from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
+from clipreid.peers import ALONE
 from clipreid.weights.card import ModelCard
-from clipreid.weights.file import load_model
+from clipreid.weights.file import load_model, load_text
 from clipreid.weights.initial import build_models, empty_models
-from clipreid.weights.official import image_side, load_official, official_shapes
+from clipreid.weights.official import image_side, load_official, official_shapes, renamed
 from clipreid.weights.pretrained import is_official, read_state_dict
+from clipreid.weights.tables import TOKENS, load_table, taken_tables
 from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
 from cluster.evaluation.metrics import ShowProgress, measure, show_nothing
@@ -103,6 +107,29 @@ def _load_others(config: Config, path: Path, index: ShardIndex | None) -> ReIDMo
         load_official(model, text, image_side(state), spec, str(path))
         return model
     return build_models(_spec_for_use(config, index, 1, 1), str(path), config.run.seed).model
+
+
+def load_prompts(
+    config: Config, path: Path, card: ModelCard | None, index: ShardIndex | None
+) -> tuple[PromptedText, IdentityTable] | None:
+    """The text side of weights, and the tokens of all their training identities; None where they hold no prompts.
+
+    Raises ModelError where those of others do not fit the settings.
+    """
+    if card:
+        text, tokens = load_text(path), load_table(path, TOKENS)
+        return None if text is None or tokens is None else (text, tokens)
+    state = read_state_dict(path)
+    if not is_official(state):
+        return None
+    shapes = official_shapes(state, str(path))
+    spec = _spec_for_use(config, index, shapes.identities, max(shapes.sie_rows, 1))
+    model, empty_text = empty_models(spec)
+    filled, tokens = (
+        load_official(model, empty_text, state, spec, str(path)),
+        taken_tables(renamed(state), ALONE).tokens,
+    )
+    return None if filled is None or tokens is None else (filled, tokens)
 
 
 def _spec_for_use(config: Config, index: ShardIndex | None, identities: int, sie_rows: int) -> ModelSpec:

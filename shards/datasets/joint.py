@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shards.datasets import ReIDDataset, get_dataset
-from shards.datasets.layout import describe_left_out
 from shards.datasets.manifest import TABLE_FORMATS
 from shards.errors import DataError
+from shards.images.listing import describe_left_out
 from shards.records import UNKNOWN_IDENTITIES, ImageRecord
 from shards.storage import Source
 

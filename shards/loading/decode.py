@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from shards.errors import DataError
+from shards.images.pictures import BadPicture, read_picture
 from shards.loading.index import ShardIndex, SplitIndex
 from shards.loading.reader import RowReader
-from shards.pictures import BadPicture, read_picture
 
 
 def decode(data: np.ndarray) -> Tensor:

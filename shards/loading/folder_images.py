@@ -5,13 +5,27 @@
 Decoded and resized as packed images are, so an image has the same pixels either way.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from shards.errors import DataError, StoreError
 from shards.loading.decode import decode, resize_into
 from shards.storage import Source
+
+
+def read_image(where: str, read: Callable[[], bytes]) -> Tensor:
+    """RGB, uint8 [3, height, width], of the file that `read` gives. Raises DataError that names it by `where`, and
+    StoreError where the store fails and not the image."""
+    try:
+        return decode(np.frombuffer(read(), np.uint8))
+    except StoreError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: can't be read as an image ({error}); repair it, or take it out") from error
 
 
 class FolderImages:
@@ -25,16 +39,9 @@ class FolderImages:
         return len(self.names)
 
     def read_into(self, out: np.ndarray, start: int, stop: int) -> None:
-        """Raises DataError that names the file, and StoreError where the store fails and not the image."""
+        """Raises as `read_image`."""
         for name, place in zip(self.names[start:stop], out, strict=True):
-            try:
-                image = decode(np.frombuffer(self.source.read(name), np.uint8))
-            except StoreError:
-                raise
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{self.source.root}/{name}: can't be read as an image ({error}); repair it, or take it out"
-                ) from error
+            image = read_image(f"{self.source.root}/{name}", partial(self.source.read, name))
             resize_into(place, image, "bilinear")
 
     def fetching_ahead(self, start: int, stop: int) -> AbstractContextManager[None]:

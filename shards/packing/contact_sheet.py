@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from shards import storage
 from shards.dataset_file import read_dataset_json
 from shards.errors import DataError
+from shards.images.pictures import BadPicture, read_picture
 from shards.index_table import read_index_table
-from shards.pictures import BadPicture, read_picture
 from shards.source import ShardSource
 
 CELL = 128

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shards.errors import examples
+from shards.images.pictures import CHANGES
 from shards.packing.shard_plan import PlannedShard
 from shards.packing.writer import STORED_AS_PNG, ShardRows
-from shards.pictures import CHANGES
 from shards.records import ImageRecord
 
 

@@ -30,10 +30,10 @@ from shards.format import (
     tar_header,
     tar_padding,
 )
+from shards.images.pictures import BadPicture, read_picture
 from shards.index_table import read_index_table
 from shards.packing.processes import Advance, choose_processes, run_tasks
 from shards.packing.writer import REPORT_EVERY
-from shards.pictures import BadPicture, read_picture
 from shards.progress import Progress, silent
 from shards.storage import join
 

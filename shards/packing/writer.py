@@ -17,9 +17,9 @@ from shards import storage
 from shards.datasets.joint import locate
 from shards.errors import StoreError
 from shards.format import EXTENSIONS, TAR_END, metadata, tar_header, tar_padding
+from shards.images.pictures import BadPicture, pixel_hash, read_picture
 from shards.packing.processes import Advance
 from shards.packing.shard_plan import PlannedShard
-from shards.pictures import BadPicture, pixel_hash, read_picture
 from shards.sealed import seal
 from shards.storage import Source
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from shards.dataset_file import read_dataset_json
-from shards.datasets.layout import list_images
 from shards.errors import DataError
+from shards.images.listing import list_images
 from shards.loading.folder_images import FolderImages
 from shards.packing.build import build
 from shards.packing.verify import verify

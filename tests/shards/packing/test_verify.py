@@ -13,12 +13,12 @@ import pyarrow.parquet
 import pytest
 
 from shards.errors import DataError
+from shards.images.pictures import read_picture
 from shards.index_table import read_index_table
 from shards.loading.index import ShardIndex
 from shards.packing import writer
 from shards.packing.build import build
 from shards.packing.verify import verify
-from shards.pictures import read_picture
 from tests.helpers.layouts import image_bytes, make_manifest, make_vehicleid, write
 
 ROOT = Path(__file__).resolve().parents[3]

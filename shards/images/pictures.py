@@ -18,6 +18,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,13 +191,32 @@ def _turned(
 # ---- all other formats: Pillow
 
 
+def picture_of(image: Image.Image) -> Picture:
+    """The picture in an image that Pillow has opened, as if its file had been read. Raises as `read_picture`.
+
+    The image stays as it is, but for being loaded. What others did to its pixels counts, as long as they left its EXIF
+    orientation true: `ImageOps.exif_transpose` does.
+    """
+    return _by_pillow(lambda: _upright(image), b"")
+
+
 def _read_by_pillow(data: bytes) -> Picture:
     if data.startswith(PNG_START):
         _check_png(data)
+
+    def read() -> Picture:
+        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+            return _upright(image)
+
+    return _by_pillow(read, data)
+
+
+def _by_pillow(read: Callable[[], Picture], data: bytes) -> Picture:
+    """What `read` makes of the file `data`. Raises BadPicture for all that Pillow raises or warns of."""
     with _pillow, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            picture = _open_by_pillow(data)
+            picture = read()
         except BadPicture:
             raise
         except UnidentifiedImageError as error:  # its message names the object that held the bytes
@@ -210,16 +230,15 @@ def _read_by_pillow(data: bytes) -> Picture:
     return picture
 
 
-def _open_by_pillow(data: bytes) -> Picture:
-    with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-        _check_size(*image.size)
-        stored_size = image.size
-        deep = ";16" in str(image.tile) or (image.format, image.mode) == ("PPM", "I")
-        tiff_orientation = getattr(image, "tag_v2", {}).get(ORIENTATION_TAG, 1)
-        several = getattr(image, "is_animated", False)
-        image.load()  # and what a PNG says behind its pixels
-        orientation = _orientation(image.info.get("exif", b"").removeprefix(EXIF_START))
-        pixels, changes = _to_rgb(image, deep)
+def _upright(image: Image.Image) -> Picture:
+    _check_size(*image.size)
+    stored_size = image.size
+    deep = ";16" in str(getattr(image, "tile", "")) or (image.format, image.mode) == ("PPM", "I")
+    tiff_orientation = getattr(image, "tag_v2", {}).get(ORIENTATION_TAG, 1)
+    several = getattr(image, "is_animated", False)
+    image.load()  # and what a PNG says behind its pixels
+    orientation = _orientation(image.info.get("exif", b"").removeprefix(EXIF_START))
+    pixels, changes = _to_rgb(image, deep)
     if image.format == "TIFF":  # turned by Pillow
         orientation, changes = 1, changes + ((TURNED,) if tiff_orientation in range(2, 9) else ())
     changes += (FIRST,) if several else ()

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from shards.datasets.layout import list_images
 from shards.errors import DataError
 from shards.format import IMAGE_ENDINGS
+from shards.images.listing import list_images
+from shards.images.pictures import MAX_PIXELS, BadPicture, read_picture
 from shards.loading.decode import decode, resize_into
 from shards.loading.folder_images import FolderImages
 from shards.loading.index import ShardIndex
@@ -23,7 +24,6 @@ from shards.packing import writer
 from shards.packing.build import build
 from shards.packing.contact_sheet import _read
 from shards.packing.verify import verify
-from shards.pictures import MAX_PIXELS, BadPicture, read_picture
 from shards.source import ShardSource
 from tests.helpers.layouts import write
 

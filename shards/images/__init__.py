@@ -1,0 +1,1 @@
+"""Image files: which files are images, and what pixels they hold. The one answer for all that reads one."""
