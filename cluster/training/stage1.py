@@ -17,7 +17,6 @@ from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import stage1_lr
-from clipreid.peers import rank_slice
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
 from cluster.training.engine import Engine
@@ -71,10 +70,8 @@ class Stage1:
         batch_labels = torch.tensor(self.labels[rows])
         if self.means is not None:
             return method.average_step(self._encode, self.tokens, self.means, batch_labels, self.team)
-        own = rows[rank_slice(len(rows), self.team.rank, self.team.world_size)]
-        images = torch.tensor(self.bank[own], device=self.team.device)
-        labels = torch.tensor(self.labels[own], device=self.team.device)
-        return method.step(self._encode, self.tokens, images, labels, batch_labels, self.team)
+        images = torch.tensor(self.bank[rows], device=self.team.device)
+        return method.step(self._encode, self.tokens, images, batch_labels, self.team)
 
     def _encode(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
