@@ -1,7 +1,7 @@
 """Tables with a row per identity, in row blocks: every rank holds its own, and lends rows to the others.
 
     labels of a batch ──▶ [identity_table: fetch] ──▶ rows ──▶ text features, losses
-    optimizer ◀── [collect_gradient] ◀── backward
+    optimizer ◀── [lent_gradient] ◀── backward
 
 Prompt tokens, classifiers and text features have one row for each of the N identities. Rank r of R holds rows
 N·r/R … N·(r+1)/R, whatever the batch: value, gradient and Adam's moments of a row exist there and nowhere else. One
@@ -50,7 +50,8 @@ class IdentityTable:
         self._bounds = num_identities * np.arange(1, peers.world_size) // peers.world_size
         """First identities of ranks 1, 2, …"""
         self._lent: list[tuple[Tensor, Tensor]] = []
-        """Row numbers in the block, and the copies of these rows that a backward pass leaves gradients at."""
+        """Row numbers in the block, on the CPU, and the copies of these rows that a backward pass leaves gradients
+        at."""
 
     @classmethod
     def frozen(cls, name: str, num_identities: int, block: Tensor, peers: Peers = ALONE) -> "IdentityTable":
@@ -74,7 +75,7 @@ class IdentityTable:
 
         wanted: for every rank the identities that it wants, int64 on the CPU, the same R entries on all ranks; in any
         order, also repeated or none. Returns [len(wanted[rank]), ...] in that order, differentiable: the gradients
-        go back to the owners, where `collect_gradient` finds them.
+        go back to the owners, where `lent_gradient` finds them.
         """
         plan = self._plan([labels.numpy() for labels in wanted])
         received = peers.all_to_all(self._lend(torch.from_numpy(plan.rows)), plan.send, plan.receive)
@@ -104,24 +105,22 @@ class IdentityTable:
         return lent
 
     @torch.no_grad()
-    def collect_gradient(self) -> None:
-        """The block's gradient from what came back for the rows that were lent. The loss counts as the mean over ranks
-        of theirs, so a row's gradient is the sum of what came back over R."""
-        for rows, lent in self._lent:
-            if self.block.grad is None:
-                self.block.grad = torch.zeros_like(self.block)
-            if lent.grad is not None:
-                self.block.grad.index_add_(0, rows, lent.grad / self.world_size)
+    def lent_gradient(self) -> tuple[Tensor, Tensor]:
+        """What came back for the rows that were lent in this step: row numbers of the block, int64 [k] on the CPU, in
+        any order, also repeated or none, and a gradient for each [k, ...], which add up.
 
-    @torch.no_grad()
+        The loss counts as the mean over ranks of theirs, so a gradient is what came back over R. Where the block itself
+        took part in a loss (`identity_softmax`), its own gradient is beside these.
+        """
+        returned = [(rows, lent.grad / self.world_size) for rows, lent in self._lent if lent.grad is not None]
+        if not returned:
+            return torch.empty(0, dtype=torch.int64), self.block.new_empty(0, *self.block.shape[1:])
+        rows, gradients = zip(*returned, strict=True)
+        return torch.cat(rows), torch.cat(gradients)
+
     def clear_gradient(self) -> None:
-        """After a step. A table that only lends touches no row but those lent."""
-        if not self._lent:
-            self.block.grad = None
-        elif self.block.grad is not None:
-            for rows, _ in self._lent:
-                self.block.grad.index_fill_(0, rows, 0)
-        self._lent = []
+        """After a step."""
+        self._lent, self.block.grad = [], None
 
 
 @dataclass

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -77,17 +76,3 @@ ALONE = Alone()
 def rank_slice(total: int, rank: int, world_size: int) -> slice:
     """A rank's contiguous part of `total` things; sizes differ by at most one, and are 0 where ranks outnumber them."""
     return slice(total * rank // world_size, total * (rank + 1) // world_size)
-
-
-def all_gather_unequal(tensor: Tensor, sizes: Sequence[int], peers: Peers) -> Tensor:
-    """Gather what is of unequal length, possibly empty: padded with zeros to the largest, and cut again afterwards.
-
-    tensor: [n, ...], where n is this rank's entry of `sizes` [R]; every rank passes the same `sizes`.
-    Returns [sum(sizes), ...] in rank order.
-    """
-    largest = max(sizes)
-    padding = tensor.new_zeros((largest - len(tensor), *tensor.shape[1:]))
-    padded = peers.all_gather(torch.cat([tensor, padding]) if len(padding) else tensor)
-    if min(sizes) == largest:
-        return padded
-    return torch.cat([padded[r * largest : r * largest + size] for r, size in enumerate(sizes)])

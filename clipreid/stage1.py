@@ -5,10 +5,11 @@
 The `average` variant has means over identities in place of the bank, and identities in place of a batch's images.
 
 A step works on identities: the tokens of the batch's U distinct ones are fetched from the ranks that own them, and each
-is encoded once over all ranks. Images are split over ranks in contiguous slices that may be unequal or empty; every
-rank joins every collective all the same.
+is encoded once over all ranks. Image features of all ranks are gathered once, into the bank, of which every node has a
+copy: each rank reads those of the whole batch there. It takes the losses of its own images, a contiguous slice; slices
+may be unequal or empty, and every rank joins every collective all the same.
 
-b = images of this rank, B = images of the global batch, R = ranks, D = feature width
+B = images of the global batch, R = ranks, D = feature width
 U = distinct identities of the batch, N = all identities
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from clipreid.identity_softmax import identity_cross_entropy
 from clipreid.identity_table import IdentityTable
 from clipreid.losses import at_least_float32, image_to_text, text_to_image
-from clipreid.peers import ALONE, Peers, all_gather_unequal, rank_slice
+from clipreid.peers import ALONE, Peers, rank_slice
 from clipreid.to_device import to_device
 
 Text = Callable[[Tensor], Tensor]
@@ -42,30 +43,23 @@ def batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[np.
 
 
 def step(
-    text: Text,
-    tokens: IdentityTable,
-    images_local: Tensor,
-    labels_local: Tensor,
-    labels_global: Tensor,
-    peers: Peers = ALONE,
+    text: Text, tokens: IdentityTable, images_BD: Tensor, labels_B: Tensor, peers: Peers = ALONE
 ) -> dict[str, Tensor]:
     """Losses of one global batch (Eq. 2, 4, 5), scaled so that their mean over ranks is the global value.
 
-    images_local: float [b, D], the rows `rank_slice(B, rank, R)` of the batch; b may be 0.
-    labels_global: int64 [B] on the CPU, where finding the distinct ones makes no host wait for a GPU.
+    images_BD: float, the same on every rank, which takes the losses of the rows `rank_slice(B, rank, R)`.
+    labels_B: int64 on the CPU, where finding the distinct ones makes no host wait for a GPU.
     Returns scalars `i2t`, `t2i` and their sum `loss`: local sum x ranks / B.
     """
-    slices = [rank_slice(len(labels_global), rank, peers.world_size) for rank in range(peers.world_size)]
-    own = slices[peers.rank]
-    identities, place = labels_global.unique(return_inverse=True)
-    device = images_local.device
-    identity_texts = encode_identities(text, tokens, identities, peers)
-    texts = identity_texts[to_device(place, device)]
-    images = all_gather_unequal(images_local, [rows.stop - rows.start for rows in slices], peers)
+    own = rank_slice(len(labels_B), peers.rank, peers.world_size)
+    identities, place = labels_B.unique(return_inverse=True)
+    device = images_BD.device
+    texts_BD = encode_identities(text, tokens, identities, peers)[to_device(place, device)]
+    labels_B = to_device(labels_B, device)
 
-    i2t = image_to_text(images_local, texts[own], texts)
-    t2i = text_to_image(texts[own], labels_local, images, to_device(labels_global, device))
-    scale = peers.world_size / len(labels_global)
+    i2t = image_to_text(images_BD[own], texts_BD[own], texts_BD)
+    t2i = text_to_image(texts_BD[own], labels_B[own], images_BD, labels_B)
+    scale = peers.world_size / len(labels_B)
     losses = {"i2t": i2t.sum() * scale, "t2i": t2i.sum() * scale}
     return {**losses, "loss": losses["i2t"] + losses["t2i"]}
 

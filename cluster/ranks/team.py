@@ -71,10 +71,17 @@ class Team:
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over ranks, without gradient."""
-        total = tensor.detach().clone()
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        total, wait = self.start_all_reduce_sum(tensor)
+        wait()
         return total
+
+    def start_all_reduce_sum(self, tensor: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+        """As `all_reduce_sum`, but this rank goes on: a new tensor, and what waits until it is the sum. On a GPU it is
+        the stream that waits."""
+        total = tensor.detach().clone()
+        if self.world_size == 1:
+            return total, lambda: None
+        return total, dist.all_reduce(total, async_op=True).wait
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """A new tensor: the elementwise maximum over ranks, without gradient."""

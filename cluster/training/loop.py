@@ -112,7 +112,7 @@ class Loop:
             own = Requests(by_clock, *self.interrupts.pending(), failed=self.writer.failed)
             reduction = StepReduction(self.team, losses, own)
             stage.engine.backward(losses["loss"])
-            # It was on its way before the backward pass was queued: waiting for it leaves the GPU busy.
+            # On its way since before the backward pass, which hides it; and waiting for it leaves the GPU busy.
             means, requests = reduction.wait()
             self._check_finite(means, stage, batch, here)
             self.writer.before_update()
@@ -178,18 +178,18 @@ class StepReduction:
         parts = torch.stack([losses[n].detach().to(torch.float64) for n in self._names]) / team.world_size
         # From ordinary memory the copy might wait for the work queued before.
         asked = torch.tensor(own, dtype=parts.dtype, pin_memory=parts.is_cuda).to(parts.device, non_blocking=True)
-        total = team.all_reduce_sum(torch.cat([parts, asked]))
-        self._copied: torch.cuda.Event | None = None
-        self._values = total
+        total, arrived = team.start_all_reduce_sum(torch.cat([parts, asked]))
+        self._values, self._wait = total, arrived
         if total.device.type == "cuda":
+            arrived()
             self._values = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
             self._values.copy_(total, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            copied = torch.cuda.Event()
+            copied.record()
+            self._wait = copied.synchronize
 
     def wait(self) -> tuple[dict[str, float], Requests]:
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._wait()
         values = self._values.tolist()
         means = dict(zip(self._names, values, strict=False))
         return means, Requests(*(count > 0 for count in values[len(means) :]))

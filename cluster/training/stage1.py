@@ -17,7 +17,6 @@ from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.optim import stage1_lr
-from clipreid.peers import rank_slice
 from clipreid.to_device import to_device
 from cluster.ranks.arithmetic import encoder_autocast
 from cluster.ranks.team import Team
@@ -73,10 +72,8 @@ class Stage1:
         batch_labels = torch.tensor(self.labels[rows])
         if self.means is not None:
             return method.average_step(self._encode, self.tokens, self.means, batch_labels, self.team)
-        own = rows[rank_slice(len(rows), self.team.rank, self.team.world_size)]
-        images = to_device(torch.tensor(self.bank[own]), self.team.device)
-        labels = to_device(torch.tensor(self.labels[own]), self.team.device)
-        return method.step(self._encode, self.tokens, images, labels, batch_labels, self.team)
+        images = to_device(torch.tensor(self.bank[rows]), self.team.device)
+        return method.step(self._encode, self.tokens, images, batch_labels, self.team)
 
     def _encode(self, tokens: Tensor) -> Tensor:
         with encoder_autocast(self.config.train, tokens.device):

@@ -26,6 +26,8 @@ EXAMPLE = """examples:
   python launch/bench.py scale --out scale
   python launch/bench.py scale --stages 1 --identities 100 13164 --ranks 1 2 --rounds 3 --arch ViT-B-16-quickgelu \\
       --image-size 256x128
+  python launch/bench.py scale --stages 2 --identities 1000 --ranks 1 --arch ViT-B-16-quickgelu --image-size 256x128 \\
+      --micro-batch 8 --steps 1
   python launch/bench.py scale --checkpoint --identities 1000000 --ranks 4 --dir /mnt/large"""
 IDENTITIES = [1_000, 13_164, 100_000, 1_000_000]
 RANKS = [1, 2, 4]
@@ -78,6 +80,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=positive, default=1, help="each case is measured so often, in turn (default 1)"
     )
+    parser.add_argument(
+        "--micro-batch", type=positive, metavar="IMAGES", help="train.micro_batch of stage 2; default: all at once"
+    )
     parser.add_argument("--out", type=local_place, metavar="FOLDER", help="also write scale.json, .md and .png there")
     parser.add_argument("--checkpoint", action="store_true", help="steps, a checkpoint, and on from it on R/2 ranks")
     parser.add_argument("--dir", type=place, metavar="FOLDER", help="where checkpoints go; default: a temporary folder")
@@ -89,8 +94,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--batch {options.batch} is no whole number of identities x {PER_IDENTITY} for {ranks} ranks")
     if min(options.identities) < options.batch:
         parser.error(f"--identities {min(options.identities)} are fewer than the {options.batch} images of a batch")
-    Case(1, max(options.identities), options.batch, options.arch, options.image_size).spec()
+    _case(1, max(options.identities), options).spec()
     return options
+
+
+def _case(stage: int, identities: int, options: argparse.Namespace) -> Case:
+    return Case(stage, identities, options.batch, options.arch, options.image_size, micro_batch=options.micro_batch)
 
 
 def _facts(options: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +110,7 @@ def _facts(options: argparse.Namespace) -> dict[str, Any]:
         "arch": options.arch,
         "image_size": list(options.image_size),
         "batch": options.batch,
+        "micro_batch": options.micro_batch,
         "steps": options.steps,
         "rounds": options.rounds,
     }
@@ -111,7 +121,7 @@ def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     measured: dict[tuple[int, int, int], list[dict[str, Any]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
         for stage, ranks, identities in cases:
-            case = Case(stage, identities, options.batch, options.arch, options.image_size)
+            case = _case(stage, identities, options)
             measured[stage, ranks, identities] += on_ranks(ranks, measure, case, options.steps)
     return [_row(*case, results) for case, results in measured.items()]
 
@@ -151,7 +161,7 @@ def _over_fewest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _checkpoints(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for stage, ranks, identities in itertools.product(options.stages, options.ranks, options.identities):
-        case = Case(stage, identities, options.batch, options.arch, options.image_size)
+        case = _case(stage, identities, options)
         with tempfile.TemporaryDirectory(prefix="scale-bench-", dir=options.dir) as folder:
             folder = str(Path(folder).resolve())
             found.append(checkpoint_and_resume(case, options.steps, folder, (ranks, max(ranks // 2, 1))))

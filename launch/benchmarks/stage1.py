@@ -16,8 +16,8 @@ from clipreid import stage1
 from clipreid.identity_table import IdentityTable
 from clipreid.losses import image_to_text, text_to_image
 from clipreid.model.prompts import PromptedText
-from clipreid.optim import adam, parameter_groups
 from clipreid.weights.initial import build_models
+from cluster.training.trained_table import TrainedTable
 from launch.cli import Parser, positive
 from launch.measure.published import model_spec
 from launch.measure.timing import choose_device, machine_facts, median_seconds_in_turn
@@ -101,20 +101,17 @@ class OurStep:
 
     def __init__(self, text: PromptedText, tokens: IdentityTable, images: Tensor, labels: Tensor, amp: bool):
         self.text, self.tokens = copy.deepcopy(text), copy.deepcopy(tokens)
-        self.images, self.labels, self.batch_labels = images, labels.to(images.device), labels
+        self.images, self.labels = images, labels
         self.amp = amp
-        named = [(tokens.name, self.tokens.block)]
-        self.optimizer = adam(parameter_groups(named, WEIGHT_DECAY))
-        self.optimizer.param_groups[0]["lr"] = LR
+        self.learning = TrainedTable(tokens.name, self.tokens, weight_decay=WEIGHT_DECAY)
+        self.learning.adam.param_groups[0]["lr"] = LR
 
     def __call__(self) -> None:
         self.loss().backward()
-        self.tokens.collect_gradient()
-        self.optimizer.step()
-        self.tokens.clear_gradient()
+        self.learning.step()
 
     def loss(self) -> Tensor:
-        return stage1.step(self._encode, self.tokens, self.images, self.labels, self.batch_labels)["loss"]
+        return stage1.step(self._encode, self.tokens, self.images, self.labels)["loss"]
 
     def _encode(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.amp):
@@ -126,6 +123,7 @@ class PlainStep(OurStep):
 
     def __init__(self, text: PromptedText, tokens: IdentityTable, images: Tensor, labels: Tensor, amp: bool):
         super().__init__(text, tokens, images, labels, amp)
+        self.labels = labels.to(images.device)
         self.optimizer = torch.optim.Adam([self.tokens.block], lr=LR, weight_decay=WEIGHT_DECAY)
         self.text.text_encoder.requires_grad_(True)
         self.tower = cast(Any, self.text.text_encoder)  # As in `feature_width`.

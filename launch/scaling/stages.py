@@ -57,6 +57,8 @@ class Case:
     image_size: tuple[int, int]
     """Pixels."""
     zero_stage: int = 1
+    micro_batch: int | None = None
+    """Images that the image encoder takes at a time, None: all of a rank's."""
 
     def config(self) -> Config:
         """Settings of such a run, published ones where a case says nothing else."""
@@ -65,7 +67,7 @@ class Case:
             "model": {"arch": self.arch, "pretrained": None, "image_size": list(self.image_size)},
             "stage1": {"batch": self.batch},
             "stage2": {"identities": max(self.batch // PER_IDENTITY, 1), "images_per_identity": PER_IDENTITY},
-            "train": {"zero_stage": self.zero_stage},
+            "train": {"zero_stage": self.zero_stage, "micro_batch": self.micro_batch},
         }
         return parse_config(tree)
 
@@ -181,7 +183,7 @@ def measure(team: Team, case: Case, num_steps: int) -> dict[str, Any]:
     for _ in range(WARM_UP_STEPS):
         steps.step(steps.next_batch())
     with Traffic() as traffic:
-        for _ in range(COUNTED_STEPS):
+        for _ in range(COUNTED_STEPS if team.world_size > 1 else 0):  # One rank sends nothing.
             steps.step(steps.next_batch())
     durations = [_seconds(steps) for _ in range(num_steps)]
     return {

@@ -15,13 +15,14 @@ from clipreid import stage1, stage2
 from clipreid.loss_settings import TextLoss
 from clipreid.model.batchnorm import globalize_batchnorm
 from clipreid.optim import adam
-from clipreid.peers import all_gather_unequal, rank_slice
+from clipreid.peers import rank_slice
 from clipreid.weights.initial import build_models
 from cluster.ranks.team import Team
+from cluster.training.trained_table import TrainedTable
 from tests.helpers.golden_models import ROOT_CONFIGS
 from tests.helpers.processes import on_processes
 from tests.helpers.settings import loss_settings, model_spec
-from tests.helpers.tables import table_of
+from tests.helpers.tables import gradient_of, table_of
 
 STEPS, LR = 5, 1e-3
 IDENTITIES, IMAGES_PER_IDENTITY, OF_ALL = 24, 2, 29  # No number of processes divides 29.
@@ -56,9 +57,10 @@ class Trained:
 
     def __init__(self, team, named, tables):
         self.team, self.named, self.tables = team, dict(named), {table.name: table for table in tables}
-        parameters = [*self.named.values(), *(table.block for table in tables)]
-        self.optimizer = adam([{"params": parameters, "weight_decay": 1e-4}])
-        self.optimizer.param_groups[0]["lr"] = LR
+        self.trained = [TrainedTable(table.name, table, weight_decay=1e-4) for table in tables]
+        self.adam = adam([{"params": list(self.named.values()), "weight_decay": 1e-4}])
+        for optimizer in (self.adam, *(table.adam for table in self.trained)):
+            optimizer.param_groups[0]["lr"] = LR
         self.first_gradients = {}
 
     def step(self, loss):
@@ -66,27 +68,24 @@ class Trained:
         for parameter in self.named.values():
             if parameter.grad is not None:
                 parameter.grad = self.team.all_reduce_sum(parameter.grad) / self.team.world_size
-        for table in self.tables.values():
-            table.collect_gradient()
-        self.first_gradients = self.first_gradients or self.whole(lambda parameter: parameter.grad)
-        self.optimizer.step()
-        for parameter in self.named.values():
-            parameter.grad = None
-        for table in self.tables.values():
-            table.clear_gradient()
+        if not self.first_gradients:
+            gradients = {name: parameter.grad for name, parameter in self.named.items() if parameter.grad is not None}
+            self.first_gradients = self.whole(gradients, gradient_of)
+        self.adam.step()
+        self.adam.zero_grad()
+        for table in self.trained:
+            table.step()
 
-    def whole(self, of):
-        values = {name: of(parameter) for name, parameter in self.named.items() if of(parameter) is not None}
+    def whole(self, values, of_table):
+        """values: of what is replicated. of_table: what of a rank's table to put together."""
+        whole = {name: value.detach().clone() for name, value in values.items()}
         for name, table in self.tables.items():
-            own = of(table.block)
-            own = torch.zeros_like(table.block) if own is None else own.detach()
-            parts = [rank_slice(table.num_identities, r, self.team.world_size) for r in range(self.team.world_size)]
-            values[name] = all_gather_unequal(own, [part.stop - part.start for part in parts], self.team)
-        return {name: value.detach().clone() for name, value in values.items()}
+            whole[name] = torch.cat(self.team.all_gather_objects(of_table(table).detach(), "compare"))
+        return whole
 
     def results(self, logged):
         gradients = {f"gradient of {name}": value for name, value in self.first_gradients.items()}
-        return logged | gradients | self.whole(lambda parameter: parameter)
+        return logged | gradients | self.whole(self.named, lambda table: table.block)
 
 
 def run_stage2(team, kind, variant):
@@ -132,8 +131,7 @@ def run_stage1(team, size, identities, average):
             parts = stage1.average_step(text, tables.tokens, means, batch, team)
         else:
             images, labels = random(size, width, seed=step), torch.randint(identities, (size,), generator=generator)
-            own = rank_slice(size, team.rank, team.world_size)
-            parts = stage1.step(text, tables.tokens, images[own], labels[own], labels, team)
+            parts = stage1.step(text, tables.tokens, images, labels, team)
         logged |= {f"step {step}: {n}": team.all_reduce_sum(part) / team.world_size for n, part in parts.items()}
         trained.step(parts["loss"])
     return trained.results(logged)

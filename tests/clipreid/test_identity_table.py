@@ -6,7 +6,7 @@ import torch
 from clipreid.identity_table import IdentityTable
 from clipreid.peers import rank_slice
 from tests.helpers.rank_threads import run_ranks
-from tests.helpers.tables import table_of
+from tests.helpers.tables import gradient_of, table_of
 
 ROWS = torch.arange(22.0, dtype=torch.float64).view(11, 2)
 
@@ -35,10 +35,7 @@ def test_every_rank_gets_the_rows_that_it_wants_and_owners_get_their_gradients(w
     expected = torch.zeros_like(ROWS)
     for labels, factor in zip(wanted, factors, strict=True):
         expected.index_add_(0, labels, factor.expand(-1, 2) / world_size)
-    for table in tables:
-        table.collect_gradient()
-    found = torch.cat([torch.zeros_like(t.block) if t.block.grad is None else t.block.grad for t in tables])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.cat([gradient_of(table) for table in tables]), expected)
 
 
 def test_blocks_are_a_function_of_the_numbers_alone_and_cover_every_row_once():
@@ -50,17 +47,14 @@ def test_blocks_are_a_function_of_the_numbers_alone_and_cover_every_row_once():
             assert [(t.own.start, t.own.stop) for t in tables] == [(part.start, part.stop) for part in parts]
 
 
-def test_a_step_touches_the_gradient_of_lent_rows_only():
+def test_gradients_are_held_for_lent_rows_only_and_forgotten_after_a_step():
     table = table_of(ROWS)
-    table.fetch([torch.tensor([3, 9])]).sum().backward()
-    table.collect_gradient()
-    buffer = table.block.grad
-    assert buffer.any(1).nonzero().flatten().tolist() == [3, 9]
-    table.clear_gradient()
-    assert table.block.grad is buffer and not buffer.any()
-    table.fetch([torch.tensor([4])]).sum().backward()
-    table.collect_gradient()
-    assert buffer.any(1).nonzero().flatten().tolist() == [4]
+    for wanted in ([3, 9], [4]):
+        table.fetch([torch.tensor(wanted)]).sum().backward()
+        rows, gradients = table.lent_gradient()
+        assert rows.tolist() == wanted and gradients.shape == (len(wanted), 2) and table.block.grad is None
+        table.clear_gradient()
+    assert not gradient_of(table).any()
 
 
 def test_rows_that_do_not_learn_and_those_without_grad_leave_nothing_behind():
@@ -70,8 +64,7 @@ def test_rows_that_do_not_learn_and_those_without_grad_leave_nothing_behind():
     with torch.no_grad():
         assert not table.fetch([torch.tensor([1])]).requires_grad
     for each in (frozen, table):
-        each.collect_gradient()
-        assert each.block.grad is None
+        assert not len(each.lent_gradient()[0])
 
 
 def test_a_block_of_the_wrong_length_is_refused():

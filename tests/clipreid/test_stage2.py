@@ -14,7 +14,7 @@ from clipreid.optim import adam, parameter_groups
 from clipreid.stage2 import batch_texts, losses
 from tests.helpers.golden_models import case_images, case_models, case_spec, read_case, scaled_error
 from tests.helpers.settings import loss_settings
-from tests.helpers.tables import table_of
+from tests.helpers.tables import gradient_of, table_of
 from tests.helpers.tolerances import close, within
 
 # The reference's part -> ours
@@ -201,8 +201,7 @@ def test_one_stage_sends_gradients_to_tokens_and_image_features():
     own_texts = batch_texts(text, tokens, labels[::2], 2)
     parts = losses(output, labels, classifiers, settings, own_texts=own_texts)
     parts["loss"].backward()
-    tokens.collect_gradient()
-    ours = [tokens.block.grad[:, :WIDTH], output.features.proj.grad]
+    ours = [gradient_of(tokens)[:, :WIDTH], output.features.proj.grad]
     texts.requires_grad_()
     slow = slow_losses(output, classifiers, labels, texts, settings)
     gradients = ours, torch.autograd.grad(slow["loss"], [texts, output.features.proj])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from launch.scaling.prediction import Counted, Network, Payload, Worker, predicted
 from launch.scaling.resume import checkpoint_and_resume
-from launch.scaling.stages import Case
+from launch.scaling.stages import Case, measure
 from launch.scaling.traffic import Traffic
 from tests.helpers.processes import on_processes
 
@@ -43,6 +43,17 @@ def test_bytes_are_those_that_the_rules_say_whatever_calls_the_collective():
     rows = "rows there and their gradients back"
     assert first == {**alike, "barrier": 0, rows: (3 + 1) * 20}
     assert second == {**alike, "barrier": 0, rows: (1 + 3) * 20}
+
+
+def _calls(team):
+    return measure(team, Case(1, 1000, 16, TINY, (32, 32)), 1)["calls"]
+
+
+def test_a_step_of_stage_1_takes_five_collectives_and_gathers_no_image_features():
+    """Tokens to who encodes them, and gradients back; texts to all, and gradients back; loss parts."""
+    expected = {"all_to_all": 3, "all_gather": 1, "all_reduce": 1}
+    for calls in on_processes(2, _calls):
+        assert {kind: count for kind, count in calls.items() if count} == expected
 
 
 def test_a_collective_without_a_rule_is_an_error():

@@ -12,7 +12,7 @@ from tests.helpers.golden_models import ROOT_CONFIGS
 from tests.helpers.memory import peak_memory_mb
 from tests.helpers.processes import on_processes
 from tests.helpers.settings import loss_settings, model_spec
-from tests.helpers.tables import table_of
+from tests.helpers.tables import gradient_of, table_of
 from tests.helpers.tolerances import close
 
 IDENTITIES, PER = 8, 2
@@ -38,10 +38,8 @@ def losses_and_gradients(text_loss, micro_batch):
     settings = loss_settings(text_loss=text_loss)
     parts = stage2.losses(output, labels, tables.classifiers, settings, text_features=bank, own_texts=own_texts)
     parts["loss"].backward()
-    for table in tables:
-        table.collect_gradient()
-    named = {**dict(model.named_parameters()), **{table.name: table.block for table in tables}}
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients |= {table.name: gradient_of(table) for table in tables}
     buffers = {name: buffer for name, buffer in model.named_buffers() if "running" in name}
     return {name: value.detach() for name, value in parts.items()} | buffers, gradients
 
