@@ -97,8 +97,7 @@ class IdentityTable:
 
     def _lend(self, rows: Tensor) -> Tensor:
         """Copies of some rows, so that their gradients take no room for the rest of the block."""
-        rows = to_device(rows, self.block.device)
-        lent = self.block.detach()[rows]
+        lent = self.block.detach()[to_device(rows, self.block.device)]
         if self.block.requires_grad and torch.is_grad_enabled():
             lent.requires_grad_()
             self._lent.append((rows, lent))

@@ -214,7 +214,8 @@ class TrainSection(Section):
     """Images that a worker's encoder takes at a time in stage 2, for global batches larger than memory: losses and
     gradients stay those of the whole batch, at the cost of a second forward pass. null: all at once. For a ViT only."""
     zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage. 3 is not offered: a model of 150 million parameters never needs it."""
+    """DeepSpeed ZeRO stage. GPUs exchange gradients beside the backward pass in 1 and 2, after it in 0. 3 is not
+    offered: a model of 150 million parameters never needs it."""
 
 
 class EvalSection(Section):

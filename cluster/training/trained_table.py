@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipreid.identity_table import IdentityTable
 from clipreid.optim import adam
+from clipreid.to_device import to_device
 from cluster.training.pieces import MOMENTS, Piece
 
 PIECE_ELEMENTS = 1 << 16
@@ -56,7 +57,7 @@ class TrainedTable:
         if own is None:
             self._step_lent(rows, gradients)
         else:
-            own.index_add_(0, rows.to(own.device), gradients)
+            own.index_add_(0, to_device(rows, own.device), gradients)
             self._step_by(own.split(self._rows))
         self.table.clear_gradient()
 
@@ -80,7 +81,7 @@ class TrainedTable:
         pieces, which = (rows // self._rows).unique(return_inverse=True)
         if len(self._room) < (1 + len(pieces)) * self._rows:
             self._room = self._zeros(1 + len(pieces))
-        place = ((1 + which) * self._rows + rows % self._rows).to(self._room.device)
+        place = to_device((1 + which) * self._rows + rows % self._rows, self._room.device)
         self._room.index_add_(0, place, gradients)
         zeros, *lent = self._room.split(self._rows)
         of_lent = dict(zip(pieces.tolist(), lent, strict=False))

@@ -4,10 +4,12 @@ import json
 import re
 import socket
 
+import psutil
 import pytest
 
 from cluster.checks.preflight import _scattered_virtual_nodes, preflight
 from cluster.errors import TrainingError
+from cluster.ranks.team import Team
 from cluster.settings.yaml_file import load_config, parse_config
 from tests.helpers.processes import on_processes
 from tests.helpers.runs import config_file, launch, overrides
@@ -32,6 +34,15 @@ def preflight_with(tmp_path, tiny_shards, **other):
         section, name = key.split("__")
         theirs[section][name] = str(value)
     return on_processes(2, checked_on_node2, mine, theirs)
+
+
+def test_the_table_says_what_a_worker_holds_before_there_is_a_model(tiny_shards, tmp_path):
+    config = load_config(config_file(tmp_path), overrides(tiny_shards, tmp_path / "run"))
+    lines = preflight(config, Team()).splitlines()
+    column = next(line for line in lines if "imports" in line).replace("┃", "│").split("│").index(" imports ")
+    cells = next(line for line in lines if "cpu" in line and "│" in line).split("│")
+    held = float(cells[column].removesuffix(" GB ").strip())
+    assert held == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.3)
 
 
 def test_preflight_names_the_node_without_the_shared_storage(tiny_shards, tmp_path):
