@@ -159,6 +159,17 @@ def _whole(text: str, least: int, words: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number above 0 and below 1, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
 def check_out(parser: Parser, out: Path, option: str = "--out") -> None:
     """Refuse a place for the result where it could not be written, before the work is done for nothing."""
     if out.is_dir():

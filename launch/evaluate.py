@@ -8,7 +8,7 @@ Under torchrun the processes share the work; the metrics are the same.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,15 +27,19 @@ from launch.cli import (
     positive,
     progress_bar,
     run,
+    share,
 )
 from shards.errors import masked
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 USAGE = """
   evaluate.py [--config FILE] --weights FILE|RUN [key.path=value ...] [--out FILE.json]
-              [--per-query FILE.csv [--top-k K]]
+              [--per-query FILE.csv [--top-k K]] [--open-set [--fpir RATE] [--keep]]
   evaluate.py --features FILE.npz [FILE.npz] [--normalize|--no-normalize] [--rule camera|none|camera_time]
               [--rerank K1,K2,LAMBDA] [--protocol vehicleid --draws 10 --seed 0] [--out FILE.json]
-              [--per-query FILE.csv [--top-k K]]"""
+              [--per-query FILE.csv [--top-k K]] [--open-set [--fpir RATE]]"""
 
 EXAMPLE = """examples:
   python launch/evaluate.py --weights runs/demo eval.rerank=20,6,0.3
@@ -43,6 +47,7 @@ EXAMPLE = """examples:
   python launch/evaluate.py --features query.npz gallery.npz --rerank 20,6,0.3 --out reranked.json
   python launch/evaluate.py --features query.npz gallery.npz --per-query queries.csv --top-k 10
   python launch/evaluate.py --features test.npz --protocol vehicleid --draws 10
+  python launch/evaluate.py --weights runs/demo --open-set --fpir 0.01 --keep
 
 With --features, one file holds query_features [n, D], query_identities, query_cameras, and gallery_* likewise; or two
 files, or folders NAME.parquet, written by extract.py, the query's first; or for vehicleid one extraction of split test.
@@ -52,8 +57,15 @@ run.seed). Under torchrun the processes share the work, and the metrics are the 
 The result holds fractions: mAP, mINP and R1, R5, R10 over the valid queries, which have a match; and TPR@FPR, the share
 of pairs (query, gallery image) of one identity that one distance for all accepts, where it accepts at most 1e-4, 1e-3
 and 1e-2 of the pairs of different identities (fast-reid's figure of that name has the classes the other way round). An
-empty identity, or -1, is unknown: it equals none."""
+empty identity, or -1, is unknown: it equals none.
 
+--open-set takes half of the identities, drawn by the seed, out of the gallery and searches for all. FPIR: share of the
+searches for those that find an image nearer than the threshold; FNIR: share of the others whose nearest image is
+another's or not nearer than the threshold (ISO/IEC 19795-1, with lists of one). It gives FNIR at FPIR 0.1 and 0.01 in
+growing galleries, the threshold that keeps to --fpir with its interval, and the probability that two images are of one
+identity; docs/comparing.md explains them. --keep puts threshold and probability into the card of the weights."""
+
+WANTED_FPIR = 0.01
 FEATURE_OPTIONS = ("normalize", "rule", "rerank", "protocol", "draws", "seed")
 
 
@@ -62,6 +74,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     if not options.weights and not options.features:
         parser.error("give --weights, or --features")
+    for name in ("fpir", "keep") if not options.open_set else ():
+        if getattr(options, name):
+            parser.error(f"--{name}: belongs to --open-set, which is not given")
     place = _check_places(parser, options)
     with owned_result(place, "evaluating"):
         metrics = _from_features(parser, options) if options.features else _from_weights(parser, options)
@@ -70,7 +85,9 @@ def main(arguments: list[str]) -> None:
 
         from cluster.evaluation.result_file import write_result
 
-        show(metrics)  # First: they are not lost where the file cannot be written.
+        show(
+            metrics, Path((options.features or [options.weights])[0]).stem
+        )  # First: they are not lost where the file cannot be written.
         print(masked(f"metrics: {write_result(metrics, place, replace=options.out is not None)}"))
 
 
@@ -126,6 +143,9 @@ def make_parser() -> Parser:
         help="also a table of each query's matches, first rank and AP",
     )
     parser.add_argument("--top-k", type=positive, metavar="K", help="and its K nearest gallery images, in that table")
+    parser.add_argument("--open-set", action="store_true", help="also searches for who is not in the gallery")
+    parser.add_argument("--fpir", type=share, metavar="RATE", help="that the threshold is to keep to (default 0.01)")
+    parser.add_argument("--keep", action="store_true", help="threshold and probability go into the weights' card")
     parser.add_argument(
         "--out",
         type=local_place,
@@ -162,14 +182,22 @@ def _from_weights(parser: Parser, options: argparse.Namespace) -> dict[str, Any]
         index = check_evaluation(config)
         if options.per_query and "test" in index.splits:
             parser.error(f"--per-query: {index.name} is evaluated over draws, each with queries of its own")
+        if options.keep and weights.card is None:
+            parser.error(f"--keep: {options.weights} was not written by this system and has no card")
         weights.check(config, index, METRICS)
         from cluster.evaluation.inference import Inference
+        from cluster.evaluation.open_set import keep_decision
         from cluster.ranks.process import this_team
 
         with this_team(config.cluster) as team:
             inference = Inference(config, weights.path, weights.card, index, team)
-            metrics = inference.evaluate(index, progress_bar, _per_query_file(options))
-            return metrics if team.is_first else None
+            asked = _open_set(options, config.run.seed)
+            metrics = inference.evaluate(index, progress_bar, _per_query_file(options), asked)
+            if not team.is_first:
+                return None
+            if options.keep:
+                print(f"card: {masked(keep_decision(options.weights, weights.path, metrics, config, index))}")
+            return metrics
 
 
 def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -184,12 +212,14 @@ def _from_features(parser: Parser, options: argparse.Namespace) -> dict[str, Any
     from cluster.evaluation.metrics import DrawSettings, RetrievalSettings, metrics_of_pair, metrics_of_test
     from cluster.ranks.process import this_team
 
+    seed = RunSection().seed if options.seed is None else options.seed
+    asked = _open_set(options, seed)
     with this_team() as team:
         if options.protocol:
-            draws = DrawSettings(options.draws or EvalSection().draws, options.seed or RunSection().seed)
+            draws = DrawSettings(options.draws or EvalSection().draws, seed, asked)
             metrics = metrics_of_test(*sets, normalize=normalize, draws=draws, team=team)
         else:
-            settings = RetrievalSettings(rule, options.rerank, _per_query_file(options))
+            settings = RetrievalSettings(rule, options.rerank, _per_query_file(options), asked)
             metrics = metrics_of_pair(*sets, normalize=normalize, settings=settings, team=team, show=progress_bar)
         return metrics if team.is_first else None
 
@@ -202,6 +232,14 @@ def _per_query_file(options: argparse.Namespace) -> Any:
     return PerQueryFile(str(options.per_query), options.top_k or 0)
 
 
+def _open_set(options: argparse.Namespace, seed: int) -> Any:
+    if not options.open_set:
+        return None
+    from cluster.evaluation.open_set import OpenSetSettings
+
+    return OpenSetSettings(options.fpir or WANTED_FPIR, seed)
+
+
 def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
     for name in ("config", "weights"):
         if getattr(options, name) is not None:
@@ -211,27 +249,64 @@ def _check_feature_options(parser: Parser, options: argparse.Namespace) -> None:
     most = 1 if options.protocol else 2
     if len(options.features) > most:
         parser.error(f"--features: {len(options.features)} files; give {'one' if most == 1 else 'one or two'}")
-    for name in ("rule", "rerank", "per_query") if options.protocol else ("draws", "seed"):
+    if options.keep:
+        parser.error("--keep: features have no card to keep it in; give --weights")
+    unfit = ("draws",) if options.open_set else ("draws", "seed")
+    for name in ("rule", "rerank", "per_query") if options.protocol else unfit:
         if getattr(options, name) is not None:
             option, preposition = f"--{name.replace('_', '-')}", "with" if options.protocol else "without"
             parser.error(f"{option} does not go {preposition} --protocol vehicleid")
 
 
-def show(metrics: dict[str, Any]) -> None:
-    """A table of percentages: one line for the plain and the re-ranked figures, or for each size of VehicleID."""
+def show(metrics: dict[str, Any], name: str) -> None:
+    """A table of percentages: one line for the plain and the re-ranked figures, or for each size of VehicleID; and one
+    of the open-set figures. name: of what was evaluated."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, markup=False)
+
     if "mAP" in metrics:
         names: tuple[str, ...] = ("mAP", "mINP", "R1", "R5", "R10", "valid_queries")
-        rows = {"": metrics} | ({"re-ranked": metrics["rerank"]} if "rerank" in metrics else {})
+        rows = {name: metrics} | ({f"{name}, re-ranked": metrics["rerank"]} if "rerank" in metrics else {})
     else:
         names = ("mAP", "R1", "R5", "queries", "gallery")
-        rows = metrics
-    table = Table("", *(name.replace("_", " ") for name in names))
+        rows = {size: figures for size, figures in metrics.items() if size != "open_set"}
+    table = Table("%", *(name.replace("_", " ") for name in names))
     for title, figures in rows.items():
         table.add_row(title, *(_cell(figures[name]) for name in names))
-    Console(highlight=False).print(table)
+    console.print(table)
+    if "open_set" in metrics:
+        show_open_set(metrics["open_set"], console)
+
+
+def show_open_set(found: dict[str, Any], console: "Console") -> None:
+    """FNIR in growing galleries, and what to decide by."""
+    from rich.table import Table
+
+    table = Table("gallery: identities", "images", *(f"FNIR at FPIR {rate}, %" for rate in found["FNIR@FPIR"]))
+    for row in found["by_gallery"]:
+        table.add_row(f"{row['identities']:,}", f"{row['images']:,}", *map(_percent, row["FNIR@FPIR"].values()))
+    console.print(table)
+    threshold = found["threshold"]
+    low, high = threshold["distance"]["low"], threshold["distance"]["high"]
+    console.print(
+        f"threshold for FPIR {threshold['wanted']:g}: distance {threshold['distance']['value']:.4f} [{low:.4f}, "
+        f"{high:.4f}]; FPIR {_percent(threshold['FPIR'])} %, FNIR {_percent(threshold['FNIR'])} %",
+        soft_wrap=True,
+    )
+    if same := found.get("same_identity"):
+        console.print(
+            f"probability that two images are of one identity: 1 / (1 + exp(-({same['intercept']:.3f} "
+            f"{same['slope']:+.3f} x distance))), calibration error {100 * same['calibration_error']:.1f} % on other "
+            f"identities; {len(same['by_camera'])} cameras have a curve of their own",
+            soft_wrap=True,
+        )
+
+
+def _percent(estimate: dict[str, float]) -> str:
+    """ "12.3 [9.0, 16.1]"."""
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
 
 
 def _cell(value: float | int | dict[str, float]) -> str:

@@ -34,6 +34,9 @@ class ModelCard:
     """Features that images are compared by."""
     training: dict[str, Any] = field(default_factory=dict)
     """What its trainer has to say of dataset and settings, as JSON; not read here. Empty in older files."""
+    decision: dict[str, Any] = field(default_factory=dict)
+    """What an open-set evaluation has found: from which distance on, and how probably, two images are of one identity,
+    and what it was measured on, as JSON. Empty where none was kept."""
 
     def to_metadata(self) -> dict[str, str]:
         """As the metadata of a .safetensors file; `read_card` reads it back."""
@@ -45,6 +48,8 @@ class ModelCard:
         }
         if self.training:
             fields["training"] = self.training
+        if self.decision:
+            fields["decision"] = self.decision
         return {_CARD: json.dumps(fields)}
 
 
@@ -73,6 +78,7 @@ def read_card(path: str | Path) -> ModelCard:
         pixel_std=tuple(fields["pixel_std"]),
         descriptor=tuple(fields["descriptor"]),
         training=fields.get("training", {}),
+        decision=fields.get("decision", {}),
     )
 
 

@@ -8,8 +8,9 @@ metadata the card (`card.py`) with all that is needed to use them. Weights of ot
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from clipreid.weights.appearing import appearing
 from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
 from clipreid.weights.initial import Models, empty_models
 from clipreid.weights.pretrained import check_fit
-from clipreid.weights.sealed import Stored, check_file, dump, read_header
+from clipreid.weights.sealed import Place, Stored, check_file, check_tensor, dump, read_header, read_pieces
 from clipreid.weights.tables import CLASSIFIER, CLASSIFIER_PROJ, STD, TOKENS, load_table
 from clipreid.weights.types import bytes_of, stored
 
@@ -38,6 +39,7 @@ __all__ = [
     "read_card",
     "save_model",
     "weights_file",
+    "with_decision",
 ]
 
 _TEXT_PREFIXES = ("prompt_learner.", "text_encoder.")
@@ -54,6 +56,22 @@ def model_file(models: Models, card: ModelCard, tables: Mapping[str, Stored]) ->
     """The file of `models` with these whole tables, and their card: in pieces, to be written one after the other."""
     state = {name: stored(tensor) for name, tensor in models.state_dict().items()}
     return dump(state | dict(tables), card.to_metadata())
+
+
+def with_decision(path: str | Path, decision: dict[str, Any]) -> Iterator[memoryview | bytes]:
+    """Such a file with this decision in its card and the same tensors, in pieces. Raises DamagedError while it is read
+    where it has other bytes than were written."""
+    path = weights_file(path)
+    card = replace(read_card(path), decision=decision)
+    header = read_header(path)
+    with path.open("rb") as file:
+        for name in header.places:
+            check_tensor(file, header, name)
+
+        def tensor(place: Place) -> Stored:
+            return Stored(place.dtype, place.shape, lambda: read_pieces(file, place.start, place.end))
+
+        yield from dump({name: tensor(place) for name, place in header.places.items()}, card.to_metadata())
 
 
 def load_model(path: str | Path) -> tuple[ReIDModel, ModelSpec]:

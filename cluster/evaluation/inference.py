@@ -26,6 +26,7 @@ from clipreid.weights.tables import TOKENS, load_table, taken_tables
 from cluster.evaluation.evaluate import descriptors, encode_split
 from cluster.evaluation.features import PassSettings, Progress, extract_images
 from cluster.evaluation.metrics import ShowProgress, measure, show_nothing
+from cluster.evaluation.open_set import OpenSetSettings
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.evaluation.trained import trained_precision
 from cluster.ranks.arithmetic import settled
@@ -52,9 +53,19 @@ class Inference:
         model = load_model(path)[0] if card else _load_others(config, path, index)
         self.model: ReIDModel = model.to(self.team.device).eval()
 
-    def evaluate(self, index: ShardIndex, show: ShowProgress, per_query: PerQueryFile | None = None) -> dict[str, Any]:
-        """Metrics as of a run, `evaluate.evaluate`. Raises as it does. per_query: as in `measure`."""
-        return measure(lambda split: self.encode(index, split, show), index, self.config, self.team, show, per_query)
+    def evaluate(
+        self,
+        index: ShardIndex,
+        show: ShowProgress,
+        per_query: PerQueryFile | None = None,
+        open_set: OpenSetSettings | None = None,
+    ) -> dict[str, Any]:
+        """Metrics as of a run, `evaluate.evaluate`. Raises as it does. per_query, open_set: as in `measure`."""
+
+        def encode(split: str) -> np.ndarray:
+            return self.encode(index, split, show)
+
+        return measure(encode, index, self.config, self.team, show, per_query, open_set)
 
     def extract_split(self, index: ShardIndex, split: str, show: ShowProgress) -> dict[str, np.ndarray]:
         """The arrays of a feature file, in index order. Raises DataError for an image that cannot be read."""

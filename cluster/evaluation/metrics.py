@@ -21,6 +21,7 @@ from clipreid.retrieval.rules import RULES, Rule
 from clipreid.retrieval.vehicleid import vehicleid
 from cluster.evaluation.feature_file import FeatureSet
 from cluster.evaluation.features import Progress, no_progress
+from cluster.evaluation.open_set import OpenSetSettings, open_set_metrics, open_set_of_test
 from cluster.evaluation.per_query import PerQueryFile
 from cluster.ranks.team import Team
 from cluster.settings.config import Config
@@ -48,6 +49,8 @@ class RetrievalSettings:
     """k1, k2, lambda: the same metrics of the re-ranked distances as well, under "rerank"."""
     per_query: PerQueryFile | None = None
     """Written by the first rank; of the plain distances."""
+    open_set: OpenSetSettings | None = None
+    """Of the plain distances as well, under "open_set"."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class DrawSettings:
 
     draws: int
     seed: int
+    open_set: OpenSetSettings | None = None
+    """As in `RetrievalSettings`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def measure(
     team: Team,
     show: ShowProgress = show_nothing,
     per_query: PerQueryFile | None = None,
+    open_set: OpenSetSettings | None = None,
 ) -> dict[str, Any]:
     """The metrics of a packed dataset by its protocol, the same on every rank, as `evaluate.evaluate` gives them.
 
@@ -89,9 +95,9 @@ def measure(
     """
     if "test" in index.splits:
         test = index.split("test")
-        draws = DrawSettings(config.eval.draws, config.run.seed)
+        draws = DrawSettings(config.eval.draws, config.run.seed, open_set)
         return vehicleid_metrics(np.array(descriptors("test")), test.identity_codes, test.lists, draws, team)
-    settings = RetrievalSettings(config.eval.rule, config.eval.rerank, per_query)
+    settings = RetrievalSettings(config.eval.rule, config.eval.rerank, per_query, open_set)
     query = RetrievalSet.of_split(np.array(descriptors("query")), index.split("query"), settings)
     gallery = RetrievalSet.of_split(descriptors("gallery"), index.split("gallery"), settings)
     return retrieval_metrics(query, gallery, settings, team, show)
@@ -154,6 +160,10 @@ def retrieval_metrics(
             metrics["rerank"] = evaluate_reranked(
                 *sets, rule=rule, k1=k1, k2=k2, lam=lam, peers=peers, progress=progress
             )
+    if settings.open_set:
+        sides = (query.features, query.labels), (gallery.features, gallery.labels)
+        with show("search for strangers") as progress:
+            metrics["open_set"] = open_set_metrics(*sides, rule, settings.open_set, team, progress)
     return metrics
 
 
@@ -163,7 +173,10 @@ def vehicleid_metrics(
     """`small`, `medium`, `large`, each with mean and std over the draws. Features float32 [n, D] of split test."""
     on_device = torch.from_numpy(features).to(team.device)
     peers = team.patiently("merge evaluation")
-    return vehicleid(on_device, identities, lists, draws=settings.draws, seed=settings.seed, peers=peers)
+    metrics = vehicleid(on_device, identities, lists, draws=settings.draws, seed=settings.seed, peers=peers)
+    if settings.open_set:
+        metrics["open_set"] = open_set_of_test(features, identities, lists, settings.open_set, team)
+    return metrics
 
 
 class Rows:
