@@ -65,7 +65,7 @@ test-floor: .venv/ready
 
 # On a machine that cannot fetch anything .venv is not there: then with the Python that has torch.
 gpu:
-	@$(GPU_PY) launch/bench.py gpu --out $(GPU_OUT)
+	@$(GPU_PY) launch/bench.py gpu --out $(GPU_OUT) > /dev/null
 
 bench-check: .venv/ready
 	@$(PY) launch/bench.py check --against $(AGAINST)

@@ -48,14 +48,15 @@ def run(arguments: list[str]) -> dict[str, Any]:
         (options.out / "gpu.md").write_text(page(result))
 
     with (options.out / "gpu.log").open("w") as log, stoppable() as stop:
+        keep()
         for part in whole.parts:
             if not stop.asked:
                 whole.take(part, log, stop)
                 keep()
+    print((options.out / "gpu.md").read_text(), file=sys.stderr)
     if stop.asked:
         raise SystemExit(128 + stop.asked)
     if whole.faults():
-        print((options.out / "gpu.md").read_text(), file=sys.stderr)
         raise SystemExit(1)
     return whole.result()
 
