@@ -22,7 +22,7 @@ from clipreid import stage2
 from clipreid.augment import augment, normalise
 from clipreid.identity_table import IdentityTable, IdentityTables
 from clipreid.model.encoders import Features, ResNetEncoder
-from clipreid.model.reid import ReIDModel
+from clipreid.model.reid import ReIDModel, ReIDOutput
 from clipreid.optim import adam, parameter_groups
 from launch.measure.published import AUGMENT, LOSSES
 
@@ -96,8 +96,11 @@ class OurLoop:
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            output = self.model(images)
+            output = self.forward(images)
         return stage2.losses(output, labels, self.classifiers, LOSSES, text_features=self.texts)
+
+    def forward(self, images: Tensor) -> ReIDOutput:
+        return self.model(images)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -166,6 +169,9 @@ class EngineLoop(OurLoop):
             tables=[TrainedTable(table.name, table, weight_decay=WEIGHT_DECAY) for table in self.classifiers],
         )
         self.engine.set_lr(LR)
+
+    def forward(self, images: Tensor) -> ReIDOutput:
+        return self.engine(images)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
