@@ -28,6 +28,7 @@ if kernels := os.environ.get("ATEN_CPU_CAPABILITY"):
 def pytest_addoption(parser):
     parser.addoption("--run-faults", action="store_true", help="run the long fault tests as well")
     parser.addoption("--tolerances", action="store_true", help="print how much of each float32 tolerance was used")
+    parser.addoption("--memory", action="store_true", help="print the tests whose process held most; too much fails")
 
 
 def pytest_configure(config):
@@ -39,11 +40,34 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    from tests.helpers.tolerances import FOLDER, table
+    from tests.helpers import memory, tolerances
 
     if config.getoption("--tolerances"):
         terminalreporter.section("largest share used of each tolerance")
-        terminalreporter.write_line("\n".join(table(os.environ[FOLDER])))
+        terminalreporter.write_line("\n".join(tolerances.table(os.environ[tolerances.FOLDER])))
+    if config.getoption("--memory"):
+        ends = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", "") == "teardown"]
+        terminalreporter.section("most memory of a test's process")
+        terminalreporter.write_line("\n".join(memory.table(ends)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    from tests.helpers import memory
+
+    if item.config.getoption("--memory"):
+        memory.forget_peak()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    from tests.helpers import memory
+
+    report = yield
+    if item.config.getoption("--memory") and call.when == "teardown":
+        memory.note_peak(report)
+    return report
 
 
 def pytest_collection_modifyitems(config, items):
