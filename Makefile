@@ -47,7 +47,7 @@ setup: .venv/ready
 demo-data: .venv/ready
 	@$(PY) launch/pack.py render --out $(DEMO)/images
 	@$(PY) launch/pack.py build --dataset veri776 --root $(DEMO)/images --views $(DEMO)/images/keypoint_train.txt \
-		$(DEMO)/images/keypoint_test.txt --noun vehicle --out $(DEMO)/shards
+		$(DEMO)/images/keypoint_test.txt --noun vehicle --name demo --out $(DEMO)/shards
 
 train: demo-data
 	@$(PY) launch/train.py --config configs/demo.yaml

@@ -121,10 +121,11 @@ def load_settings(options: argparse.Namespace, trained: "Trained | None" = None)
     """
     if trained is not None and not options.config:
         return trained.config(options.overrides)
+    from cluster.settings.of_weights import over_those_of_weights
     from cluster.settings.paths import with_absolute_paths
-    from cluster.settings.yaml_file import load_config
+    from cluster.settings.yaml_file import load_tree, parse_config
 
-    return with_absolute_paths(load_config(options.config, options.overrides))
+    return with_absolute_paths(parse_config(over_those_of_weights(load_tree(options.config, options.overrides))))
 
 
 def place(text: str) -> str:

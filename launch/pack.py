@@ -12,11 +12,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import Parser, check_out, end, local_place, place, positive, progress_bar, run
+from launch.cli import Parser, check_out, end, local_place, not_negative, place, positive, progress_bar, run
 
 EXAMPLE = """examples:
   python launch/pack.py render --out data/demo
-  python launch/pack.py build --dataset veri776 --root data/demo --out data/demo-shards
+  python launch/pack.py build --dataset folders --root photos --noun person --out data/mine --dry-run
+  python launch/pack.py build --dataset mot --root MOT17/train --frame-step 10 --out data/mot17
+  python launch/pack.py build --dataset veri776 --root data/demo --name demo --out data/demo-shards
   python launch/pack.py build --dataset market1501+msmt17 --root data/market --root data/msmt17 --out s3://bucket/joint
   python launch/pack.py build --dataset manifest --root images.csv --noun animal --out data/animals
   python launch/pack.py verify data/demo-shards --all
@@ -76,7 +78,26 @@ def _add_build(parser: Parser) -> None:
     )
     parser.add_argument("--drop-unlabelled", action="store_true", help="veri776: leave out images without a view")
     parser.add_argument("--msmt17-val", choices=("merge", "leave"), help="msmt17: validation images train too (merge)")
+    parser.add_argument(
+        "--camera-pattern",
+        metavar="REGEX",
+        help="folders: finds the camera in a path below its identity's folder, as 'c(\\d+)'; or the word guess",
+    )
+    parser.add_argument(
+        "--test-share", type=share, metavar="S", help="folders, mot: part of the identities to test with (default 0.3)"
+    )
+    parser.add_argument("--seed", type=not_negative, metavar="N", help="folders, mot: of that division (default 0)")
+    parser.add_argument("--tracks", type=place, metavar="DIR", help="mot: a tracker's SEQUENCE.txt, not gt/gt.txt")
+    parser.add_argument(
+        "--frame-step", type=positive, metavar="N", help="mot: every N-th frame of a track (default 10)"
+    )
+    parser.add_argument("--shared-tracks", action="store_true", help="mot: all sequences number their tracks alike")
+    parser.add_argument("--boxes", choices=("detected", "labelled"), help="cuhk03: which boxes (default detected)")
     parser.add_argument("--noun", metavar="WORD", help="what the images show, for the prompt: person, vehicle, ...")
+    parser.add_argument(
+        "--name", metavar="NAME", help="of the dataset, in all logs; default: the root's folder, or the layout's name"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be packed, and write nothing")
     parser.add_argument("--processes", type=positive, metavar="N", help="default: the cores at hand")
     parser.add_argument("--shard-mb", type=positive, default=256, metavar="MB", help="size of a shard (default 256)")
     parser.add_argument("--resize", type=height_by_width, metavar="HxW", help="store resized JPEGs, not the originals")
@@ -106,6 +127,16 @@ def jpeg_quality(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1, for example 0.3")
+    return value
+
+
 def height_by_width(text: str) -> tuple[int, int]:
     height, cross, width = text.lower().partition("x")
     if not cross:
@@ -129,17 +160,30 @@ def render(options: argparse.Namespace) -> int:
     return 0
 
 
+PARSER_OPTIONS = (
+    *("views", "drop_unlabelled", "msmt17_val", "camera_pattern", "test_share", "seed"),
+    *("tracks", "frame_step", "shared_tracks", "boxes"),
+)
+"""Options that are fields of the parsers."""
+
+
 def build(options: argparse.Namespace) -> int:
     from shards.packing.build import build
-    from shards.packing.tables import print_build
+    from shards.packing.tables import print_build, print_plan
 
-    parser_options: dict[str, Any] = {}
-    if options.views:
-        parser_options["views"] = tuple(options.views)
-    if options.drop_unlabelled:
-        parser_options["drop_unlabelled"] = True
-    if options.msmt17_val:
-        parser_options["msmt17_val"] = options.msmt17_val
+    given = {name: getattr(options, name) for name in PARSER_OPTIONS}
+    parser_options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if value is not None and value is not False
+    }
+    if options.dry_run:
+        from shards.datasets.joint import read_collection
+        from shards.packing.validate import check_collection
+
+        collection = read_collection(options.dataset, options.root, parser_options, options.noun, options.name)
+        print_plan(collection, check_collection(collection))
+        return 0
     with progress_bar("packing") as progress:
         report = build(
             options.dataset,
@@ -147,6 +191,7 @@ def build(options: argparse.Namespace) -> int:
             options.out,
             options=parser_options,
             noun=options.noun,
+            name=options.name,
             processes=options.processes,
             shard_mb=options.shard_mb,
             resize=options.resize,

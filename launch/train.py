@@ -15,6 +15,7 @@ from launch.cli import Parser, add_settings, end, load_settings, run
 EXAMPLE = """examples:
   python launch/train.py --config configs/demo.yaml
   python launch/train.py --config configs/veri776_vit.yaml data.shards=s3://bucket/veri776 cluster.workers=8
+  python launch/train.py --config configs/finetune.yaml model.pretrained=runs/demo data.shards=data/mine/shards
   OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 launch/train.py --config configs/demo.yaml cluster.launcher=torchrun
   ray job submit --working-dir . -- python launch/train.py --config configs/demo.yaml
 Repeating a command goes on from the run's newest checkpoint."""
@@ -28,10 +29,10 @@ def main(arguments: list[str]) -> int:
     from cluster.checks.before_run import check_run
 
     config = load_settings(options)
-    index, _ = check_run(config)
+    run = check_run(config)
     from cluster.launchers.run import train_and_show
 
-    return train_and_show(config, index)
+    return train_and_show(config, run.index, str(run.origin or ""))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def metadata(record: ImageRecord, label: int) -> dict[str, Any]:
         facts["lists"] = record.lists
     if record.attributes:
         facts["attributes"] = dict(record.attributes)
+    if record.crop:
+        facts["crop"] = {"file": record.crop.file, "box": list(record.crop.box)}
     return facts
 
 

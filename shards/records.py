@@ -15,11 +15,22 @@ UNKNOWN_IDENTITIES = ("", "-1")
 
 
 @dataclass(frozen=True, slots=True)
+class Crop:
+    """An image that is part of a file."""
+
+    file: str
+    """Posix path below the root of the dataset."""
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels of the upright picture; right and bottom are the first outside. What lies
+    outside the picture is cut away."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One image of one split. Numbers are 0-based and global to the dataset; -1 is unknown."""
 
     path: str
-    """Posix path below the root of its dataset."""
+    """Posix path below the root of its dataset; of a crop its name, which no file has."""
     identity: str
     """As in the source; the same string in every split means the same identity, but for UNKNOWN_IDENTITIES."""
     split: str
@@ -32,3 +43,9 @@ class ImageRecord:
     """VehicleID's test lists that hold the image ("800,1600,2400")."""
     attributes: tuple[tuple[str, str], ...] = ()
     """Further facts (colour, type), kept in the image's JSON beside it; nothing here reads them."""
+    crop: Crop | None = None
+
+    @property
+    def file(self) -> str:
+        """Where its pixels are."""
+        return self.crop.file if self.crop else self.path

@@ -275,6 +275,8 @@ class Source:
         self._sizes: dict[str, int] = {}
         self.left_out: set[str] = set()
         """Files that a parser met in its image folders and took for no images."""
+        self.notes: list[str] = []
+        """What a parser has to say of how it read them, a line each."""
 
     def __reduce__(self):
         return Source, (self.root,)
@@ -290,6 +292,16 @@ class Source:
         if self._local:
             return _read_regular(self._local / path)
         return self._ask(path, self._fs.cat_file)
+
+    def read_start(self, path: str, num_bytes: int) -> bytes:
+        """A file's first bytes, fewer where it is shorter, none where it cannot be read: to see what kind it is."""
+        try:
+            if self._local:
+                with open_regular(self._local / path) as file:
+                    return file.read(num_bytes)
+            return self._ask(path, lambda full: self._fs.cat_file(full, start=0, end=num_bytes))
+        except (OSError, ValueError):
+            return b""
 
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """A small text file of the dataset; raises DataError when it is not there."""

@@ -14,16 +14,17 @@ import pytest
 
 from cluster.settings.yaml_file import dump_config, load_config
 from tests.helpers.commands import MODULE, ROOT, commands
+from tests.helpers.layouts import folders_of_identities
 from tests.helpers.runs import BIN, TINY, environment
 
 README = commands(ROOT / "README.md")
-GIVEN = ("configs/demo.yaml", "data/demo/shards", "runs/demo", "runs", "features.npz", "mine.csv")
+GIVEN = ("configs/demo.yaml", "data/demo/shards", "runs/demo", "runs", "features.npz", "mine.csv", "photos")
 """What the README's user has, and a tiny one stands in for."""
 RUN = [c for c in README if c.split()[0] in ("python", "torchrun") and any(name in shlex.split(c) for name in GIVEN)]
 TRAIN = next(c for c in RUN if c.startswith("torchrun") and "launch/train.py" in c)
 LEAVES = {
     "inspect": ["sheet.png"],
-    "build": ["data/mine/shards/dataset.json"],
+    "manifest": ["data/mine/shards/dataset.json"],
     "query.npz": ["query.npz"],
     "gallery.parquet": ["gallery.parquet"],
     "launch/export.py": ["clipreid.pth"],
@@ -46,6 +47,7 @@ def given(tiny_shards, tmp_path_factory):
         "runs/demo": folder / "run",
         "runs": folder,
         "mine.csv": _write_csv(tiny_shards.parent / "images" / "image_train"),
+        "photos": folders_of_identities(tiny_shards.parent / "images", folder / "photos"),
     }
     program, *words = _words(TRAIN, files)
     command = [BIN / program, "--standalone", *words]  # A port of its own: other tests run beside.

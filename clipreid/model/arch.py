@@ -84,20 +84,19 @@ def check_arch_config(config: dict[str, Any], arch: str) -> None:
 _REMEDY = "use one with a class-token ViT or ModifiedResNet and CLIP's causal text tower (ViT-B-16-quickgelu)"
 
 
-def check_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> None:
-    """Raise ModelError unless `model.pretrained` is a local file, or a tag of open_clip's that fits the model.
+def check_tag(pretrained: str, arch: str, config: dict[str, Any]) -> None:
+    """Raise ModelError unless `model.pretrained`, which is no file, is a tag of open_clip's that fits the model.
 
-    Imports open_clip (seconds) only where it is not a file. Downloads nothing.
+    Imports open_clip (seconds). Downloads nothing.
     """
-    if Path(pretrained).is_file():
-        return
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     entry = get_pretrained_cfg(arch, pretrained)
     if not entry:
         tags = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
         raise ModelError(
-            f"model.pretrained {pretrained!r}: no such file, and no such weights of {arch} in open_clip; known: {tags}"
+            f"model.pretrained {pretrained!r}: no such file or run folder, and no such weights of {arch} in "
+            f"open_clip; known: {tags}"
         )
     check_activation(pretrained, bool(entry.get("quick_gelu")), arch, config)
 

@@ -42,8 +42,9 @@ class ReIDModel(nn.Module):
         self.image_encoder = image_encoder
         _, img, proj = image_encoder.widths
         self.bottleneck, self.bottleneck_proj = nn.BatchNorm1d(img), nn.BatchNorm1d(proj)
-        self.cv_embed = nn.Parameter(torch.empty(spec.sie_rows, img)) if spec.sie_rows else None
-        self._initialise()
+        self.cv_embed = nn.Parameter(drawn_side_information(spec.sie_rows, img)) if spec.sie_rows else None
+        for neck in (self.bottleneck, self.bottleneck_proj):
+            neck.bias.requires_grad_(False)  # stays 0, so that the classifier's planes pass through the origin
 
     def forward(
         self,
@@ -91,11 +92,10 @@ class ReIDModel(nn.Module):
         assert isinstance(known, Tensor), "a table without rows for cameras and views"
         return self.sie_coefficient * self.cv_embed[row * known] * known.unsqueeze(1)
 
-    def _initialise(self) -> None:
-        for neck in (self.bottleneck, self.bottleneck_proj):
-            neck.bias.requires_grad_(False)  # stays 0, so that the classifier's planes pass through the origin
-        if self.cv_embed is not None:
-            nn.init.trunc_normal_(self.cv_embed, std=0.02)
+
+def drawn_side_information(rows: int, width: int) -> Tensor:
+    """A table to begin with, [rows, width], of the standard deviation of the paper's authors."""
+    return nn.init.trunc_normal_(torch.empty(rows, width), std=0.02)
 
 
 def descriptor(features: Features, chosen: Sequence[FeatureName]) -> Tensor:

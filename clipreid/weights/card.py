@@ -13,7 +13,7 @@ from typing import Any
 
 from clipreid.errors import ModelError
 from clipreid.model.spec import FeatureName, ModelSpec
-from clipreid.weights.sealed import read_header
+from clipreid.weights.sealed import DamagedError, read_header
 
 MODEL_FILE = "model.safetensors"
 """Name of the final weights in a run folder."""
@@ -63,6 +63,26 @@ def weights_file(weights: str | Path) -> Path:
     elif not path.is_file():
         raise ModelError(f"{weights}: no such run folder or file of weights")
     return path
+
+
+def local_file(pretrained: str) -> Path | None:
+    """The file that `model.pretrained` names: itself or that of a run folder; None where it is the tag of weights that
+    open_clip fetches. Raises ModelError for a folder that is no run's."""
+    path = Path(pretrained)
+    if path.is_file():
+        return path
+    is_run = path.is_dir() and ("/" in pretrained or (path / MODEL_FILE).is_file())
+    return weights_file(path) if is_run else None
+
+
+def find_card(path: str | Path) -> ModelCard | None:
+    """As `read_card`; None for a file that is not ours. Raises DamagedError where it was changed."""
+    try:
+        return read_card(path)
+    except DamagedError:
+        raise
+    except ModelError:
+        return None
 
 
 def read_card(path: str | Path) -> ModelCard:

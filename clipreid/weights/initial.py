@@ -8,8 +8,9 @@ tables, of which each rank makes its own rows.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,14 @@ from clipreid.identity_table import IdentityTables
 from clipreid.model.clip_library import open_clip
 from clipreid.model.encoders import ImageEncoder, ResNetEncoder, ViTEncoder
 from clipreid.model.prompts import PromptedText, PromptLearner, TextEncoder, template_ids
-from clipreid.model.reid import ReIDModel
+from clipreid.model.reid import ReIDModel, drawn_side_information
 from clipreid.model.spec import ModelSpec
 from clipreid.peers import ALONE, Peers
+from clipreid.weights.card import local_file
 from clipreid.weights.official import load_official, renamed
 from clipreid.weights.pretrained import is_official, load_clip, read_pretrained
 from clipreid.weights.tables import drawn_tables, table_shapes, taken_tables
+from clipreid.weights.transfer import Origin, transfer, without_prompts
 
 
 class Models(NamedTuple):
@@ -41,28 +44,67 @@ class Models(NamedTuple):
         return self.model.state_dict() | text | {table.name: table.block.detach() for table in self.tables}
 
 
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    models: Models
+    origin: Origin | None
+    """What was kept of a re-identification checkpoint; None without one."""
+
+
 def build_models(spec: ModelSpec, pretrained: str | None = None, seed: int = 0, peers: Peers = ALONE) -> Models:
+    """As `start`, without what is told of it."""
+    return start(spec, pretrained, seed, peers).models
+
+
+def start(
+    spec: ModelSpec, pretrained: str | None = None, seed: int = 0, peers: Peers = ALONE, dataset: str = ""
+) -> Start:
     """The image model, the text side and this rank's rows of the tables of `spec`: on the CPU, float32, in training
     mode.
 
-    `pretrained`: None (random weights), an open_clip tag, or a local file: CLIP weights, or a checkpoint of the paper's
-    authors. What it does not hold is drawn from `seed`; the global random state is left alone.
+    `pretrained`: None (random weights), an open_clip tag, a local file of CLIP's weights, or a run folder, a file of
+    ours or a checkpoint of the paper's authors, of any identities. What it does not hold, or holds for other identities
+    and cameras, is drawn from `seed`; the global random state is left alone.
+    `dataset`: fingerprint of the dataset to train on: identities of another one are others, however many they are.
     Raises ModelError when the weights cannot be had or do not fit.
     """
     if pretrained is None:
         with _seeded(seed, "clip"):
             clip = open_clip.CLIP(**_clip_arguments(spec))
-        return _with_drawn_tables(spec, clip, seed, peers)
+        return Start(_with_drawn_tables(spec, clip, seed, peers), None)
     state = read_pretrained(pretrained, spec.arch, spec.arch_config)
     if is_official(state):
-        model, text = empty_models(spec)
-        text_side = load_official(model, text, state, spec, pretrained)
-        return Models(model, text_side, taken_tables(renamed(state), peers))
+        return _continued(spec, state, pretrained, seed, peers, dataset)
     with torch.device("meta"):  # initialising what is overwritten at once takes seconds
         clip = open_clip.CLIP(**_clip_arguments(spec))
     clip.to_empty(device="cpu")
     load_clip(clip, state, pretrained)
-    return _with_drawn_tables(spec, clip, seed, peers)
+    return Start(_with_drawn_tables(spec, clip, seed, peers), None)
+
+
+def _continued(
+    spec: ModelSpec, state: Mapping[str, Tensor], pretrained: str, seed: int, peers: Peers, dataset: str
+) -> Start:
+    """From a re-identification checkpoint."""
+    source = str(local_file(pretrained) or pretrained)
+    model, text = empty_models(spec)
+    given = transfer(state, spec, _drawn_sie(model, seed), source, dataset)
+    text_side = load_official(model, text, given.state, replace(spec, identities=given.identities), source)
+    if given.same_identities:
+        tables = taken_tables(renamed(state), peers)
+    else:
+        shapes = table_shapes(spec, model, text)
+        tables = drawn_tables(shapes if text_side else without_prompts(shapes), seed, peers)
+    return Start(Models(model, text_side, tables), given.origin(pretrained, spec, text_side is not None))
+
+
+def _drawn_sie(model: ReIDModel, seed: int) -> Tensor | None:
+    """Side information as a run from CLIP's weights begins with it."""
+    if model.cv_embed is None:
+        return None
+    with _seeded(seed, "heads"):
+        return drawn_side_information(*model.cv_embed.shape)
 
 
 def empty_models(spec: ModelSpec) -> tuple[ReIDModel, PromptedText]:

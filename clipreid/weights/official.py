@@ -22,9 +22,8 @@ from clipreid.model.prompts import PREFIX_POSITIONS, PromptedText
 from clipreid.model.reid import ReIDModel
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.appearing import appearing
-from clipreid.weights.card import ModelCard, read_card
+from clipreid.weights.card import find_card
 from clipreid.weights.pretrained import read_state_dict, with_batch_counters
-from clipreid.weights.sealed import DamagedError
 from clipreid.weights.tables import CLASSIFIER, TOKENS, table_shapes
 
 _THEIR_TOKENS = "prompt_learner.cls_ctx"
@@ -73,7 +72,7 @@ def load_official(
     Returns `text`, or None when the checkpoint holds no text side, as a baseline's does. Raises ModelError, one line
     with both shapes, when position rows, side information, identities or widths do not fit `spec`.
     """
-    card = _card(source)
+    card = find_card(source)  # a file of our own has nearly the same names
     if card is None:
         _check_activation(spec, source)
     else:
@@ -145,16 +144,6 @@ def _remedy(name: str, spec: ModelSpec) -> str:
             f"{spec.prompt_tokens}) configured here"
         )
     return f"it is of another architecture than model.arch {spec.arch}"
-
-
-def _card(source: str) -> ModelCard | None:
-    """What a file of our own, which has nearly the same names, says about itself."""
-    try:
-        return read_card(source)
-    except DamagedError:
-        raise
-    except ModelError:
-        return None
 
 
 def _check_activation(spec: ModelSpec, source: str) -> None:

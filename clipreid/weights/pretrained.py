@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipreid.errors import ModelError
-from clipreid.model.arch import check_activation, check_pretrained
+from clipreid.model.arch import check_activation, check_tag
+from clipreid.weights.card import local_file
 from clipreid.weights.download import fetch
 from clipreid.weights.sealed import DamagedError, check_file
 from clipreid.weights.torchscript import is_torchscript, read_torchscript
@@ -43,17 +44,17 @@ MOST_UNPACKED_BYTES = 256 << 20
 
 
 def read_pretrained(pretrained: str, arch: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict behind `model.pretrained`: a local file, or a tag that open_clip knows for `arch`.
+    """The state dict behind `model.pretrained`: a local file, a run folder, or a tag that open_clip knows for `arch`.
 
     Raises ModelError, one line, when the tag is unknown, the download fails, the file cannot be read, or the weights
     are known to belong to another activation function than the model of `config` has.
     """
-    check_pretrained(pretrained, arch, config)
-    if Path(pretrained).is_file():
-        state = read_state_dict(Path(pretrained))
+    if path := local_file(pretrained):
+        state = read_state_dict(path)
         if all(mark in state for mark in _OPENAI_MARKS):
             check_activation(pretrained, True, arch, config)
         return state
+    check_tag(pretrained, arch, config)
     return read_state_dict(fetch(pretrained, arch))
 
 

@@ -6,13 +6,15 @@ Reads the dataset's index and the model's name; torch is loaded only to look up 
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clipreid.errors import ModelError
-from clipreid.model.arch import check_pretrained
+from clipreid.model.arch import check_tag
 from clipreid.model.spec import ModelSpec
+from clipreid.weights.card import local_file
 from clipreid.weights.sealed import check_file
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
@@ -22,8 +24,21 @@ from shards.errors import DataError
 from shards.loading.index import ShardIndex
 from shards.storage import open_read, size_bytes
 
+if TYPE_CHECKING:
+    from clipreid.weights.transfer import Origin
 
-def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run is made of."""
+
+    index: ShardIndex
+    spec: ModelSpec
+    origin: "Origin | None"
+    """What of the model comes from a checkpoint; None without one."""
+
+
+def check_run(config: Config) -> Checked:
     """The dataset, and the model to train on it. Raises ConfigError with every fault found, one line each."""
     index = _open_index(config)
     faults = [*_split_faults(index, config), *_identity_faults(index, config), *_batch_faults(index, config)]
@@ -32,7 +47,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
     try:
         spec = model_spec(config, index)
         faults += _micro_batch_faults(config, spec)
-        _check_weights(config, spec)
+        origin = _check_weights(config, spec, index)
     except ModelError as error:
         faults.append(str(error))
     result = config.stage1.result
@@ -42,7 +57,7 @@ def check_run(config: Config) -> tuple[ShardIndex, ModelSpec]:
         raise ConfigError("\n".join(faults))
     check_may_continue(config, index.fingerprint)
     _fetch_weights(config)
-    return index, spec
+    return Checked(index, spec, origin)
 
 
 def check_evaluation(config: Config) -> ShardIndex:
@@ -78,40 +93,42 @@ def _micro_batch_faults(config: Config, spec: ModelSpec) -> Iterator[str]:
         )
 
 
-def _check_weights(config: Config, spec: ModelSpec) -> None:
-    """Raises ModelError where model.pretrained is neither a file nor a known tag, or a file that does not fit or lacks
-    the prompts it needs."""
+def _check_weights(config: Config, spec: ModelSpec, index: ShardIndex) -> "Origin | None":
+    """Raises ModelError where model.pretrained is neither a file or run nor a known tag, or a file that does not fit or
+    lacks the prompts it needs."""
     pretrained = config.model.pretrained
     if pretrained is None:
-        return
-    check_pretrained(pretrained, config.model.arch, spec.arch_config)
-    if not Path(pretrained).is_file():
-        return
+        return None
+    path = local_file(pretrained)
+    if path is None:
+        check_tag(pretrained, config.model.arch, spec.arch_config)
+        return None
     from clipreid.peers import Alone
-    from clipreid.weights.initial import build_models  # Loads torch, which only weights in a file need here.
-    from clipreid.weights.official import holds_prompts
+    from clipreid.weights.initial import start  # Loads torch, which only weights in a file need here.
 
     one_row_each = Alone(world_size=spec.identities)  # Whether the file fits is seen without all identities' rows.
-    text = build_models(spec, pretrained, peers=one_row_each).text
+    models, origin = start(spec, pretrained, peers=one_row_each, dataset=index.fingerprint)
     if config.method == "baseline":
-        return
-    if text is None:
+        return origin
+    if models.text is None:
         raise ModelError(
             f"model.pretrained: {pretrained} has no text side, which method {config.method} needs: give CLIP's weights "
             "or a checkpoint with prompts, or set method=baseline stages=[2] stage2.text_loss=none"
         )
     needs_prompts = config.method == "two_stage" and config.stages == (2,) and not config.stage1.result
-    if needs_prompts and not holds_prompts(pretrained):
+    if needs_prompts and not (origin and origin.prompts):
+        held = "prompts of other identities alone" if origin else "no prompts"
         raise ModelError(
-            f"model.pretrained: {pretrained} holds no prompts: name a stage1.safetensors as stage1.result, or train "
+            f"model.pretrained: {pretrained} holds {held}: name a stage1.safetensors as stage1.result, or train "
             "them with stages=[1,2]"
         )
+    return origin
 
 
 def _fetch_weights(config: Config) -> None:
     """Once, before workers start, who would each ask for them. Raises ConfigError where they cannot be had."""
     pretrained = config.model.pretrained
-    if pretrained is None or Path(pretrained).is_file():
+    if pretrained is None or local_file(pretrained):
         return
     from clipreid.weights.download import fetch
 

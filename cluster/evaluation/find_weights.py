@@ -14,10 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipreid.errors import ModelError
 from clipreid.model.spec import ModelSpec
-from clipreid.weights.card import MODEL_FILE, ModelCard, read_card, weights_file
-from clipreid.weights.sealed import DamagedError
+from clipreid.weights.card import MODEL_FILE, ModelCard, find_card, weights_file
 from cluster.errors import ConfigError
 from cluster.evaluation.trained import Trained
 from cluster.settings.config import WEIGHT_SUFFIXES, Config
@@ -51,7 +49,7 @@ class Weights:
 def open_weights(weights: str) -> Iterator[Weights]:
     """While the block runs, as `local_weights`, whose errors it raises."""
     with local_weights(weights) as path:
-        card = card_of(path)
+        card = find_card(path)
         yield Weights(path, card, Trained.of(weights, card))
 
 
@@ -85,16 +83,6 @@ def _temporary_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def card_of(path: Path) -> ModelCard | None:
-    """What the file says about itself; None for a file that is not ours. Raises DamagedError where it was changed."""
-    try:
-        return read_card(path)
-    except DamagedError:
-        raise
-    except ModelError:
-        return None
 
 
 def check_fits(card: ModelCard, config: Config, index: ShardIndex | None, source: str) -> None:

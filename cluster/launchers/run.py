@@ -34,12 +34,16 @@ log = logging.getLogger(__name__)
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
-def train_and_show(config: Config, index: ShardIndex) -> int:
-    """Train and print what came of it. The exit code: 0 when the work is done, 143 when SIGTERM and 130 when
-    Ctrl-C stopped it."""
+def train_and_show(config: Config, index: ShardIndex, origin: str = "") -> int:
+    """Train and print what came of it. origin: a line on what the model begins with, if any.
+
+    The exit code: 0 when the work is done, 143 when SIGTERM and 130 when Ctrl-C stopped it.
+    """
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=not is_first, highlight=False)
     console.print(f"{index.name}: {dataset_facts(index)}")
+    if origin:
+        console.print(masked(origin), soft_wrap=True)
     run_dir = Storage(config.run.dir)
     if is_finished(config):
         console.print(f"finished before: nothing to do in {masked(run_dir.url)}")

@@ -170,7 +170,7 @@ class ReID:
         chosen: Any = [identity] if single else identity
         labels = [self._label(one, tokens.num_identities) for one in chosen]
         with torch.no_grad():
-            features = text(tokens.block[labels].to(self.device)).float().cpu().numpy()
+            features = text.to(self.device)(tokens.block[labels].to(self.device)).float().cpu().numpy()
         return features[0] if single else features
 
     @cached_property
@@ -179,7 +179,7 @@ class ReID:
             found = load_prompts(self.config, path, self.card, self._index)
         if found is None:
             raise ModelError(f"{self.source}: holds no prompts, so it has no text features of identities")
-        return found[0].to(self.device).eval(), found[1]
+        return found[0].eval(), found[1]
 
     def _label(self, identity: int | str, count: int) -> int:
         label = self._labels.get(identity, -1) if isinstance(identity, str) else int(identity)

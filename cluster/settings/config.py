@@ -113,7 +113,10 @@ class ModelSection(Section):
     arch: ArchPath = "ViT-B-16-quickgelu"
     """open_clip model name, or the path of a JSON file in open_clip's model format."""
     pretrained: WeightsPath | None = "openai"
-    """open_clip weight tag, or a local file (TorchScript archive, state_dict, safetensors); null: random weights."""
+    """What a run begins with: a tag of open_clip's weights; a local file of CLIP's (TorchScript archive, state_dict,
+    safetensors); or a run folder, a model.safetensors or a checkpoint of the authors, of any number of identities: then
+    encoders, necks and side information that fits are kept, and what is of other identities begins anew, and the
+    settings of the model that are not given are those of a run's. null: random weights."""
     image_size: tuple[Pixels, Pixels] = (256, 128)
     """Height and width, pixels."""
     stride: Count | None = None
@@ -361,8 +364,8 @@ class Config(Section):
 
     @property
     def starts_from_a_file(self) -> bool:
-        """Whether model.pretrained is a file and not the tag of weights that open_clip fetches."""
-        return str(self.model.pretrained).endswith(WEIGHT_SUFFIXES)
+        """Whether model.pretrained is a file or a run, and not the tag of weights that open_clip fetches."""
+        return str(self.model.pretrained).endswith(WEIGHT_SUFFIXES) or "/" in str(self.model.pretrained)
 
     @property
     def batch_images(self) -> int:

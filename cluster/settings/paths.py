@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clipreid.weights.card import MODEL_FILE
 from cluster.errors import ConfigError
 from cluster.settings.config import Config, PathMark
 from cluster.settings.kinds import field_kind, kind_of, path_mark
@@ -92,7 +93,8 @@ def _require_possible(path: str) -> None:
 
 
 def _is_path(text: str, suffixes: tuple[str, ...], start: Path) -> bool:
-    return text.endswith(suffixes) or "/" in text or text.startswith("~") or (start / text).is_file()
+    here = (start / text).is_file() or (start / text / MODEL_FILE).is_file()  # a run folder
+    return text.endswith(suffixes) or "/" in text or text.startswith("~") or here
 
 
 def _differ(one: Path, other: Path) -> bool:

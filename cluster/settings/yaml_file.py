@@ -33,7 +33,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with every fault, one line each, before anything heavy is imported.
     """
-    return parse_config(with_overrides(_read_yaml(Path(path), seen=()), overrides))
+    return parse_config(load_tree(path, overrides))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as a tree, not validated yet: what is given, without defaults."""
+    return with_overrides(_read_yaml(Path(path), seen=()), overrides)
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{override!r} cannot be applied: {_in_one_line(error)}") from None
         for part in reversed(key.split(".")):
             value = {part: value}
-        tree = _merged(tree, value)
+        tree = merged(tree, value)
     return tree
 
 
@@ -93,18 +98,18 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base: {bases!r} is neither a file's name nor a list of them")
-    merged: dict[str, Any] = {}
+    both: dict[str, Any] = {}
     for parent in bases:
-        merged = _merged(merged, _read_yaml(path.parent / expanded(parent), (*seen, path.resolve())))
-    return _merged(merged, tree)
+        both = merged(both, _read_yaml(path.parent / expanded(parent), (*seen, path.resolve())))
+    return merged(both, tree)
 
 
-def _merged(tree: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+def merged(tree: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Key by key; the later one wins."""
     both = dict(tree)
     for key, value in later.items():
         before = both.get(key)
-        both[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        both[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return both
 
 

@@ -20,7 +20,7 @@ from clipreid.identity_table import IdentityTable
 from clipreid.model.prompts import PromptedText
 from clipreid.weights.card import MODEL_FILE, ModelCard
 from clipreid.weights.file import model_file
-from clipreid.weights.initial import build_models
+from clipreid.weights.initial import start
 from clipreid.weights.sealed import Stored
 from cluster.checks.preflight import preflight
 from cluster.errors import ConfigError, Preempted
@@ -102,7 +102,8 @@ class Run:
         self.index = ShardIndex.open(config.data.shards, config.data.cache_dir)
         self.train_split = self.index.split("train")
         self.spec = model_spec(config, self.index)
-        self.models = build_models(self.spec, config.model.pretrained, config.run.seed, team)
+        begun = start(self.spec, config.model.pretrained, config.run.seed, team, self.index.fingerprint)
+        self.models = begun.models
         self.model, self.text, self.tables = self.models
         self.encoder_hash = encoder_hash(self.model)
         search = find_newest(self.storage, team, config.run.resume)

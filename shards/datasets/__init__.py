@@ -8,9 +8,12 @@ A parser knows one layout on disk and nothing of tar files, labels, ranks or tra
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
+from shards.datasets.cuhk03 import Cuhk03
 from shards.datasets.dukemtmc import DukeMtmc
+from shards.datasets.folders import Folders
 from shards.datasets.manifest import Manifest
 from shards.datasets.market1501 import Market1501
+from shards.datasets.mot import Mot
 from shards.datasets.msmt17 import Msmt17
 from shards.datasets.occluded_duke import OccludedDuke
 from shards.datasets.omniglot import Omniglot
@@ -55,9 +58,12 @@ class ReIDDataset(Protocol):
 
 
 DATASETS: dict[str, type[ReIDDataset]] = {
+    "cuhk03": Cuhk03,
     "dukemtmc": DukeMtmc,
+    "folders": Folders,
     "manifest": Manifest,
     "market1501": Market1501,
+    "mot": Mot,
     "msmt17": Msmt17,
     "occluded_duke": OccludedDuke,
     "omniglot": Omniglot,

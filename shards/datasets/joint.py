@@ -8,14 +8,19 @@ those of the parts before it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from shards.dataset_file import MOST_NAME
 from shards.datasets import ReIDDataset, get_dataset
 from shards.datasets.manifest import TABLE_FORMATS
-from shards.errors import DataError
+from shards.errors import DataError, shown
 from shards.images.listing import describe_left_out
 from shards.records import UNKNOWN_IDENTITIES, ImageRecord
-from shards.storage import Source
+from shards.storage import Source, local_path
+
+LAYOUTS_OF_ANY = ("folders", "manifest", "mot")
+"""Layouts whose names say nothing of the data."""
 
 
 @dataclass
@@ -36,11 +41,17 @@ class Collection:
 
 
 def read_collection(
-    names: str, roots: Sequence[str], options: dict[str, Any] | None = None, noun: str | None = None
+    names: str,
+    roots: Sequence[str],
+    options: dict[str, Any] | None = None,
+    noun: str | None = None,
+    name: str | None = None,
 ) -> Collection:
     """Parse `NAME[+NAME...]`, one root each (a lone manifest takes its table and, if given, the image folder).
 
-    options: fields of the datasets' dataclasses; each goes to every part that has it. Raises DataError.
+    options: fields of the datasets' dataclasses; each goes to every part that has it.
+    name: what the dataset is called from now on; by default as its layout where that is a dataset's own, and as the
+    root's folder where the layout is for any data. Raises DataError.
     """
     parts = names.split("+")
     classes = [get_dataset(name) for name in parts]
@@ -57,7 +68,21 @@ def read_collection(
         collection = _join(names, _distinct(parts), each)
     if noun:
         collection.noun = noun
+    if name or (parts[0] in LAYOUTS_OF_ANY and len(parts) == 1):
+        collection.name = name or _folder_name(roots[0])
+    if not collection.name.strip() or not collection.name.isprintable() or len(collection.name) > MOST_NAME:
+        raise DataError(f"--name: {shown(collection.name)} is no name for a dataset: give letters that can be printed")
     return collection
+
+
+def _folder_name(root: str) -> str:
+    """Of the folder that is the root, or that the table or zip file lies in or is."""
+    place = root.rstrip("/")
+    if place.lower().endswith(TABLE_FORMATS):
+        place = place.rpartition("/")[0]
+    name = (local_path(place) or PurePosixPath(place)).name if place else ""
+    name = name or Path.cwd().name
+    return name.removesuffix(".zip")
 
 
 def _option_names(cls: type[ReIDDataset]) -> set[str]:
@@ -92,6 +117,7 @@ def _read_part(name: str, roots: Sequence[str], options: dict[str, Any]) -> Coll
     collection.views = _count(dataset.num_views, (record.view for record in collection.records))
     if note := _compare_counts(name, dataset.known_counts, collection.records):
         collection.notes.append(note)
+    collection.notes += [f"{name}: {line}" for line in source.notes]
     if line := describe_left_out(source.left_out):
         collection.notes.append(f"{name}: {line}")
     return collection
@@ -128,6 +154,7 @@ def _join(names: str, prefixes: list[str], parts: list[Collection]) -> Collectio
                 replace(
                     record,
                     path=f"{prefix}/{record.path}",
+                    crop=replace(record.crop, file=f"{prefix}/{record.crop.file}") if record.crop else None,
                     identity=f"{prefix}/{record.identity}",
                     camera=record.camera + joint.cameras if record.camera >= 0 else -1,
                     view=record.view + joint.views if record.view >= 0 else -1,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shards import storage
 from shards.errors import MOST_SHOWN, DataError, StoreError, examples, shown
-from shards.format import IMAGE_ENDINGS, MOST_NUMBER, MOST_TEXT_BYTES
+from shards.format import MOST_NUMBER, MOST_TEXT_BYTES
 from shards.records import UNKNOWN_IDENTITIES, ImageRecord
 from shards.storage import Source, path_fault
 
@@ -50,10 +50,6 @@ class Manifest:
                 )
             if fault := path_fault(row["path"]):
                 raise DataError(f"{where}: path {row['path'][:80]!a} {fault}")
-            if path.suffix.lower() not in IMAGE_ENDINGS:
-                raise DataError(
-                    f"{where}: {shown(row['path'])} is not an image by its ending ({', '.join(IMAGE_ENDINGS)})"
-                )
             if row["split"] not in self.splits:
                 raise DataError(f"{where}: split {shown(row['split'])} is not one of {', '.join(self.splits)}")
             for name in ("identity", "time"):

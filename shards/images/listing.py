@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shards.errors import DataError, examples
 from shards.format import IMAGE_ENDINGS
+from shards.images.pictures import START_BYTES, begins_as_image
 from shards.storage import Source
 
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
@@ -27,14 +28,14 @@ def describe_left_out(paths: Collection[str]) -> str:
     """One line with their number and up to five; empty where there are none."""
     if not paths:
         return ""
-    return f"{len(paths):,} files left out, no images by their names: {examples(sorted(paths))}"
+    return f"{len(paths):,} files left out, no images by names and content: {examples(sorted(paths))}"
 
 
 def list_folder(source: Source, folder: str) -> Listing:
     """What lies below a folder. Raises DataError on names of images that are not UTF-8.
 
     What file managers and archivers leave behind (`._x`, `.DS_Store`, `__MACOSX/`) is in neither list. An image is a
-    file whose name ends as one and does not begin with a dot, nor a folder's above it.
+    file whose name ends as one, or that begins as one; its name does not begin with a dot, nor a folder's above it.
     """
     images: list[str] = []
     left_out: list[str] = []
@@ -43,9 +44,10 @@ def list_folder(source: Source, folder: str) -> Listing:
         if name in LITTER or name.startswith("._") or "__MACOSX" in folders:
             continue
         stem, dot, ending = name.rpartition(".")
-        is_image = stem and f"{dot}{ending.lower()}" in IMAGE_ENDINGS
         is_hidden = name.startswith(".") or any(part.startswith(".") for part in folders)
-        (images if is_image and not is_hidden else left_out).append(path)
+        is_named = bool(stem) and f"{dot}{ending.lower()}" in IMAGE_ENDINGS
+        is_image = not is_hidden and (is_named or begins_as_image(source.read_start(path, START_BYTES)))
+        (images if is_image else left_out).append(path)
     _require_utf8(source, images)
     return Listing(images, [ascii(path)[1:-1] if not _is_utf8(path) else path for path in left_out])
 

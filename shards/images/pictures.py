@@ -60,6 +60,12 @@ OTHER_FILES = (
 _pillow = threading.Lock()  # Python's warnings are those of the whole process
 
 
+IMAGE_STARTS = (JPEG_START, PNG_START, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+"""How images begin that nothing else begins like: JPEG, PNG, GIF, TIFF twice, JPEG 2000 twice."""
+START_BYTES = 16
+"""That `begins_as_image` has to see."""
+
+
 class BadPicture(ValueError):
     """The bytes are no whole image; the message is the reason."""
 
@@ -189,6 +195,13 @@ def _turned(
 
 
 # ---- all other formats: Pillow
+
+
+def begins_as_image(start: bytes) -> bool:
+    """Whether a file is an image by its first START_BYTES bytes, whatever its name. BMP, PPM and the like begin with so
+    little that text can begin like them: these are told by their names."""
+    in_container = (start[:4], start[8:12]) == (b"RIFF", b"WEBP") or start[4:12] in (b"ftypavif", b"ftypavis")
+    return start.startswith(IMAGE_STARTS) or in_container
 
 
 def picture_of(image: Image.Image) -> Picture:

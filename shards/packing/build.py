@@ -28,6 +28,7 @@ from shards.format import (
 )
 from shards.owner import owned_folder
 from shards.packing.findings import count_changes, same_pictures
+from shards.packing.page import write_page
 from shards.packing.processes import choose_processes, run_tasks
 from shards.packing.shard_plan import PlannedShard, count_hashed_keys, plan_shards
 from shards.packing.validate import check_collection
@@ -64,6 +65,7 @@ def build(
     *,
     options: dict[str, Any] | None = None,
     noun: str | None = None,
+    name: str | None = None,
     processes: int | None = None,
     shard_mb: int = 256,
     resize: tuple[int, int] | None = None,
@@ -76,6 +78,7 @@ def build(
     Args:
         options: fields of the parsers (views, drop_unlabelled, ...).
         noun: what the images show, instead of the dataset's own word.
+        name: of the dataset, in all logs; default as in `read_collection`.
         processes: default the cores at hand.
         resize: (height, width) in pixels.
 
@@ -84,7 +87,7 @@ def build(
     if quality is not None and not resize:
         raise DataError("--quality only applies to resized images: give --resize HxW, or leave it out")
     quality = quality or DEFAULT_QUALITY
-    collection = read_collection(dataset, roots, options, noun)
+    collection = read_collection(dataset, roots, options, noun, name)
     warnings = check_collection(collection)
     _refuse(strict, warnings)
     recorded = _recorded_options(options, shard_mb, resize, quality)
@@ -95,6 +98,8 @@ def build(
             _refuse(strict, found.get("warnings", []))
             _remove_work(out)
             warnings, notes = warnings + found.get("warnings", []), collection.notes + found.get("notes", [])
+            if existing["name"] != collection.name:
+                notes.append(f"it is called {existing['name']} there, and stays so; to rename it pack it anew")
             return BuildReport(existing, warnings, notes, 0, len(shards))
         work = join(out, WORK_FOLDER)
         storage.make_folder(work)
@@ -134,8 +139,8 @@ def _recorded_options(
     return recorded
 
 
-def _source_digest(collection: Collection, shards: Sequence[PlannedShard]) -> str:
-    facts = [collection.name, collection.noun, collection.cameras, collection.views]
+def _source_digest(name: str, collection: Collection, shards: Sequence[PlannedShard]) -> str:
+    facts = [name, collection.noun, collection.cameras, collection.views]
     content = json.dumps([facts, [(shard.name, shard.signature) for shard in shards]])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -152,13 +157,13 @@ def _existing(
         return None
     dataset = read_dataset_json(out)
     remedy = "give another --out, or delete that folder first"
-    now = {"name": collection.name, "noun": collection.noun} | recorded
-    before = {"name": dataset["name"], "noun": dataset["noun"]} | dataset.get("options", {})
+    now = {"noun": collection.noun} | recorded
+    before = {"noun": dataset["noun"]} | dataset.get("options", {})
     if now != before:
         changed = sorted(key for key in now | before if now.get(key) != before.get(key))
         differences = ", ".join(f"{key} {before.get(key)} there, {now.get(key)} asked" for key in changed)
         raise DataError(f"--out {out}: packed with other options ({differences}): {remedy}")
-    if dataset.get("source") != _source_digest(collection, shards):
+    if dataset.get("source") != _source_digest(dataset["name"], collection, shards):
         raise DataError(f"--out {out}: the source has changed since this was packed: {remedy}")
     if missing := [name for name in dataset.get("files", {}) if name not in names]:
         raise DataError(f"--out {out}: incomplete, {examples(missing)} missing: delete that folder, then repeat")
@@ -270,11 +275,12 @@ def _publish(
         "splits": _split_counts(shards),
         "fingerprint": fingerprint(facts.items(), table),
         "options": recorded,
-        "source": _source_digest(collection, shards),
+        "source": _source_digest(collection.name, collection, shards),
         "files": files,
     }
     if any(found.values()):
         dataset["found"] = found
+    write_page(out, dataset, work)
     write_dataset_json(out, dataset, work)
     _remove_work(out)
     return dataset

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from shards.errors import examples
 from shards.images.pictures import CHANGES
 from shards.packing.shard_plan import PlannedShard
-from shards.packing.writer import STORED_AS_PNG, ShardRows
+from shards.packing.writer import CUT_OUT, STORED_AS_PNG, ShardRows
 from shards.records import ImageRecord
 
 
@@ -24,7 +24,7 @@ def count_changes(shards: Sequence[PlannedShard], rows: Mapping[str, ShardRows])
                 changed[change].append(record.path)
     return [
         f"{len(changed[change]):,} images {change}: {examples(sorted(changed[change]))}"
-        for change in (*CHANGES, STORED_AS_PNG)
+        for change in (*CHANGES, CUT_OUT, STORED_AS_PNG)
         if change in changed
     ]
 

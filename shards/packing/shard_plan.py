@@ -19,7 +19,10 @@ from shards.errors import DataError, examples
 from shards.format import FORMAT_VERSION, TAR_BLOCK, ascii_key, make_key, make_keys, shard_name
 from shards.records import SPLITS, ImageRecord
 
-_values = attrgetter(*(f.name for f in fields(ImageRecord)))  # dataclasses.astuple copies, ten times slower
+# dataclasses.astuple copies, ten times slower. Of images that are whole files a crop says nothing.
+_values = attrgetter(*(f.name for f in fields(ImageRecord) if f.name != "crop"))
+CROP_PIXEL_BYTES = 2
+"""That a pixel of a crop takes about, stored as PNG."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ def count_hashed_keys(shards: Sequence[PlannedShard]) -> list[str]:
 
 
 def _file_sizes(collection: Collection) -> dict[str, int]:
-    """Bytes by record path. One call a source, so that remote ones can ask for many at a time."""
+    """Bytes by the records' files. One call a source, so that remote ones can ask for many at a time."""
     by_source: dict[int, list[tuple[str, str]]] = {}
-    for path in dict.fromkeys(record.path for record in collection.records):
+    for path in dict.fromkeys(record.file for record in collection.records):
         source, below = locate(collection.sources, path)
         by_source.setdefault(id(source), []).append((path, below))
     sizes: dict[str, int] = {}
@@ -95,7 +98,7 @@ def _cut(
     for _, images in groups:
         group = list(images)
         # header and data of the image, header and data of its JSON
-        room = sum(3 * TAR_BLOCK + -(-sizes[r.path] // TAR_BLOCK) * TAR_BLOCK for r in group)
+        room = sum(3 * TAR_BLOCK + -(-_stored(r, sizes) // TAR_BLOCK) * TAR_BLOCK for r in group)
         if shard and filled + room > limit:
             yield shard
             shard, filled = [], 0
@@ -105,12 +108,22 @@ def _cut(
         yield shard
 
 
+def _stored(record: ImageRecord, sizes: dict[str, int]) -> int:
+    """About the bytes of an image in a shard: a crop is not known before it is cut."""
+    if record.crop is None:
+        return sizes[record.path]
+    left, top, right, bottom = record.crop.box
+    return CROP_PIXEL_BYTES * max(right - left, 1) * max(bottom - top, 1)
+
+
 def _signature(
     records: list[ImageRecord], labels: list[int], keys: list[str], sizes: dict[str, int], options: dict[str, Any]
 ) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True).encode())
     for record, label, key in zip(records, labels, keys, strict=True):
-        digest.update(repr((_values(record), label, sizes[record.path])).encode())
+        digest.update(repr((_values(record), label, sizes[record.file])).encode())
+        if record.crop:
+            digest.update(repr(record.crop).encode())
         if key != ascii_key(record.path):  # else the path says it, as it did before there were other keys
             digest.update(key.encode())
     return digest.hexdigest()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from shards.errors import masked
+from shards.errors import examples, masked
+from shards.records import SPLITS
 
 if TYPE_CHECKING:
+    from shards.datasets.joint import Collection
     from shards.packing.build import BuildReport
     from shards.packing.overview import Overview, SplitOverview
     from shards.packing.verify import VerifyReport
@@ -42,6 +44,27 @@ def print_build(report: "BuildReport", out: str) -> None:
     else:
         state = "packed"
     console.print(f"{masked(out)}: {state}; fingerprint {dataset['fingerprint']}", markup=False)
+
+
+def print_plan(collection: "Collection", warnings: list[str]) -> None:
+    """What a build would pack: its splits, some images of each, how they came there, and what looks wrong."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("split", title=f"{collection.name} ({collection.noun})", title_justify="left")
+    for name in ("images", "identities", "cameras"):
+        table.add_column(name, justify="right")
+    table.add_column("for example")
+    for split in SPLITS:
+        if records := [record for record in collection.records if record.split == split]:
+            identities = {record.identity for record in records}
+            cameras = {record.camera for record in records} - {-1}
+            counts = (f"{len(found):,}" for found in (records, identities, cameras))
+            table.add_row(split, *counts, examples([record.path for record in records[:2]]))
+    console.print(table)
+    for line in warnings:
+        console.print(f"warning: {line}", markup=False)
+    for line in collection.notes:
+        console.print(f"note: {line}", markup=False)
+    console.print("nothing was written: without --dry-run the images are decoded and packed")
 
 
 def print_verify(report: "VerifyReport", url: str) -> None:

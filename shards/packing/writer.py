@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from shards import storage
@@ -20,12 +21,14 @@ from shards.format import EXTENSIONS, TAR_END, metadata, tar_header, tar_padding
 from shards.images.pictures import BadPicture, pixel_hash, read_picture
 from shards.packing.processes import Advance
 from shards.packing.shard_plan import PlannedShard
+from shards.records import Crop
 from shards.sealed import seal
 from shards.storage import Source
 
 REPORT_EVERY = 64
 """Images between two reports of progress."""
 STORED_AS_PNG = "stored as PNG, without loss"
+CUT_OUT = "cut out of a picture by their boxes"
 """Beside pictures.CHANGES: what shards do not hold as it is."""
 
 
@@ -106,9 +109,9 @@ def _write_images(job: WriteJob, file: IO[bytes], rows: ShardRows, bad: list[str
 
     unreported = 0
     for record, label, key in zip(job.shard.records, job.shard.labels, job.shard.keys, strict=True):
-        source, path = locate(job.sources, record.path)
+        source, path = locate(job.sources, record.file)
         try:
-            image = encode(read_image(source, path), job.resize, job.quality)
+            image = encode(read_image(source, path), job.resize, job.quality, record.crop)
         except BadPicture as error:
             bad.append(f"{record.path} ({error})")
         else:
@@ -141,12 +144,16 @@ def read_image(source: Source, path: str) -> bytes:
         raise BadPicture(error.strerror or str(error)) from error
 
 
-def encode(data: bytes, resize: tuple[int, int] | None, quality: int) -> Encoded:
+def encode(data: bytes, resize: tuple[int, int] | None, quality: int, crop: Crop | None = None) -> Encoded:
     """The bytes to store: the image's own where shards hold its format, else those of a PNG, or of a resized JPEG.
 
-    It is decoded in any case. Raises BadPicture unless it is whole.
+    It is decoded in any case. Raises BadPicture unless it is whole, and where a crop lies outside of it.
     """
     picture = read_picture(data)
+    if crop:
+        picture = picture._replace(
+            pixels=_cut_out(picture.pixels, crop), format="", changes=(*picture.changes, CUT_OUT)
+        )
     pixels, changes = pixel_hash(picture.pixels), list(picture.changes)
     buffer = io.BytesIO()
     if resize:
@@ -159,3 +166,12 @@ def encode(data: bytes, resize: tuple[int, int] | None, quality: int) -> Encoded
     upright = Image.fromarray(picture.pixels)
     upright.save(buffer, "PNG")
     return Encoded(buffer.getvalue(), "png", *upright.size, pixels, [*changes, STORED_AS_PNG])
+
+
+def _cut_out(pixels: np.ndarray, crop: Crop) -> np.ndarray:
+    left, top, right, bottom = crop.box
+    part = pixels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    if not part.size:
+        height, width = pixels.shape[:2]
+        raise BadPicture(f"box {crop.box} lies outside of its {width} x {height} pixels")
+    return np.ascontiguousarray(part)

@@ -150,3 +150,10 @@ def make_manifest(
 def tree_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def folders_of_identities(images: Path, root: Path) -> Path:
+    """Rendered images, whose names begin with four digits of identity, as a user has them: ROOT/IDENTITY/name."""
+    for path in sorted(images.glob("image_*/*.jpg")):
+        write(root / path.name[:4] / path.name, path.read_bytes())
+    return root

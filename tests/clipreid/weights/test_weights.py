@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipreid.errors import ModelError
-from clipreid.model.arch import check_arch, check_pretrained
+from clipreid.model.arch import check_arch, check_tag
 from clipreid.model.prompts import template_ids
 from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
@@ -173,7 +173,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 
 
 PRETRAINED_FAULTS = [
-    ("ViT-B-16-quickgelu", "opnai", "'opnai': no such file, and no such weights .* known: openai, dfn2b"),
+    ("ViT-B-16-quickgelu", "opnai", "'opnai': no such file or run folder, and no such weights .* known: openai, dfn2b"),
     ("ViT-B-16-quickgelu", "runs/clip.pt", "'runs/clip.pt': no such file"),
     ("ViT-B-16", "openai", "trained with QuickGELU, .* set model.arch=ViT-B-16-quickgelu"),
     ("ViT-B-32-quickgelu", "laion2b_e16", "no such weights|set model.arch=ViT-B-32"),
@@ -184,7 +184,7 @@ PRETRAINED_FAULTS = [
 @pytest.mark.parametrize(("arch", "pretrained", "reason"), PRETRAINED_FAULTS)
 def test_impossible_pretrained_weights_are_known_before_anything_is_built(arch, pretrained, reason):
     with pytest.raises(ModelError, match=reason) as caught:
-        check_pretrained(pretrained, arch, check_arch(arch))
+        check_tag(pretrained, arch, check_arch(arch))
     assert "\n" not in str(caught.value)
 
 
@@ -194,7 +194,7 @@ def test_a_download_without_network_is_one_line(monkeypatch):
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", offline)
     spec = model_spec(ARCH["rn50"])
-    check_pretrained("openai", spec.arch, spec.arch_config)
+    check_tag("openai", spec.arch, spec.arch_config)
     with pytest.raises(ModelError, match="could not be downloaded .*; without a network give") as caught:
         build_models(spec, "openai")
     assert "\n" not in str(caught.value)

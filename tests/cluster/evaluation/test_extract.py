@@ -104,7 +104,7 @@ def test_images_of_every_format_are_described_and_what_is_left_out_is_named(argu
     arrays = extracted(*arguments, "--images", folder, out=tmp_path / "f.npz")
     assert arrays["keys"].tolist() == list(kinds)
     assert np.allclose(arrays["features"], arrays["features"][0], atol=0.05)
-    assert "1 files left out, no images by their names: notes.txt" in capsys.readouterr().out
+    assert "1 files left out, no images by names and content: notes.txt" in capsys.readouterr().out
     (folder / "g.jpg").write_text("<html>404</html>")
     with pytest.raises(DataError, match=r"g.jpg: can't be read as an image \(an HTML page"):
         extracted(*arguments, "--images", folder, out=tmp_path / "g.npz")

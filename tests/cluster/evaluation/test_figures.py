@@ -7,11 +7,11 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipreid.weights.card import find_card
 from clipreid.weights.file import load_models, read_card
 from clipreid.weights.initial import build_models
 from cluster.errors import ConfigError
 from cluster.evaluation.figures import RIGHT, WRONG, Subject, ranked_lists, tsne
-from cluster.evaluation.find_weights import card_of
 from cluster.settings.yaml_file import load_config
 from launch import figures
 from launch.cli import progress_bar
@@ -31,7 +31,7 @@ def run(tiny_shards, tmp_path_factory):
 
 def subject_of(run, *settings):
     config, path = load_config(str(run / "config.yaml"), list(settings)), run / "model.safetensors"
-    return Subject.of(config, path, card_of(path), ShardIndex.open(config.data.shards), progress_bar)
+    return Subject.of(config, path, find_card(path), ShardIndex.open(config.data.shards), progress_bar)
 
 
 def test_all_figures_are_drawn(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from clipreid.errors import ModelError
 from clipreid.identity_table import IdentityTable
 from clipreid.stage1 import TEXT_FEATURES
+from clipreid.weights.card import find_card
 from clipreid.weights.file import ModelCard, load_models, load_text, read_card, save_model
 from clipreid.weights.initial import build_models
 from clipreid.weights.pretrained import read_state_dict
@@ -20,7 +21,6 @@ from clipreid.weights.tables import TOKENS
 from cluster.checks.before_run import _stage1_result_faults
 from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
-from cluster.evaluation.find_weights import card_of
 from cluster.launchers.run import is_finished
 from cluster.ranks.team import Team
 from cluster.run.manifest import FOLDER, Position, read_manifests
@@ -149,7 +149,7 @@ def test_a_model_file_with_another_bit_is_refused_in_one_line_by_every_reader(we
             with pytest.raises(ModelError):
                 read_state_dict(path)
         else:
-            assert same(found, models) and card_of(path)
+            assert same(found, models) and find_card(path)
             without_effect += 1
     assert without_effect < 20  # In the header's layout.
 
@@ -161,7 +161,7 @@ def test_a_model_file_of_ours_that_was_changed_is_not_taken_for_one_of_others(we
         assert before in content
         path.write_bytes(content.replace(before, after))
         with pytest.raises(DamagedError, match="changed since it was written.*damaged; copy it again"):
-            card_of(path)
+            find_card(path)
 
 
 @pytest.mark.parametrize("tear", TORN)
@@ -183,9 +183,9 @@ def test_weights_without_checksums_are_read_as_they_are(weights, tmp_path):
         card = {"clipreid": file.metadata()["clipreid"]}
     old = tmp_path / "old.safetensors"
     save_file(state, old, card)
-    assert same(load_models(old), models) and card_of(old) == card_of(path)
+    assert same(load_models(old), models) and find_card(old) == find_card(path)
     save_file(state, old)
-    assert card_of(old) is None and read_state_dict(old).keys() == state.keys()
+    assert find_card(old) is None and read_state_dict(old).keys() == state.keys()
 
 
 def test_a_stage_1_file_with_another_bit_or_torn_is_refused_in_one_line(tmp_path):

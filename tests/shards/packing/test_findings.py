@@ -132,7 +132,7 @@ def test_files_left_out_of_a_folder_are_counted_and_named_and_a_dangling_link_is
     (folder / "notes.txt").symlink_to("/nowhere/notes.txt")
     report = build("market1501", [str(root)], str(tmp_path / "out"), processes=1)
     (line,) = [line for line in report.notes if "left out" in line]
-    assert "6 files left out, no images by their names" in line  # a readme.txt lies in each folder
+    assert "6 files left out, no images by names and content" in line  # a readme.txt lies in each folder
     assert all(name in line for name in ("photo.heic", "clip.mp4", "notes.txt"))
 
 
