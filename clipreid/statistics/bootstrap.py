@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import norm, t
 
 LEVEL = 0.95
 """Of every interval."""
@@ -80,6 +79,8 @@ class IdentityBootstrap:
         with few identities the plain ones are too narrow, by the factor between Student's and the normal quantile and
         by the missing -1 in the variance. One identity says nothing of how identities differ: NaN.
         """
+        from scipy.stats import norm, t  # Here: what trains loads no scipy.
+
         count = self.num_identities
         if count < 2:
             return np.full((2, drawn.shape[1]), np.nan)

@@ -13,8 +13,6 @@ K = steps of distance
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 GROUPS = 10
 """Of equal weight, whose mean probabilities are compared with what they turn out to be."""
@@ -28,12 +26,17 @@ class Curve:
     slope: float
 
     def probability(self, distances: np.ndarray) -> np.ndarray:
+        from scipy.special import expit
+
         found: np.ndarray = expit(self.intercept + self.slope * np.asarray(distances))
         return found
 
 
 def fit_curve(distances: np.ndarray, same: np.ndarray, different: np.ndarray) -> Curve:
     """distances: [K]; same, different: how many pairs there are at each, [K], some of both."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     numbers = np.array([same.sum(), different.sum()])
     weights = np.concatenate([same / numbers[0], different / numbers[1]]) / 2
     targets = np.repeat([(numbers[0] + 1) / (numbers[0] + 2), 1 / (numbers[1] + 2)], len(distances))

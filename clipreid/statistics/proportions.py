@@ -10,7 +10,6 @@ the share of new trials beyond an order statistic follows the beta distribution 
 """
 
 import numpy as np
-from scipy.stats import beta, t
 
 from clipreid.statistics.bootstrap import LEVEL, Estimate
 
@@ -19,6 +18,8 @@ TAIL = (1 - LEVEL) / 2
 
 def proportion(hits: np.ndarray, clusters: np.ndarray) -> Estimate:
     """The share of hits, bool [n], with its interval of 95 % over clusters, [n]. One cluster: [0, 1]."""
+    from scipy.stats import beta
+
     share, trials = float(hits.mean()), effective_trials(hits, clusters)
     count = share * trials
     low = beta.ppf(TAIL, count, trials - count + 1) if share > 0 and trials else 0.0
@@ -31,6 +32,8 @@ def effective_trials(hits: np.ndarray, clusters: np.ndarray) -> float:
 
     Where all or none hit nothing is seen of how clusters differ: each counts for one trial. One cluster: 0.
     """
+    from scipy.stats import t
+
     _, codes = np.unique(clusters, return_inverse=True)
     groups, total, share = int(codes.max()) + 1, len(hits), float(hits.mean())
     if groups < 2:
