@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipreid.retrieval.open_set import open_set
 from clipreid.retrieval.positives import Labels
 from clipreid.retrieval.rules import Rule
 from clipreid.retrieval.vehicleid import draw_gallery, largest_list
@@ -43,8 +44,6 @@ def open_set_metrics(
 ) -> dict[str, Any]:
     """The same on every rank. query, gallery: descriptors, float32 [n, D], and what is known of them."""
     on_device = torch.from_numpy(query[0]).to(team.device)
-    from clipreid.retrieval.open_set import open_set  # scipy, which a worker of a training does without
-
     found = open_set(
         *(on_device, query[1], *gallery),
         rule=rule,
