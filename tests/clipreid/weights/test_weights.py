@@ -18,8 +18,8 @@ from clipreid.model.reid import descriptor
 from clipreid.model.spec import ModelSpec
 from clipreid.weights import download as download_module
 from clipreid.weights.file import ModelCard, load_model, load_models, load_text, read_card, save_model, weights_file
-from clipreid.weights.initial import build_models
-from clipreid.weights.official import holds_prompts, official_shapes, save_official
+from clipreid.weights.initial import build_models, empty_models
+from clipreid.weights.official import holds_prompts, load_official, official_shapes, save_official
 from clipreid.weights.pretrained import read_state_dict
 from launch import cli, export
 from shards import storage
@@ -454,18 +454,24 @@ MISFITS = [
 ]
 
 
+def used(spec, path):
+    """A checkpoint as evaluation and extraction take it: whole. What a run takes over is in tests/runs."""
+    model, text = empty_models(spec)
+    return load_official(model, text, read_state_dict(path), spec, str(path))
+
+
 @pytest.mark.parametrize(("changes", "reason"), MISFITS)
 def test_an_official_checkpoint_that_does_not_fit_is_refused_with_both_shapes(changes, reason, tmp_path):
     spec, _, path = official_tiny(tmp_path)
     with pytest.raises(ModelError, match=reason) as caught:
-        build_models(dataclasses.replace(spec, **changes), str(path))
+        used(dataclasses.replace(spec, **changes), path)
     assert "\n" not in str(caught.value) and "official.pth" in str(caught.value)
 
 
 def test_a_checkpoint_without_side_information_does_not_fit_a_model_with(tmp_path):
     spec, _, path = official_tiny(tmp_path, sie="none")
     with pytest.raises(ModelError, match=r"cv_embed is missing, the configuration needs \(3, 32\)"):
-        build_models(dataclasses.replace(spec, sie="camera"), str(path))
+        used(dataclasses.replace(spec, sie="camera"), path)
 
 
 def test_equal_row_counts_of_other_image_shapes_follow_the_configuration(tmp_path):
@@ -504,7 +510,8 @@ def test_official_weights_need_quickgelu(tmp_path):
     spec = model_spec(arch)
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
         save_official(tmp_path / "out.pth", nn.Linear(1, 1).state_dict(), spec)
-    torch.save({"image_encoder.proj": torch.zeros(1)}, tmp_path / "in.pth")
+    state = {"image_encoder.proj": torch.zeros(1), "classifier.weight": torch.zeros(1, 1)}
+    torch.save(state, tmp_path / "in.pth")
     with pytest.raises(ModelError, match="model.arch=ViT-B-16-quickgelu"):
         build_models(spec, str(tmp_path / "in.pth"))
 
