@@ -10,6 +10,7 @@ has no gradient of its own size, and the step is bit for bit that of the whole t
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,10 +79,11 @@ class TrainedTable:
             self.adam.state[piece] = {"step": step, **{moment: parts[moment][number] for moment in MOMENTS}}
 
     def _step_lent(self, rows: Tensor, gradients: Tensor) -> None:
-        pieces, which = (rows // self._rows).unique(return_inverse=True)
+        row = rows.numpy()  # on the host: no GPU is waited for
+        pieces, which = np.unique(row // self._rows, return_inverse=True)
         if len(self._room) < (1 + len(pieces)) * self._rows:
             self._room = self._zeros(1 + len(pieces))
-        place = to_device((1 + which) * self._rows + rows % self._rows, self._room.device)
+        place = to_device(torch.from_numpy((1 + which) * self._rows + row % self._rows), self._room.device)
         self._room.index_add_(0, place, gradients)
         zeros, *lent = self._room.split(self._rows)
         of_lent = dict(zip(pieces.tolist(), lent, strict=False))

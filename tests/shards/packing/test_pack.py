@@ -219,7 +219,8 @@ def test_a_crash_before_or_after_any_file_gets_its_name_ends_in_the_same_bytes(l
             continue
         break
     shards = sum(split["shards"] for split in read_dataset_json(str(packed))["splits"].values())
-    assert renames == 2 * (2 * shards + 2)  # rows and tar of each shard, the index, dataset.json; before and after
+    # Rows and tar of each shard, the index, README.md, dataset.json; before and after.
+    assert renames == 2 * (2 * shards + 3)
 
 
 def note_and_sleep(folder, advance):

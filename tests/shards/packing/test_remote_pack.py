@@ -27,7 +27,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "out"
-    build("manifest", [str(source)], str(out), processes=1)
+    build("manifest", [str(source)], str(out), name="mine", processes=1)
     return out
 
 
@@ -48,7 +48,7 @@ FAULTS = {"fail": {"fail": lambda number: number % 3 == 0}, "cut": {"cut": lambd
 @pytest.mark.parametrize("fault", FAULTS)
 def test_build_from_a_failing_server_into_a_bucket_gives_the_same_bytes(fault, source, packed, bucket, tmp_path):
     with serving(source.parent, **FAULTS[fault]) as server:
-        build("manifest", [f"{server.url}/{source.name}"], f"{bucket}/{fault}", processes=1)
+        build("manifest", [f"{server.url}/{source.name}"], f"{bucket}/{fault}", name="mine", processes=1)
     for name, data in tree_bytes(packed).items():
         assert storage.read_bytes(f"{bucket}/{fault}/{name}") == data
     assert storage.list_folder(f"{bucket}/{fault}") == sorted(tree_bytes(packed))
