@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shards.demo.looks import ACCENTS, RGB, RIMS, Looks
+from shards.demo.looks import ACCENTS, COLOURS, EMBLEMS, RGB, RIMS, SHAPES, Looks
 from shards.demo.scene import Sight
 
 DIRECTIONS = ("front", "rear", "left", "left front", "left rear", "right", "right front", "right rear")
@@ -62,6 +62,9 @@ _LOADS = {
     "luggage": "{} luggage on the roof",
     "cooler": "a {} cooler on the roof",
 }
+_PROPORTIONS = (("short", "long"), ("low", "tall"), ("narrow", "broad"))
+_TRIFLES = ("{} rims of {} spokes", "a spare wheel", "a spoiler")
+_LIGHTS = ("in dim light", "in bright light")
 _CARGO = {"truck": "a {} cargo box", "pickup": "{} cargo"}
 
 
@@ -83,6 +86,19 @@ def describe(looks: Looks, sight: Sight, rng: np.random.Generator) -> str:
         moment=f", {', '.join(moments)}" if moments else "",
     )
     return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", caption)
+
+
+def all_words() -> str:
+    """Every word that a caption can have, once or more often."""
+    tables = (_STRIPES, _BANDS, _LOADS, _CARGO, _MARKED, _WEATHER, _HIDDEN)
+    names = (COLOURS, SHAPES, ACCENTS, RIMS, EMBLEMS, DIRECTIONS, *_PROPORTIONS, _TRIFLES, _LIGHTS)
+    phrases = [
+        *TEMPLATES,
+        *(text for table in tables for text in table.values()),
+        *(text for name in names for text in name),
+    ]
+    written = "seen from the, roof, lower body, on the doors, and with an 3 4 5 6 7"
+    return re.sub(r"{\w*}", " ", f"{' '.join(phrases)} {written}")
 
 
 def _marks(looks: Looks) -> Iterator[str]:
@@ -108,16 +124,16 @@ def _marked(looks: Looks) -> Iterator[str]:
 
 def _trifles(looks: Looks) -> Iterator[str]:
     rims = next(name for name, rgb in RIMS.items() if rgb == looks.rim)
-    yield f"{rims} rims of {looks.spokes} spokes"
+    yield _TRIFLES[0].format(rims, looks.spokes)
     if looks.spare_wheel:
-        yield "a spare wheel"
+        yield _TRIFLES[1]
     if looks.spoiler:
-        yield "a spoiler"
+        yield _TRIFLES[2]
 
 
 def _proportions(looks: Looks) -> Iterator[str]:
-    sizes = ((looks.length, 0.96, 1.05, "short", "long"), (looks.height, 0.96, 1.05, "low", "tall"))
-    for size, small, large, below, above in (*sizes, (looks.width, 0.97, 1.03, "narrow", "broad")):
+    limits = ((looks.length, 0.96, 1.05), (looks.height, 0.96, 1.05), (looks.width, 0.97, 1.03))
+    for (size, small, large), (below, above) in zip(limits, _PROPORTIONS, strict=True):
         if not small <= size <= large:
             yield below if size < small else above
 
@@ -125,7 +141,7 @@ def _proportions(looks: Looks) -> Iterator[str]:
 def _moments(sight: Sight) -> Iterator[str]:
     yield _WEATHER[sight.weather]
     if sight.light < _DARK or sight.light > _BRIGHT:
-        yield "in dim light" if sight.light < _DARK else "in bright light"
+        yield _LIGHTS[sight.light > _BRIGHT]
     if sight.hidden in _HIDDEN:
         yield _HIDDEN[sight.hidden]
 

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from shards.errors import DataError
 from shards.progress import Progress, silent
 from shards.storage import naming
 
+Drawn = TypeVar("Drawn")
 LAYOUTS = ("veri776", "vehicleid")
 SETTINGS_FILE = "render.json"
 CAPTIONS_FILE = "captions.csv"
@@ -132,7 +133,7 @@ def render_dataset(
         (partial_out / folder).mkdir()
     draw = partial(_draw_identity, partial_out, settings, write_image)
     rendered: list[RenderedImage] = []
-    for own in _in_processes(draw, range(1, identities + 1), processes):
+    for own in in_processes(draw, range(1, identities + 1), processes):
         rendered += own
         progress(len(rendered), identities * images)
     write_lists(partial_out, settings, rendered)
@@ -192,8 +193,8 @@ def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable
     return rendered
 
 
-def _in_processes(draw: Callable, identities: range, processes: int | None) -> Iterator[list[RenderedImage]]:
-    """draw(identity) for each, in order."""
+def in_processes(draw: Callable[[int], Drawn], identities: range, processes: int | None) -> Iterator[Drawn]:
+    """draw(identity) for each, in order, on all cores that this process may use where `processes` is None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(processes or cores, len(identities))
     if processes == 1:

@@ -9,7 +9,7 @@ import pytest
 from open_clip import SimpleTokenizer
 from PIL import Image
 
-from shards.demo.captions import DIRECTIONS, TEMPLATES, describe
+from shards.demo.captions import DIRECTIONS, TEMPLATES, all_words, describe
 from shards.demo.dataset import render_dataset
 from shards.demo.looks import COLOURS, SHAPES, draw_looks
 from shards.demo.scene import HIDDEN, WEATHER, Sight
@@ -87,6 +87,14 @@ def test_captions_vary_and_fit_into_the_text_tower():
     assert max(len(tokenizer.encode(caption)) for caption in captions) <= 75
     assert len(TEMPLATES) >= 5 and all(colour in " ".join(captions) for colour in COLOURS)
     assert not any(re.search(r"\b[Aa] [aeio]", caption) for caption in captions)
+
+
+def test_all_words_are_all_that_captions_have():
+    def words(text):
+        return set(re.findall(r"[a-z0-9]+|[.,:]", text.lower()))
+
+    known, used = words(all_words()), set().union(*(words(caption) for *_, caption in many()))
+    assert used <= known and len(known - used) <= 5
 
 
 def test_shards_hold_captions_where_asked_for_and_else_the_same_bytes(rendered, tmp_path):
