@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Without compiled files each process would compile its libraries anew: more than twice the time of a start.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo-data train test test-faults test-floor gpu bench-check lint docs lock clean
+.PHONY: help setup demo-data train claims test test-faults test-floor gpu bench-check lint docs lock clean
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
 # The lines of uv in the lock file: its version and what its files must be.
@@ -21,6 +21,7 @@ FLOOR_TESTS := clipreid shards cluster/launchers cluster/settings cluster/traini
 
 help:
 	@echo "make train        demo: render, pack, train with 2 workers, evaluate (about 4 minutes on 2 cores)"
+	@echo "make claims       the paper's ablations in small, compared (90 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
 	@echo "make test-floor   the core tests with the oldest libraries that pyproject.toml allows (about 7 GB)"
@@ -51,6 +52,9 @@ demo-data: .venv/ready
 
 train: demo-data
 	@$(PY) launch/train.py --config configs/demo.yaml
+
+claims: .venv/ready
+	@$(PY) launch/claims.py
 
 test: .venv/ready
 	@$(PY) -m pytest -n 2 --dist loadfile

@@ -50,6 +50,7 @@ def _add_render(parser: Parser) -> None:
     parser.add_argument("--images", type=positive, default=20, help="images of each identity")
     parser.add_argument("--layout", choices=("veri776", "vehicleid"), default="veri776")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--captions", action="store_true", help="say of each image what it shows, in captions.csv")
     parser.set_defaults(command=render)
 
 
@@ -96,6 +97,9 @@ def _add_build(parser: Parser) -> None:
     parser.add_argument("--noun", metavar="WORD", help="what the images show, for the prompt: person, vehicle, ...")
     parser.add_argument(
         "--name", metavar="NAME", help="of the dataset, in all logs; default: the root's folder, or the layout's name"
+    )
+    parser.add_argument(
+        "--captions", type=place, metavar="FILE.csv", help="table with the columns path and caption, a row each image"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be packed, and write nothing")
     parser.add_argument("--processes", type=positive, metavar="N", help="default: the cores at hand")
@@ -155,6 +159,7 @@ def render(options: argparse.Namespace) -> int:
             images=options.images,
             layout=options.layout,
             seed=options.seed,
+            captions=options.captions,
             progress=progress,
         )
     return 0
@@ -196,6 +201,7 @@ def build(options: argparse.Namespace) -> int:
             shard_mb=options.shard_mb,
             resize=options.resize,
             quality=options.quality,
+            captions=options.captions,
             strict=options.strict,
             progress=progress,
         )

@@ -135,6 +135,8 @@ def metadata(record: ImageRecord, label: int) -> dict[str, Any]:
         facts["attributes"] = dict(record.attributes)
     if record.crop:
         facts["crop"] = {"file": record.crop.file, "box": list(record.crop.box)}
+    if record.caption:
+        facts["caption"] = record.caption
     return facts
 
 

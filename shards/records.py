@@ -44,6 +44,8 @@ class ImageRecord:
     attributes: tuple[tuple[str, str], ...] = ()
     """Further facts (colour, type), kept in the image's JSON beside it; nothing here reads them."""
     crop: Crop | None = None
+    caption: str = ""
+    """What the image shows, in words; kept in its JSON. No parser knows any: they come from a table of their own."""
 
     @property
     def file(self) -> str:

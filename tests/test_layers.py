@@ -37,9 +37,12 @@ WINGS = {
     "cluster.launchers": (*RUN, "cluster.training", *METHOD, *DATA),
     "cluster.library": (*RUN, "cluster.evaluation", "cluster.training", *METHOD, *DATA),
     "cluster.deploy": (),
+    "launch.small_clip": ("shards.demo", *DATA, *METHOD),
+    "launch.study": (*DATA, *METHOD, "cluster", "cluster.settings"),
     "launch": (
         *("shards", "shards.images", "shards.datasets", "shards.demo", "shards.packing", *METHOD, *RUN),
         *("cluster.checks", "cluster.evaluation", "cluster.comparison", "cluster.launchers"),
+        *("launch.small_clip", "launch.study"),
     ),
     "launch.scaling": (*DATA, *METHOD, *RUN, "cluster.training"),
     "launch.measure": ("launch", *DATA, *METHOD, *RUN, "cluster.training"),

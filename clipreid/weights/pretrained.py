@@ -4,8 +4,8 @@
 
 In:  "openai" or another tag of open_clip's (downloaded by open_clip), or a local file: a TorchScript archive, a
      pickled `state_dict` (bare, or under "state_dict" or "model", with or without "module." before its names), or
-     safetensors. Nothing in it is run: pickles may hold tensors only, and of an archive (`torchscript.py`) the tensors
-     are read.
+     safetensors, maybe with a part of the vocabulary (`vocabulary.py`). Nothing in it is run: pickles may hold tensors
+     only, and of an archive (`torchscript.py`) the tensors are read.
 Out: {name: Tensor} with names such as `visual.conv1.weight`.
 """
 
@@ -27,6 +27,7 @@ from clipreid.weights.card import local_file
 from clipreid.weights.download import fetch
 from clipreid.weights.sealed import DamagedError, check_file
 from clipreid.weights.torchscript import is_torchscript, read_torchscript
+from clipreid.weights.vocabulary import with_vocabulary
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -68,8 +69,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         _check_archive(path)
         if path.suffix == ".safetensors":
             with path.open("rb") as file:
-                check_file(file, path.stat().st_size, str(path))
-            loaded = load_file(path)
+                header = check_file(file, path.stat().st_size, str(path))
+            loaded = with_vocabulary(load_file(path), header.metadata)
         elif is_torchscript(path):
             loaded = read_torchscript(path)
         else:

@@ -20,6 +20,7 @@ from cluster.checks.may_continue import check_may_continue
 from cluster.errors import ConfigError
 from cluster.settings.config import Config
 from cluster.settings.model_spec import model_spec
+from cluster.settings.paths import shipped_file
 from shards.errors import DataError
 from shards.loading.index import ShardIndex
 from shards.storage import open_read, size_bytes
@@ -96,9 +97,9 @@ def _micro_batch_faults(config: Config, spec: ModelSpec) -> Iterator[str]:
 def _check_weights(config: Config, spec: ModelSpec, index: ShardIndex) -> "Origin | None":
     """Raises ModelError where model.pretrained is neither a file or run nor a known tag, or a file that does not fit or
     lacks the prompts it needs."""
-    pretrained = config.model.pretrained
-    if pretrained is None:
+    if config.model.pretrained is None:
         return None
+    pretrained = shipped_file(config.model.pretrained)
     path = local_file(pretrained)
     if path is None:
         check_tag(pretrained, config.model.arch, spec.arch_config)
@@ -128,7 +129,7 @@ def _check_weights(config: Config, spec: ModelSpec, index: ShardIndex) -> "Origi
 def _fetch_weights(config: Config) -> None:
     """Once, before workers start, who would each ask for them. Raises ConfigError where they cannot be had."""
     pretrained = config.model.pretrained
-    if pretrained is None or local_file(pretrained):
+    if pretrained is None or local_file(shipped_file(pretrained)):
         return
     from clipreid.weights.download import fetch
 

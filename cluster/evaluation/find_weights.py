@@ -20,7 +20,7 @@ from cluster.errors import ConfigError
 from cluster.evaluation.trained import Trained
 from cluster.settings.config import WEIGHT_SUFFIXES, Config
 from cluster.settings.model_spec import configured_spec
-from cluster.settings.paths import arch_file
+from cluster.settings.paths import shipped_file
 from shards.leftovers import remove_leftovers, working_name
 from shards.loading.index import ShardIndex
 from shards.storage import is_local, join, read_bytes
@@ -111,7 +111,7 @@ def _spec_here(of_weights: ModelSpec, config: Config, dataset: ShardIndex | Mode
     """What the settings say of the model. The architecture's file may be gone: the weights have what was in it."""
     numbers: dict[str, Any] = {"cameras": dataset.cameras, "views": dataset.views}
     arch = config.model.arch
-    if arch == of_weights.arch and arch.endswith(".json") and not Path(arch_file(arch)).exists():
+    if arch == of_weights.arch and arch.endswith(".json") and not Path(shipped_file(arch)).exists():
         chosen = {name: getattr(config.model, name) for name in SPEC_SETTINGS}
         return replace(of_weights, **chosen, **numbers)
     return configured_spec(config, **numbers, identities=of_weights.identities, noun=of_weights.noun)

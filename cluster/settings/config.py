@@ -51,7 +51,7 @@ class PathMark:
 NotEmpty = Field(min_length=1)
 Place = Annotated[str, NotEmpty, PathMark()]
 CheckpointPath = Annotated[str, NotEmpty, PathMark(words=("auto", "never"))]
-WeightsPath = Annotated[str, NotEmpty, PathMark(suffixes=WEIGHT_SUFFIXES)]
+WeightsPath = Annotated[str, NotEmpty, PathMark(suffixes=WEIGHT_SUFFIXES, shipped=True)]
 ArchPath = Annotated[str, NotEmpty, PathMark(suffixes=(".json",), shipped=True)]
 
 

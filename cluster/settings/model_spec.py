@@ -9,7 +9,7 @@ from clipreid.model.arch import check_arch
 from clipreid.model.spec import ModelSpec
 from clipreid.weights.card import find_card, local_file
 from cluster.settings.config import Config
-from cluster.settings.paths import arch_file
+from cluster.settings.paths import shipped_file
 from shards.loading.index import ShardIndex
 
 
@@ -32,7 +32,7 @@ def configured_spec(config: Config, *, cameras: int, views: int, identities: int
     m = config.model
     return ModelSpec(
         arch=m.arch,
-        arch_config=check_arch(arch_file(m.arch)),
+        arch_config=check_arch(shipped_file(m.arch)),
         image_size=m.image_size,
         stride=m.stride,
         sie=m.sie,

@@ -70,10 +70,11 @@ def as_placed(key: str, value: Any) -> Any:
     return placed_setting(value, mark, _start()) if mark and isinstance(value, str) else value
 
 
-def arch_file(arch: str) -> str:
-    """Where the JSON file of `model.arch` lies on this node. Names of open_clip's models stay as they are."""
-    shipped = PROJECT_ROOT / arch
-    return str(shipped) if arch.endswith(".json") and shipped.exists() else arch
+def shipped_file(name: str) -> str:
+    """Where a file of this project lies on this node that a setting names: of `model.arch`, of `model.pretrained`.
+    Other paths, and names that open_clip knows, stay as they are."""
+    shipped = PROJECT_ROOT / name
+    return str(shipped) if "/" in name and shipped.is_file() else name
 
 
 def _placed(tree: dict[str, Any], section: Any, start: Path) -> dict[str, Any]:

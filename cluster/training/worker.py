@@ -36,6 +36,7 @@ from cluster.run.run_folder import STAGE1_RESULT, read_metrics
 from cluster.run.storage import Storage
 from cluster.settings.config import Config, results_settings
 from cluster.settings.model_spec import model_spec
+from cluster.settings.paths import shipped_file
 from cluster.training.checkpoint import Checkpoint, Retention, find_newest
 from cluster.training.checkpoint_writer import CheckpointWriter, Due, Origin
 from cluster.training.engine import Engine
@@ -102,7 +103,8 @@ class Run:
         self.index = ShardIndex.open(config.data.shards, config.data.cache_dir)
         self.train_split = self.index.split("train")
         self.spec = model_spec(config, self.index)
-        begun = start(self.spec, config.model.pretrained, config.run.seed, team, self.index.fingerprint)
+        pretrained = config.model.pretrained and shipped_file(config.model.pretrained)
+        begun = start(self.spec, pretrained, config.run.seed, team, self.index.fingerprint)
         self.models = begun.models
         self.model, self.text, self.tables = self.models
         self.encoder_hash = encoder_hash(self.model)

@@ -83,7 +83,7 @@ def number_or_unknown(text: str, what: str) -> int:
 
 def read_table(url: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(row number from 1, cells as text) of each row that is not empty; raises DataError on faulty columns."""
-    columns, rows = _parquet_rows(url) if url.lower().endswith(".parquet") else _csv_rows(url)
+    columns, rows = _parquet_rows(url) if url.lower().endswith(".parquet") else csv_rows(url)
     _check_header(url, columns)
     absent = [name for name in REQUIRED if name not in columns]
     unknown = [name for name in columns if name not in REQUIRED + OPTIONAL]
@@ -113,7 +113,8 @@ def _check_header(url: str, columns: list[str]) -> None:
         raise DataError(f"{first} column {columns.index('') + 1} has no name; remove the empty columns")
 
 
-def _csv_rows(url: str) -> tuple[list[str], Iterator[list[str]]]:
+def csv_rows(url: str) -> tuple[list[str], Iterator[list[str]]]:
+    """(columns, rows) of a table. Raises DataError where it is no CSV."""
     reader = csv.reader(io.StringIO(storage.read_text(url), newline=""), strict=True)
 
     def lines() -> Iterator[list[str]]:

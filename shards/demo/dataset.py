@@ -1,12 +1,15 @@
 """The demo dataset: vehicles drawn by number, laid out on disk as a real dataset is.
 
     looks ──▶ vehicle ──▶ scene ──▶ [demo dataset: folder of JPEGs, lists, labels] ──▶ datasets ──▶ build
+                            └──▶ captions ──┘
 
 The folder looks like VeRi-776 (or VehicleID) to its parser, so everything after it is the real thing. The first
 half of the identities is for training, the other half for testing. Every image is a pure function of (seed,
-identity, its number): neither the number of processes nor the number of other identities changes it.
+identity, its number): neither the number of processes nor the number of other identities changes it. Captions are a
+table beside the images, which no parser reads.
 """
 
+import csv
 import json
 import multiprocessing
 import os
@@ -16,9 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from shards.demo.captions import describe
 from shards.demo.looks import COLOURS, SHAPES, draw_looks
 from shards.demo.scene import get_camera, take_photo
 from shards.demo.vehicle import build_vehicle
@@ -26,8 +31,10 @@ from shards.errors import DataError
 from shards.progress import Progress, silent
 from shards.storage import naming
 
+Drawn = TypeVar("Drawn")
 LAYOUTS = ("veri776", "vehicleid")
 SETTINGS_FILE = "render.json"
+CAPTIONS_FILE = "captions.csv"
 _DRAWING = 1
 """Raise it when the pictures change, so that a folder of old pictures is not taken for one of today's."""
 _TEST_LISTS = (800, 1600, 2400, 3200, 6000, 13164)
@@ -42,6 +49,7 @@ class RenderSettings:
     images: int  # of each identity, over all cameras
     layout: str
     seed: int
+    captions: bool = False
     drawing: int = _DRAWING
 
     def check(self) -> None:
@@ -61,6 +69,10 @@ class RenderSettings:
                     f"{name} is {getattr(self, name)}, must be {low} to {high} in layout {self.layout} ({why})"
                 )
 
+    def as_written(self) -> dict[str, Any]:
+        """As SETTINGS_FILE has them; `captions` only where there are any, as before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "captions" or value}
+
     @property
     def first_test_identity(self) -> int:
         """Identities count from 1; those below this one are for training."""
@@ -79,6 +91,7 @@ class RenderedImage:
     keypoints: tuple[int, ...]  # x1 y1 ... x20 y20, -1 where not seen
     colour: int  # VeRi-776's numbers, 1-based
     shape: int
+    caption: str
 
     @property
     def veri_name(self) -> str:
@@ -93,17 +106,18 @@ def render_dataset(
     images: int,
     layout: str = "veri776",
     seed: int = 0,
+    captions: bool = False,
     processes: int | None = None,
     progress: Progress = silent,
 ) -> bool:
-    """Draw a dataset of identities x images JPEGs into the folder `out`.
+    """Draw a dataset of identities x images JPEGs into the folder `out`; with `captions` also a table of those.
 
     The folder appears under its name only when complete. One that is there with the same settings is kept as it
     is. `processes` is the number of drawing processes; None takes all cores that this process may use.
     Returns True when it drew, False when it kept what is there. Raises DataError for impossible settings and
     for a folder that holds anything else.
     """
-    settings = RenderSettings(identities, cameras, images, layout, seed)
+    settings = RenderSettings(identities, cameras, images, layout, seed, captions)
     settings.check()
     out = Path(out).absolute()
     if _is_there(out, settings):
@@ -114,16 +128,18 @@ def render_dataset(
         partial_out.mkdir(parents=True)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    write_image, write_lists = _WRITERS[layout]
+    write_image, write_lists, paths_of = _WRITERS[layout]
     for folder in _FOLDERS[layout]:
         (partial_out / folder).mkdir()
     draw = partial(_draw_identity, partial_out, settings, write_image)
     rendered: list[RenderedImage] = []
-    for own in _in_processes(draw, range(1, identities + 1), processes):
+    for own in in_processes(draw, range(1, identities + 1), processes):
         rendered += own
         progress(len(rendered), identities * images)
     write_lists(partial_out, settings, rendered)
-    (partial_out / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    if captions:
+        _write_captions(partial_out, {path: i.caption for i in rendered for path in paths_of(settings, i)})
+    (partial_out / SETTINGS_FILE).write_text(json.dumps(settings.as_written(), indent=1) + "\n")
     partial_out.replace(out)
     return True
 
@@ -136,9 +152,10 @@ def _is_there(out: Path, settings: RenderSettings) -> bool:
         found = json.loads((out / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
         raise DataError(f"{out}: exists and was not rendered here; give another --out") from None
-    wanted = asdict(settings)
+    wanted = settings.as_written()
     if found != wanted:
-        differing = [f"{k} {found.get(k)} not {wanted[k]}" for k in wanted if found.get(k) != wanted[k]]
+        keys = dict.fromkeys([*wanted, *found])
+        differing = [f"{k} {found.get(k)} not {wanted.get(k)}" for k in keys if found.get(k) != wanted.get(k)]
         raise DataError(
             f"{out}: rendered with other settings ({', '.join(differing)}); remove it or give another --out"
         )
@@ -168,6 +185,7 @@ def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable
             keypoints=tuple(photo.keypoints.ravel().tolist()),
             colour=list(COLOURS).index(looks.colour) + 1,
             shape=list(SHAPES).index(looks.shape) + 1,
+            caption=describe(looks, photo.sight, np.random.default_rng((seed, 6, identity, number))),
         )
         with naming(folder):
             write_image(folder, settings, image, partial(photo.image.save, quality=photo.quality))
@@ -175,8 +193,8 @@ def _draw_identity(folder: Path, settings: RenderSettings, write_image: Callable
     return rendered
 
 
-def _in_processes(draw: Callable, identities: range, processes: int | None) -> Iterator[list[RenderedImage]]:
-    """draw(identity) for each, in order."""
+def in_processes(draw: Callable[[int], Drawn], identities: range, processes: int | None) -> Iterator[Drawn]:
+    """draw(identity) for each, in order, on all cores that this process may use where `processes` is None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(processes or cores, len(identities))
     if processes == 1:
@@ -186,6 +204,13 @@ def _in_processes(draw: Callable, identities: range, processes: int | None) -> I
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(draw, identities)
+
+
+def _write_captions(folder: Path, captions: dict[str, str]) -> None:
+    """A table of the columns path and caption, a row an image file, sorted by path."""
+    with (folder / CAPTIONS_FILE).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerows([("path", "caption"), *sorted(captions.items())])
 
 
 # --- VeRi-776's layout ----------------------------------------------------------------------------------------
@@ -198,8 +223,12 @@ def _veri_splits(settings: RenderSettings, image: RenderedImage) -> tuple[str, .
     return ("test", "query") if image.number < settings.cameras else ("test",)
 
 
+def _veri_paths(settings: RenderSettings, image: RenderedImage) -> list[str]:
+    return [f"image_{split}/{image.veri_name}" for split in _veri_splits(settings, image)]
+
+
 def _write_veri_image(folder: Path, settings: RenderSettings, image: RenderedImage, save: Callable) -> None:
-    first, *copies = (folder / f"image_{split}" / image.veri_name for split in _veri_splits(settings, image))
+    first, *copies = (folder / path for path in _veri_paths(settings, image))
     save(first)
     for copy in copies:
         shutil.copyfile(first, copy)
@@ -235,8 +264,13 @@ def _vehicleid_name(settings: RenderSettings, image: RenderedImage) -> str:
     return f"{(image.identity - 1) * settings.images + image.number + 1:07d}"
 
 
+def _vehicleid_paths(settings: RenderSettings, image: RenderedImage) -> list[str]:
+    return [f"image/{_vehicleid_name(settings, image)}.jpg"]
+
+
 def _write_vehicleid_image(folder: Path, settings: RenderSettings, image: RenderedImage, save: Callable) -> None:
-    save(folder / "image" / f"{_vehicleid_name(settings, image)}.jpg")
+    (path,) = _vehicleid_paths(settings, image)
+    save(folder / path)
 
 
 def _write_vehicleid_lists(folder: Path, settings: RenderSettings, images: list[RenderedImage]) -> None:
@@ -263,6 +297,6 @@ _FOLDERS = {
     "vehicleid": ("image", "train_test_split", "attribute"),
 }
 _WRITERS = {
-    "veri776": (_write_veri_image, _write_veri_lists),
-    "vehicleid": (_write_vehicleid_image, _write_vehicleid_lists),
+    "veri776": (_write_veri_image, _write_veri_lists, _veri_paths),
+    "vehicleid": (_write_vehicleid_image, _write_vehicleid_lists, _vehicleid_paths),
 }

@@ -26,17 +26,23 @@ COLOURS: dict[str, RGB] = {
 }
 _COLOUR_WEIGHTS = (5, 4, 6, 14, 12, 13, 18, 8, 6, 14)
 
-_ACCENTS: tuple[RGB, ...] = (
-    (240, 240, 240),
-    (24, 24, 28),
-    (206, 28, 36),
-    (244, 206, 30),
-    (28, 92, 204),
-    (26, 150, 76),
-    (240, 122, 22),
-    (30, 182, 206),
-    (198, 52, 150),
-)
+ACCENTS: dict[str, RGB] = {
+    "white": (240, 240, 240),
+    "black": (24, 24, 28),
+    "red": (206, 28, 36),
+    "yellow": (244, 206, 30),
+    "blue": (28, 92, 204),
+    "green": (26, 150, 76),
+    "orange": (240, 122, 22),
+    "turquoise": (30, 182, 206),
+    "pink": (198, 52, 150),
+}
+RIMS: dict[str, RGB] = {
+    "silver": (190, 192, 196),
+    "dark": (70, 72, 76),
+    "white": (224, 226, 228),
+    "golden": (178, 142, 66),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ def draw_looks(seed: int, identity: int) -> Looks:
         length=float(rng.uniform(0.92, 1.09)),
         width=float(rng.uniform(0.95, 1.05)),
         height=float(rng.uniform(0.92, 1.09)),
-        rim=((190, 192, 196), (70, 72, 76), (224, 226, 228), (178, 142, 66))[rng.integers(4)],
+        rim=list(RIMS.values())[rng.integers(4)],
         spokes=int(rng.integers(3, 8)),
         glass=((38, 48, 58), (22, 24, 28), (70, 92, 104))[rng.integers(3)],
         grille=((24, 24, 26), (60, 62, 64), (150, 152, 156))[rng.integers(3)],
@@ -158,5 +164,5 @@ def _shifted(rgb: RGB, rng: np.random.Generator) -> RGB:
 
 def _contrasting(body: RGB, rng: np.random.Generator) -> RGB:
     """An accent colour that the eye tells from the body's."""
-    far = [a for a in _ACCENTS if np.abs(np.subtract(a, body)).sum() > 170]
+    far = [a for a in ACCENTS.values() if np.abs(np.subtract(a, body)).sum() > 170]
     return far[rng.integers(len(far))]

@@ -17,6 +17,8 @@ from shards.demo.vehicle import VehicleModel
 
 # VeRi-776's number of each direction, by eighths of a turn from the front over the vehicle's left.
 VIEWS = (0, 3, 2, 4, 1, 7, 5, 6)
+WEATHER = ("clear", "shade", "rain", "fog")
+HIDDEN = ("nothing", "pole", "vehicle", "leaves")
 _SUPERSAMPLE = 2
 _GREY = np.array([0.299, 0.587, 0.114])
 
@@ -40,13 +42,27 @@ class Camera:
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """What the moment of a photo decides, and words can tell."""
+
+    view: int  # VeRi-776's number, 0-7
+    weather: str  # of WEATHER
+    hidden: str  # what stands in front, of HIDDEN
+    light: float  # the grey that comes out where a medium grey was painted, 0 … 1
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
     """One finished picture with its labels."""
 
     image: Image.Image
     quality: int
-    view: int  # VeRi-776's number, 0-7
+    sight: Sight
     keypoints: np.ndarray  # int64 [20, 2], x and y in pixels, -1 where not seen
+
+    @property
+    def view(self) -> int:
+        return self.sight.view
 
 
 @lru_cache(maxsize=64)
@@ -88,14 +104,14 @@ def take_photo(model: VehicleModel, camera: Camera, rng: np.random.Generator) ->
     sun = np.stack([right, up, back], axis=1) @ camera.light
     _cast_shadow(canvas, model, sun, lambda p: (_project(p, right, up, back, eye) - origin) * scale)
     _paint(canvas, model, points, eye, sun, camera.sun)
-    _occlude(canvas, rng)
-    canvas, fog = _weather(canvas, rng)
-    image = _develop(canvas, camera, fog, rng)
+    hidden = _occlude(canvas, rng)
+    weather, fog = _weather(canvas, rng)
+    image, light = _develop(canvas, camera, fog, rng)
     facing = ((eye - model.landmarks) * model.landmark_normals).sum(axis=1) > 0
     spots = (_project(model.landmarks, right, up, back, eye) - origin) * scale / _SUPERSAMPLE
     inside = facing & (spots >= 0).all(axis=1) & (spots < image.size).all(axis=1)
     keypoints = np.where(inside[:, None], spots, -1).astype(np.int64)
-    return Photo(image, camera.quality, VIEWS[eighth], keypoints)
+    return Photo(image, camera.quality, Sight(VIEWS[eighth], weather, hidden, light), keypoints)
 
 
 # --- geometry -------------------------------------------------------------------------------------------------
@@ -172,11 +188,11 @@ def _ground(camera: Camera, size: tuple[int, int], rng: np.random.Generator) -> 
     return camera.backdrop.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + across, y + down))
 
 
-def _occlude(canvas: Image.Image, rng: np.random.Generator) -> None:
-    """In a quarter of the photos something stands in front: a pole, another vehicle's roof, leaves."""
+def _occlude(canvas: Image.Image, rng: np.random.Generator) -> str:
+    """In a quarter of the photos something stands in front: a pole, another vehicle's roof, leaves. Returns which."""
     kind = rng.random()
     if kind > 0.26:
-        return
+        return "nothing"
     width, height = canvas.size
     draw = ImageDraw.Draw(canvas)
     if kind < 0.1:
@@ -184,24 +200,26 @@ def _occlude(canvas: Image.Image, rng: np.random.Generator) -> None:
         grey = int(rng.integers(50, 170))
         draw.rectangle((x, 0, x + thick, height), fill=(grey, grey, grey + 5))
         draw.rectangle((x, 0, x + thick * 0.3, height), fill=(grey // 2, grey // 2, grey // 2))
-    elif kind < 0.18:
+        return "pole"
+    if kind < 0.18:
         x, top = rng.uniform(-0.3, 0.7) * width, rng.uniform(0.74, 0.88) * height
         colour = tuple(rng.integers(20, 230, size=3).tolist())
         across = rng.uniform(0.4, 0.7) * width
         draw.rounded_rectangle((x, top, x + across, height * 1.3), radius=int(height * 0.06), fill=colour)
         glass = (x + 0.12 * across, top + 0.06 * height, x + 0.88 * across, height)
         draw.rectangle(glass, fill=tuple(v // 3 for v in colour))
-    else:
-        centre = np.array([rng.choice((0.0, 1.0)) * width, rng.uniform(0, 0.5) * height])
-        for _ in range(26):
-            x, y = centre + rng.normal(0, 0.11, size=2) * (width, height)
-            r = rng.uniform(0.02, 0.06) * width
-            green = int(rng.integers(50, 120))
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=(green // 2, green, green // 3))
+        return "vehicle"
+    centre = np.array([rng.choice((0.0, 1.0)) * width, rng.uniform(0, 0.5) * height])
+    for _ in range(26):
+        x, y = centre + rng.normal(0, 0.11, size=2) * (width, height)
+        r = rng.uniform(0.02, 0.06) * width
+        green = int(rng.integers(50, 120))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=(green // 2, green, green // 3))
+    return "leaves"
 
 
-def _weather(canvas: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, float]:
-    """Sun and shade, rain or fog; returns the share of grey that fog mixes in."""
+def _weather(canvas: Image.Image, rng: np.random.Generator) -> tuple[str, float]:
+    """Sun and shade, rain or fog, painted; returns which, and the share of grey that fog mixes in."""
     kind = rng.random()
     width, height = canvas.size
     draw = ImageDraw.Draw(canvas, "RGBA")
@@ -209,30 +227,32 @@ def _weather(canvas: Image.Image, rng: np.random.Generator) -> tuple[Image.Image
         x, lean = rng.uniform(0.2, 0.8) * width, rng.uniform(-0.4, 0.4) * width
         edge = 0 if rng.random() < 0.5 else width
         draw.polygon([edge, 0, x + lean, 0, x - lean, height, edge, height], fill=(8, 10, 22, 105))
-    elif kind < 0.34:
+        return "shade", 0.0
+    if kind < 0.34:
         slant = rng.uniform(-0.1, 0.1) * height
         for x, y in rng.uniform(0, 1, size=(45, 2)) * (width, height):
             draw.line((x, y, x + slant, y + 0.13 * height), fill=(205, 212, 222, 90), width=2)
-        return canvas, float(rng.uniform(0.08, 0.22))
-    elif kind < 0.46:
-        return canvas, float(rng.uniform(0.12, 0.35))
-    return canvas, 0.0
+        return "rain", float(rng.uniform(0.08, 0.22))
+    if kind < 0.46:
+        return "fog", float(rng.uniform(0.12, 0.35))
+    return "clear", 0.0
 
 
-def _develop(canvas: Image.Image, camera: Camera, fog: float, rng: np.random.Generator) -> Image.Image:
-    """Reduce to the photo's size; then the camera's colours, exposure, blur and grain."""
+def _develop(canvas: Image.Image, camera: Camera, fog: float, rng: np.random.Generator) -> tuple[Image.Image, float]:
+    """Reduce to the photo's size; then the camera's colours, exposure, blur and grain. Returns it and its `light`."""
     image = canvas.reduce(_SUPERSAMPLE)
     exposure = np.exp(rng.normal(0, 0.08))
     matrix = np.concatenate([camera.colour * exposure * (1 - fog), np.full((3, 1), 188.0 * fog)], axis=1)
     image = image.convert("RGB", tuple(matrix.ravel().tolist()))
     if camera.blur > 0.25:
         image = image.filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.7, 1.3)))
+    light = float((camera.colour.sum(axis=1) @ _GREY * exposure * 0.5) ** camera.gamma)
     curve = (255 * (np.arange(256) / 255) ** camera.gamma).round().astype(int).tolist()
     pixels = np.asarray(image.point(curve * 3), dtype=np.int16)
     grain = np.asarray(camera.grain, dtype=np.int16)
     y, x = (int(rng.integers(max(1, g - p))) for g, p in zip(grain.shape[:2], pixels.shape[:2], strict=True))
     patch = grain[y : y + pixels.shape[0], x : x + pixels.shape[1]]
-    return Image.fromarray((pixels + patch - 128).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((pixels + patch - 128).clip(0, 255).astype(np.uint8)), light
 
 
 # --- backgrounds ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from shards.format import (
     index_schema,
 )
 from shards.owner import owned_folder
+from shards.packing.captions import add_captions
 from shards.packing.findings import count_changes, same_pictures
 from shards.packing.page import write_page
 from shards.packing.processes import choose_processes, run_tasks
@@ -70,6 +71,7 @@ def build(
     shard_mb: int = 256,
     resize: tuple[int, int] | None = None,
     quality: int | None = None,
+    captions: str | None = None,
     strict: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
@@ -81,6 +83,7 @@ def build(
         name: of the dataset, in all logs; default as in `read_collection`.
         processes: default the cores at hand.
         resize: (height, width) in pixels.
+        captions: a table with a caption for each image (`captions.py`).
 
     Raises DataError on faulty input, on warnings when `strict`, and when `out` holds another dataset.
     """
@@ -88,6 +91,9 @@ def build(
         raise DataError("--quality only applies to resized images: give --resize HxW, or leave it out")
     quality = quality or DEFAULT_QUALITY
     collection = read_collection(dataset, roots, options, noun, name)
+    if captions:
+        add_captions(collection, captions)
+        options = {**(options or {}), "captions": (captions,)}
     warnings = check_collection(collection)
     _refuse(strict, warnings)
     recorded = _recorded_options(options, shard_mb, resize, quality)

@@ -19,8 +19,9 @@ from shards.errors import DataError, examples
 from shards.format import FORMAT_VERSION, TAR_BLOCK, ascii_key, make_key, make_keys, shard_name
 from shards.records import SPLITS, ImageRecord
 
-# dataclasses.astuple copies, ten times slower. Of images that are whole files a crop says nothing.
-_values = attrgetter(*(f.name for f in fields(ImageRecord) if f.name != "crop"))
+# dataclasses.astuple copies, ten times slower. A crop says nothing of images that are whole files, a caption nothing of
+# those without one.
+_values = attrgetter(*(f.name for f in fields(ImageRecord) if f.name not in ("crop", "caption")))
 CROP_PIXEL_BYTES = 2
 """That a pixel of a crop takes about, stored as PNG."""
 
@@ -126,4 +127,6 @@ def _signature(
             digest.update(repr(record.crop).encode())
         if key != ascii_key(record.path):  # else the path says it, as it did before there were other keys
             digest.update(key.encode())
+        if record.caption:  # so that datasets without captions keep the signatures of earlier versions
+            digest.update(record.caption.encode())
     return digest.hexdigest()

@@ -777,7 +777,7 @@ def test_a_file_of_weights_alone_says_its_settings(run, own_metrics, tmp_path, m
     evaluate.main(["--weights", "model.safetensors"])
     assert not capsys.readouterr().err
     assert json.loads((tmp_path / "model.metrics.json").read_text()) == own_metrics
-    monkeypatch.setattr("cluster.evaluation.find_weights.arch_file", lambda arch: "gone.json")
+    monkeypatch.setattr("cluster.evaluation.find_weights.shipped_file", lambda arch: "gone.json")
     with open_weights("model.safetensors") as weights:
         weights.check(weights.trained.config([]), None, FEATURES)
         with pytest.raises(ConfigError, match=r"model.image_size is \[32, 32\] in the weights, \[64, 32\]"):

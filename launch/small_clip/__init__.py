@@ -1,0 +1,1 @@
+"""The CLIP in small that the demo starts from: rendered pictures and their captions, contrastive training, its file."""
