@@ -21,7 +21,7 @@ FLOOR_TESTS := clipreid shards cluster/launchers cluster/settings cluster/traini
 
 help:
 	@echo "make train        demo: render, pack, train with 2 workers, evaluate (about 4 minutes on 2 cores)"
-	@echo "make claims       the paper's ablations in small, compared (90 minutes on 2 cores; goes on where it was stopped)"
+	@echo "make claims       the paper's ablations in small, compared (see docs/claims.md; goes on where it was stopped)"
 	@echo "make test         the test suite"
 	@echo "make test-faults  every kind of fault: killed workers, drivers and nodes, full disks, damaged checkpoints"
 	@echo "make test-floor   the core tests with the oldest libraries that pyproject.toml allows (about 7 GB)"
