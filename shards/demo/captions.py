@@ -26,6 +26,9 @@ TEMPLATES = (
     "{Direction}: a {adjectives} {body}{marks}{moment}.",
     "A {adjectives} vehicle{marks}, a {body}, {direction}.",
 )
+TOLD = (0.0, 0.0, 0.4, 0.9)
+"""How much of an identity's marks a caption tells. Where nearly all of them told all, with the colour, a CLIP told
+pictures apart by those alone, and learned neither bodies nor directions."""
 _WEATHER = {"shade": "half in the shade", "rain": "in the rain", "fog": "in fog", "clear": "on a clear day"}
 _HIDDEN = {"pole": "behind a pole", "vehicle": "behind another vehicle", "leaves": "behind leaves"}
 _DARK, _BRIGHT = 0.38, 0.55
@@ -70,22 +73,24 @@ _CARGO = {"truck": "a {} cargo box", "pickup": "{} cargo"}
 
 def describe(looks: Looks, sight: Sight, rng: np.random.Generator) -> str:
     """A caption; `rng` decides its template and what it leaves out."""
-    marks = [mark for mark in _marks(looks) if rng.random() < 0.8]
-    marks += [mark for mark in _trifles(looks) if rng.random() < 0.3]
+    told = rng.choice(TOLD)
+    marks = [mark for mark in _marks(looks) if rng.random() < told]
+    marks += [mark for mark in _trifles(looks) if rng.random() < told / 3]
     marks = [marks[place] for place in rng.permutation(len(marks))]
-    proportions = [word for word in _proportions(looks) if rng.random() < 0.6]
+    proportions = [word for word in _proportions(looks) if rng.random() < 0.6 * told]
+    colour = [looks.colour] if rng.random() < 0.6 else []
     direction = f"seen from the {DIRECTIONS[sight.view]}"
     moments = [moment for moment in _moments(sight) if rng.random() < 0.5]
     caption = TEMPLATES[rng.integers(len(TEMPLATES))].format(
-        adjectives=" ".join([*proportions, looks.colour]),
+        adjectives=" ".join([*proportions, *colour]),
         body=looks.shape,
-        marked="".join(f"{word} " for word in _marked(looks) if rng.random() < 0.7),
+        marked="".join(f"{word} " for word in _marked(looks) if rng.random() < told),
         marks=f" with {_listed(marks)}" if marks else "",
         direction=direction,
         Direction=direction.capitalize(),
         moment=f", {', '.join(moments)}" if moments else "",
     )
-    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", caption)
+    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", re.sub(" +", " ", caption))
 
 
 def all_words() -> str:

@@ -65,10 +65,9 @@ def test_the_same_seed_gives_the_same_captions_for_one_and_two_processes(rendere
     assert (tmp_path / "two/captions.csv").read_bytes() == (rendered / "told/captions.csv").read_bytes()
 
 
-def test_a_caption_names_the_colour_and_nothing_that_was_not_drawn():
+def test_a_caption_names_nothing_that_was_not_drawn():
     for looks, sight, caption in many():
         words = set(re.findall(r"[a-z]+", caption.lower()))
-        assert looks.colour in words
         assert words & SHAPES.keys() <= {looks.shape}
         assert ("rain" in words) <= (sight.weather == "rain") and ("leaves" in words) <= (sight.hidden == "leaves")
         if "seen from" in caption.lower():
@@ -80,10 +79,17 @@ def test_a_caption_names_the_colour_and_nothing_that_was_not_drawn():
         assert looks.load or not words & {"kayak", "ladder", "luggage", "loaded"}
 
 
+def test_some_captions_tell_no_more_than_body_and_direction_and_some_nearly_all():
+    captions = [(looks, caption) for looks, _, caption in many()]
+    silent = [caption for looks, caption in captions if looks.colour not in caption and "with" not in caption]
+    assert len(silent) > 30 and any(re.fullmatch(r"An? \w+, seen from the [a-z ]+\.", caption) for caption in silent)
+    assert sum(caption.count(",") > 3 for _, caption in captions) > 20
+
+
 def test_captions_vary_and_fit_into_the_text_tower():
     captions = [caption for *_, caption in many()]
     tokenizer = SimpleTokenizer()
-    assert len(set(captions)) > 290 and len({caption.split(" ")[0] for caption in captions}) > 2
+    assert len(set(captions)) > 230 and len({caption.split(" ")[0] for caption in captions}) > 2
     assert max(len(tokenizer.encode(caption)) for caption in captions) <= 75
     assert len(TEMPLATES) >= 5 and all(colour in " ".join(captions) for colour in COLOURS)
     assert not any(re.search(r"\b[Aa] [aeio]", caption) for caption in captions)
