@@ -6,6 +6,7 @@ In a joint dataset each part's paths and identities begin with its name, and its
 those of the parts before it.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
@@ -80,8 +81,8 @@ def _folder_name(root: str) -> str:
     place = root.rstrip("/")
     if place.lower().endswith(TABLE_FORMATS):
         place = place.rpartition("/")[0]
-    name = (local_path(place) or PurePosixPath(place)).name if place else ""
-    name = name or Path.cwd().name
+    local = local_path(place or ".")
+    name = Path(os.path.abspath(local)).name if local else PurePosixPath(place).name
     return name.removesuffix(".zip")
 
 
