@@ -82,7 +82,7 @@ def _folder_name(root: str) -> str:
     if place.lower().endswith(TABLE_FORMATS):
         place = place.rpartition("/")[0]
     local = local_path(place or ".")
-    name = Path(os.path.abspath(local)).name if local else PurePosixPath(place).name
+    name = Path(os.path.normpath(local.absolute())).name if local else PurePosixPath(place).name
     return name.removesuffix(".zip")
 
 
