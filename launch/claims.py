@@ -42,17 +42,16 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(options: argparse.Namespace) -> int:
-    from cluster.settings.yaml_file import load_config
     from launch.study.plan import TABLES, PlannedRun, planned_runs
-    from launch.study.runner import CONFIG, ROOT, Study, claim_folder, evaluate_raw, make_dataset, run_all
+    from launch.study.runner import Study, claim_folder, evaluate_raw, make_dataset, raw_weights, run_all
 
-    load_config(ROOT / CONFIG, options.overrides)  # A mistyped setting shows before anything is rendered.
     study = Study(options.out.absolute(), options.data.absolute() / "shards", tuple(options.overrides))
     tables = [table for table in TABLES if set(table.number.split(", ")) & set(options.tables)]
+    weights = raw_weights(study)  # A mistyped setting or a missing file shows before anything is rendered.
     claim_folder(study, options.data_seed)
     make_dataset(study, options.data_seed)
     raw = study.folder / "raw" / "queries.csv"
-    evaluate_raw(study, raw)
+    evaluate_raw(study, weights, raw)
 
     def tell(done: int, total: int, run: PlannedRun) -> None:
         print(f"{done}/{total}: {run.variant}, seed {run.seed}", flush=True)

@@ -85,9 +85,8 @@ def main(arguments: list[str]) -> None:
 
         from cluster.evaluation.result_file import write_result
 
-        show(
-            metrics, Path((options.features or [options.weights])[0]).stem
-        )  # First: they are not lost where the file cannot be written.
+        # First: they are not lost where the file cannot be written.
+        show(metrics, Path((options.features or [options.weights])[0]).stem)
         print(masked(f"metrics: {write_result(metrics, place, replace=options.out is not None)}"))
 
 

@@ -86,19 +86,31 @@ def find_card(path: str | Path) -> ModelCard | None:
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """The card of a file written by `save_model`, without its weights. Raises ModelError when it is any other file."""
+    """The card of a file written by `save_model`, without its weights. Raises ModelError when it is any other file, and
+    DamagedError where the card is none."""
     path = weights_file(path)
     metadata = read_header(path).metadata
     if _CARD not in metadata:
         raise ModelError(f"{path}: was not written by this system; for others' weights set model.pretrained")
-    fields = json.loads(metadata[_CARD])
+    try:
+        return _card_of(json.loads(metadata[_CARD]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelError):  # a ValueError with a line of its own: sizes that do not fit
+            raise
+        raise DamagedError(f"{path}: its card is not as this system writes it ({error!r}): copy it again") from None
+
+
+def _card_of(fields: Any) -> ModelCard:
+    training, decision = fields.get("training", {}), fields.get("decision", {})
+    if not all(isinstance(part, dict) for part in (training, decision, *training.values())):
+        raise TypeError("training, decision")
     return ModelCard(
         spec=ModelSpec.from_dict(fields["spec"]),
         pixel_mean=tuple(fields["pixel_mean"]),
         pixel_std=tuple(fields["pixel_std"]),
         descriptor=tuple(fields["descriptor"]),
-        training=fields.get("training", {}),
-        decision=fields.get("decision", {}),
+        training=training,
+        decision=decision,
     )
 
 

@@ -55,7 +55,7 @@ def training_facts(config: Config, index: ShardIndex) -> dict[str, Any]:
 
 def trained_precision(card: ModelCard) -> str | None:
     """What the weights were trained in, where their card says so."""
-    precision = card.training.get("settings", {}).get("train", {}).get("precision")
+    precision = flatten(card.training.get("settings", {})).get("train.precision")
     return precision if precision in ("float32", "bf16") else None
 
 

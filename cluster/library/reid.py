@@ -62,8 +62,8 @@ def load(
             check_fits(found.card, chosen, None, name)
         index = None if found.card else _training_data(chosen)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = Inference(chosen, found.path, found.card, index, Team(device=place)).model
-        return ReID(name, model, chosen, found.card, index)
+        inference = Inference(chosen, found.path, found.card, index, Team(device=place))
+        return ReID(name, inference.model, inference.config, found.card, index)
 
 
 def _settings(found: Weights, settings: Sequence[str], config: str | PathLike[str] | None) -> Config:

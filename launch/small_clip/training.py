@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from clipreid.augment import AugmentSettings, augment
+from clipreid.model.clip_library import open_clip
 from launch.small_clip.pictures import Pictures
 from shards.demo.captions import all_words
 

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-import open_clip
 import torch
 from torch import Tensor
 
 from clipreid.augment import normalise
+from clipreid.model.clip_library import open_clip
 from launch.small_clip.pictures import Pictures
 from launch.small_clip.training import MEAN, STD, Vocabulary, tokenize
 from shards.demo.captions import DIRECTIONS

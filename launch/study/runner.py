@@ -18,6 +18,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from launch.study.plan import DESCRIPTORS, PlannedRun, slug
 from shards.format import DATASET_FILE
+from shards.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/claims.yaml"
@@ -49,7 +50,7 @@ def claim_folder(study: Study, data_seed: int) -> None:
     if file.exists() and (found := json.loads(file.read_text())) != wanted:
         raise ConfigError(f"--out {study.folder}: is a study with {found}, not {wanted}: give another --out")
     study.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted) + "\n")
+    write_json(str(file), wanted)
 
 
 def make_dataset(study: Study, seed: int) -> None:
@@ -82,7 +83,7 @@ def run_all(study: Study, runs: Sequence[PlannedRun], jobs: int, tell: Callable[
 
 def _run(study: Study, run: PlannedRun) -> None:
     folder = study.run_folder(run)
-    wanted = [descriptor for descriptor in ("", *run.descriptors) if not study.queries(run, descriptor).exists()]
+    wanted = [descriptor for descriptor in ("", *run.descriptors) if not _is_there(study.queries(run, descriptor))]
     if not wanted:
         return
     log = folder.with_suffix(".log")
@@ -95,20 +96,33 @@ def _run(study: Study, run: PlannedRun) -> None:
         call(["evaluate.py", "--weights", folder, *chosen, *out], log)
 
 
-def evaluate_raw(study: Study, queries: Path) -> None:
-    """The weights that all runs start from, as they are. Raises ConfigError."""
+def _is_there(queries: Path) -> bool:
+    """Whether an evaluation is whole: it writes a line for each query, and then its metrics."""
+    return queries.exists() and queries.with_suffix(".json").exists()
+
+
+def raw_weights(study: Study) -> Path:
+    """The file that all runs start from. Raises ConfigError where there is none."""
+    from cluster.settings.paths import shipped_file
     from cluster.settings.yaml_file import load_config
 
-    if queries.exists():
-        return
-    config = ROOT / CONFIG
-    pretrained = load_config(config, study.overrides).model.pretrained
+    pretrained = load_config(ROOT / CONFIG, study.overrides).model.pretrained
     if pretrained is None:
-        raise ConfigError(f"{config}: model.pretrained is null: the study is of what starts from CLIP")
+        raise ConfigError(f"{CONFIG}: model.pretrained is null: the study is of what starts from CLIP")
+    path = Path(shipped_file(pretrained))
+    if not path.is_file():
+        raise ConfigError(f"model.pretrained {path}: no such file, and the study starts from it: see docs/claims.md")
+    return path
+
+
+def evaluate_raw(study: Study, weights: Path, queries: Path) -> None:
+    """The weights that all runs start from, as they are. Raises ConfigError."""
+    if _is_there(queries):
+        return
     queries.parent.mkdir(parents=True, exist_ok=True)
     settings = [f"data.shards={study.shards}", *study.overrides]
     out = ["--per-query", queries, "--out", queries.with_suffix(".json")]
-    call(["evaluate.py", "--config", config, "--weights", ROOT / pretrained, *settings, *out], study.folder / "raw.log")
+    call(["evaluate.py", "--config", ROOT / CONFIG, "--weights", weights, *settings, *out], study.folder / "raw.log")
 
 
 def call(words: Sequence[object], log: Path) -> None:

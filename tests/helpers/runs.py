@@ -1,6 +1,7 @@
 """Whole runs as a user starts them: a tiny packed dataset, `launch/train.py` in a process, and what it left behind."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -157,8 +158,17 @@ def _command_line(pid):
 def environment(**more):
     """What the tests' own environment sets for their process must not reach a user's command."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DS_ACCELERATOR", "RANK", "WORLD_SIZE")}
+    if not more.keys() & {"HOME", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"}:
+        # A Ray of the run's own: not with the token in the home of whoever runs the tests, which may be refused.
+        kept["RAY_AUTH_TOKEN_PATH"] = f"{_own_folder().name}/auth_token"
     # Workers that Ray starts ahead lack the run's environment and are never used.
     return kept | {"OMP_NUM_THREADS": "1", "RAY_prestart_worker_first_driver": "0"} | more
+
+
+@functools.cache
+def _own_folder():
+    """Closed to others, and removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="test-token-")
 
 
 def overrides(shards, run_dir, **changes):

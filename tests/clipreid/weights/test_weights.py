@@ -1,6 +1,7 @@
 """Weights in and out: every file format, the authors' checkpoints, our own file, and what is refused."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from clipreid.weights.file import ModelCard, load_model, load_models, load_text,
 from clipreid.weights.initial import build_models, empty_models
 from clipreid.weights.official import holds_prompts, load_official, official_shapes, save_official
 from clipreid.weights.pretrained import read_state_dict
+from clipreid.weights.sealed import DamagedError
 from launch import cli, export
 from shards import storage
 from tests.helpers.damage import flips
@@ -219,6 +221,19 @@ def test_weights_by_tag_come_through_open_clips_download(monkeypatch):
 
 
 # --- our own file
+
+
+@pytest.mark.parametrize(
+    "part", [{"training": {"settings": ["x"]}}, {"training": "x"}, {"decision": [1]}, {"spec": None}]
+)
+def test_a_card_that_this_system_does_not_write_is_one_line(part, tmp_path):
+    spec = tiny_spec()
+    metadata = card_of(spec).to_metadata()
+    ((name, text),) = metadata.items()
+    save_file({"x": torch.zeros(1)}, path := tmp_path / "odd.safetensors", {name: json.dumps(json.loads(text) | part)})
+    with pytest.raises(DamagedError, match="its card is not as this system writes it") as caught:
+        read_card(path)
+    assert "\n" not in str(caught.value)
 
 
 def card_of(spec):

@@ -276,3 +276,14 @@ def test_what_is_offered_is_named(run):
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):
         clipreid.laod  # noqa: B018
     assert json.dumps(clipreid.load(run[0]).config.model_dump(mode="json"))
+
+
+def test_weights_are_used_in_the_precision_that_they_were_trained_in(run, tmp_path):
+    folder, models, _ = run
+    spec = clipreid.load(folder).card.spec
+    trained = {"settings": {"train": {"precision": "bf16"}}}
+    for name in ("none.yaml", "config.yaml"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    save_model(tmp_path / "model.safetensors", models, ModelCard(spec, *CARD, training=trained))
+    assert clipreid.load(tmp_path).config.train.precision == "bf16"
+    assert clipreid.load(folder).config.train.precision == "float32"
